@@ -1,0 +1,1 @@
+"""DK-DETR: open-vocabulary detection by distilling visual-linguistic knowledge into DETR."""

@@ -1,0 +1,144 @@
+"""What travels between the rooms: batches, targets, teacher regions and the student's output.
+
+Boxes called `boxes_cxcywh` are normalised by the *un-padded* size of the network's input (the
+`image_sizes_hw` of its batch), so that 1.0 is the picture's edge and padding has no say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class _Movable:
+    """Gives a frozen dataclass of tensors `to` and `pin_memory`, through tuples and parts too."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Returns a copy on `device`; the copy does not block where memory is pinned."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Returns a copy in page-locked memory (called by the DataLoader)."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, function) for item in value)
+    if isinstance(value, _Movable):
+        parts = {f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)}  # pyright: ignore[reportArgumentType]
+        return type(value)(**parts)
+    return value
+
+
+@dataclass(frozen=True)
+class ImageBatch(_Movable):
+    """Images padded to one size, normalised as the backbone expects.
+
+    `padding_mask` is True on padding. `image_sizes_hw` is the un-padded size in the network's
+    input, `original_sizes_hw` that of the file on disk; both in pixels.
+    """
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    padding_mask: Bool[Tensor, "batch height width"]
+    image_sizes_hw: Int[Tensor, "batch 2"]
+    original_sizes_hw: Int[Tensor, "batch 2"]
+    image_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Targets(_Movable):
+    """The base-category ground truth of one image: labels index the vocabulary's base rows."""
+
+    labels: Int[Tensor, "num_boxes"]
+    boxes_cxcywh: Float[Tensor, "num_boxes 4"]
+
+
+@dataclass(frozen=True)
+class TeacherRegions(_Movable):
+    """Regions chosen for distillation, a fixed number of places an image; `valid` marks the filled.
+
+    `embeddings` are the teacher's, of unit norm; boxes are anchors in the augmented view.
+    """
+
+    boxes_cxcywh: Float[Tensor, "batch num_regions 4"]
+    embeddings: Float[Tensor, "batch num_regions embed_dim"]
+    valid: Bool[Tensor, "batch num_regions"]
+
+
+@dataclass(frozen=True)
+class TrainingBatch(_Movable):
+    """One rank's share of a step; `regions` is None while nothing is distilled."""
+
+    images: ImageBatch
+    targets: tuple[Targets, ...]
+    regions: TeacherRegions | None
+
+
+@dataclass(frozen=True)
+class QueryOutput:
+    """What a group of decoder queries says after every decoder layer."""
+
+    features: Float[Tensor, "num_layers batch num_queries embed_dim"]
+    """The projections to the teacher's space, not normalised."""
+    boxes_cxcywh: Float[Tensor, "num_layers batch num_queries 4"]
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """The first stage: one objectness logit and one box for each token of the memory.
+
+    Boxes of tokens that are not `valid` (padding, or too near the border) mean nothing.
+    """
+
+    objectness_logits: Float[Tensor, "batch num_tokens"]
+    boxes_cxcywh: Float[Tensor, "batch num_tokens 4"]
+    valid: Bool[Tensor, "batch num_tokens"]
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """Everything the student says; `distillation` is None unless regions were given."""
+
+    detection: QueryOutput
+    logits: Float[Tensor, "num_layers batch num_queries num_classes"]
+    encoder: EncoderOutput
+    anchors_cxcywh: Float[Tensor, "batch num_queries 4"]
+    anchor_objectness: Float[Tensor, "batch num_queries"]
+    distillation: QueryOutput | None
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Turns words into unit vectors: the teacher's text tower, wherever it lives."""
+
+    @property
+    def identity(self) -> str:
+        """Names the model and its weights; equal identities give equal embeddings."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "num_texts embed_dim"]:
+        """Returns float32 vectors of unit norm, one a text."""
+        ...
+
+
+@runtime_checkable
+class RegionEncoder(Protocol):
+    """Turns parts of a picture into unit vectors: the teacher's image tower."""
+
+    @property
+    def identity(self) -> str:
+        """Names the model and its weights; equal identities give equal embeddings."""
+        ...
+
+    def encode_regions(
+        self, image: np.ndarray, boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
+    ) -> Float[np.ndarray, "num_boxes embed_dim"]:
+        """Returns float32 unit vectors of the boxes (pixels) of an RGB uint8 picture (h, w, 3)."""
+        ...

@@ -1,0 +1,215 @@
+"""Convolutional trunks: torchvision's ResNet-50 and a slim ResNet for small pictures.
+
+Both give the feature maps of the stages asked for, C2 (stride 4) to C5 (stride 32).
+"""
+
+from collections.abc import Callable, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
+
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+
+Norm = Literal["sync_batch", "batch", "frozen"]
+_SLIM_BLOCKS = {2: 1, 3: 2, 4: 2, 5: 2}
+
+
+class Backbone(nn.Module):
+    """A stem and stages C2..C5, of which some are handed on.
+
+    Attributes:
+        num_channels: channels of each map handed on, finest first.
+        strides: their strides in pixels.
+    """
+
+    def __init__(
+        self, stem: nn.Module, stages: Sequence[nn.Module], channels: Sequence[int],
+        *, used_stages: Sequence[int], frozen_stages: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not used_stages or sorted(set(used_stages)) != list(used_stages):
+            raise UsageError(f"backbone.stages must rise, got {list(used_stages)}")
+        if used_stages[0] < 2 or used_stages[-1] > 5:
+            raise UsageError(f"backbone.stages lie in 2..5, got {list(used_stages)}")
+        self.stem = stem
+        self.stages = nn.ModuleList(stages[: used_stages[-1] - 1])  # later ones would idle
+        self._used_stages = tuple(used_stages)
+        self.num_channels = tuple(channels[stage - 2] for stage in used_stages)
+        self.strides = tuple(2**stage for stage in used_stages)
+        self._frozen = (self.stem, *self.stages)[: frozen_stages + 1] if frozen_stages else ()
+        for part in self._frozen:
+            part.requires_grad_(requires_grad=False)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Sets the mode; frozen stages stay in evaluation mode, their statistics unmoved."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    def forward(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> list[Float[Tensor, "batch channels h w"]]:
+        """Returns the maps of the used stages, finest first."""
+        maps: list[Tensor] = []
+        x = self.stem(pixels)
+        for number, stage in enumerate(self.stages, start=2):
+            x = stage(x)
+            if number in self._used_stages:
+                maps.append(x)
+        return maps
+
+
+def resnet50(
+    *, weights: str, norm: Norm, frozen_stages: int, used_stages: Sequence[int]
+) -> Backbone:
+    """Returns torchvision's ResNet-50 (stride on the 3x3), from `weights`.
+
+    Args:
+        weights: `imagenet` (torchvision IMAGENET1K_V1, downloaded or from torch's cache),
+            `random`, or a .pth / .safetensors file with torchvision's or timm's key names.
+        norm: trainable batch norm, over ranks or not, or frozen statistics.
+        frozen_stages: 0 none, 1 the stem and C2, ...
+        used_stages: C-numbers handed on.
+    """
+    trunk = torchvision.models.resnet50(weights=None, norm_layer=_norm_layer(norm))
+    if weights != "random":
+        state = _imagenet_weights() if weights == "imagenet" else _read_weights(Path(weights))
+        _load_trunk(trunk, state, source=weights)
+    stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
+    stages = [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+    return Backbone(
+        stem,
+        stages,
+        [256, 512, 1024, 2048],
+        used_stages=used_stages,
+        frozen_stages=frozen_stages,
+    )
+
+
+def slim_resnet(
+    *, weights: str, norm: Norm, frozen_stages: int, used_stages: Sequence[int], width: int
+) -> Backbone:
+    """Returns a small ResNet of basic blocks: stem stride 2, then C2..C5 of w, 2w, 4w, 4w channels.
+
+    Args:
+        weights: `pictograms` (shipped, width 32), `random`, or a .safetensors file.
+        norm: see `resnet50`.
+        frozen_stages: see `resnet50`.
+        used_stages: C-numbers handed on.
+        width: channels of C2.
+    """
+    norm_layer = _norm_layer(norm)
+    channels = [width, 2 * width, 4 * width, 4 * width]
+    stem = nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), norm_layer(width), nn.ReLU()
+    )
+    stages: list[nn.Module] = []
+    num_in = width
+    for number, num_out in enumerate(channels, start=2):
+        blocks: list[nn.Module] = []
+        for index in range(_SLIM_BLOCKS[number]):
+            stride = 2 if index == 0 else 1
+            shortcut = None
+            if stride != 1 or num_in != num_out:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(num_in, num_out, 1, stride=stride, bias=False), norm_layer(num_out)
+                )
+            blocks.append(
+                BasicBlock(num_in, num_out, stride, downsample=shortcut, norm_layer=norm_layer)
+            )
+            num_in = num_out
+        stages.append(nn.Sequential(*blocks))
+    backbone = Backbone(
+        stem, stages, channels, used_stages=used_stages, frozen_stages=frozen_stages
+    )
+    _initialise_convolutions(backbone)
+    if weights != "random":
+        state = _shipped_pictogram_weights() if weights == "pictograms" else None
+        _load_slim(backbone, state or _read_weights(Path(weights)), source=weights)
+    return backbone
+
+
+def _norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
+    layers: dict[Norm, Callable[[int], nn.Module]] = {
+        "sync_batch": nn.SyncBatchNorm,
+        "batch": nn.BatchNorm2d,
+        "frozen": FrozenBatchNorm2d,
+    }
+    return layers[norm]
+
+
+def _initialise_convolutions(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _imagenet_weights() -> dict[str, Tensor]:
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except OSError as error:
+        name = weights.url.rsplit("/", 1)[-1]
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise DataError(
+            f"torchvision's ImageNet weights of ResNet-50 cannot be reached ({error}). Put {name} "
+            f"into {folder}, or name a file: --set student.backbone.weights=/path/{name}; for a "
+            "trial without them: --set student.backbone.weights=random"
+        ) from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise DataError(f"no backbone weights at '{path}'")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: dict[str, Any] = load_file(path)
+        else:
+            # Foreign tensors, never code: weights_only refuses anything but plain types.
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:
+        raise CorruptArtefactError(f"'{path}' does not hold backbone weights: {error}") from error
+    state: dict[str, Tensor] = loaded.get("state_dict", loaded)
+    return {key.removeprefix("backbone."): value for key, value in state.items()}
+
+
+def _shipped_pictogram_weights() -> dict[str, Tensor]:
+    resource = files("dkdetr.student") / "slim_resnet_pictograms.safetensors"
+    with as_file(resource) as path:
+        return load_file(path)
+
+
+def _load_trunk(trunk: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    wanted = {key for key in trunk.state_dict() if not key.startswith("fc.")}
+    usable = {key: value for key, value in state.items() if key in wanted}
+    missing = sorted(key for key in wanted - usable.keys() if "num_batches_tracked" not in key)
+    if missing:
+        raise CorruptArtefactError(
+            f"'{source}' is no ResNet-50: {len(missing)} tensors missing, first {missing[:3]}"
+        )
+    try:
+        trunk.load_state_dict(usable, strict=False)
+    except RuntimeError as error:
+        raise CorruptArtefactError(f"'{source}' is no ResNet-50: {error}") from error
+
+
+def _load_slim(backbone: Backbone, state: dict[str, Tensor], *, source: str) -> None:
+    usable = {key: value.float() for key, value in state.items() if key in backbone.state_dict()}
+    try:
+        missing, _ = backbone.load_state_dict(usable, strict=False)
+    except RuntimeError as error:
+        raise CorruptArtefactError(f"'{source}' has another width: {error}") from error
+    missing = [key for key in missing if "num_batches_tracked" not in key]
+    if missing:
+        raise CorruptArtefactError(
+            f"'{source}' is no slim ResNet: {len(missing)} tensors missing, first {missing[:3]}"
+        )

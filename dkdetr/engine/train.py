@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cache.store import open_cache
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from cache.store import open_cache
 from dkdetr.config import ExperimentConfig, config_hash
 from dkdetr.data.loader import TrainingLoader, make_training_loader
 from dkdetr.data.splits import load_split

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from dkdetr.evaluation.ground_truth import Protocol, ScoredCategory
+from dkdetr.data.annotations import Category
+from dkdetr.data.splits import Protocol
 
 MAX_DETECTIONS_PER_IMAGE = 300
 """LVIS: over all categories of an image."""
@@ -14,7 +15,7 @@ OVERALL_KEYS: tuple[str, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
-def group_of(protocol: Protocol, category: ScoredCategory) -> str:
+def group_of(protocol: Protocol, category: Category) -> str:
     """Returns the group a category is reported in: a frequency, novel or base, or '' for COCO."""
     if protocol == "lvis":
         return _FREQUENCY_NAMES.get(category.frequency, "")

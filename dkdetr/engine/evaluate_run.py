@@ -65,9 +65,7 @@ class Scored:
         return described | self.evaluation.metrics.as_json()
 
 
-def evaluate_run(
-    request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None
-) -> Scored:
+def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None) -> Scored:
     """Returns a run's metrics on a split; the files lie in the run's `eval/SPLIT/`.
 
     Args:
@@ -110,9 +108,7 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
         raise UsageError("--predictions wants --split: a results file does not name its split")
     split = load_split(request.split, request.data_root)
     out_dir = predictions.parent / f"{predictions.stem}-{_folder_name(split.name)}"
-    evaluation = score_predictions(
-        predictions, split, out_dir=out_dir, evaluator=request.evaluator
-    )
+    evaluation = score_predictions(predictions, split, out_dir=out_dir, evaluator=request.evaluator)
     return Scored(subject=predictions, split=split.name, evaluation=evaluation)
 
 

@@ -35,3 +35,24 @@ GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
 def metric_keys(protocol: Protocol) -> tuple[str, ...]:
     """Returns the keys of a protocol's numbers, in the order tables show them."""
     return (*OVERALL_KEYS, *GROUP_KEYS[protocol])
+
+
+_MEANINGS = {
+    "AP": "all categories, IoU .50 to .95",
+    "AP50": "IoU .50",
+    "AP75": "IoU .75",
+    "APs": "small objects",
+    "APm": "medium objects",
+    "APl": "large objects",
+    "APr": "rare = novel, never annotated in training",
+    "APc": "common",
+    "APf": "frequent",
+    "AP50_novel": "novel, never annotated in training",
+    "AP50_base": "base",
+    "AP50_all": "novel and base together",
+}
+
+
+def metric_meaning(key: str) -> str:
+    """Returns a metric in words."""
+    return _MEANINGS[key]

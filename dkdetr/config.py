@@ -50,6 +50,8 @@ class StudentConfig:
 
     __pydantic_config__ = _STRICT
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    neck_bias: bool = False
+    """Biases of the neck's convolutions: the original Deformable DETR has them, DK-DETR none."""
     embed_dim: int = 256
     num_heads: int = 8
     num_points: int = 4

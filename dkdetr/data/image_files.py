@@ -1,0 +1,168 @@
+"""The one way in which an image file becomes pixels, and the one way to find it.
+
+EXIF orientation is ignored everywhere: the boxes of COCO and LVIS are drawn on the pixels as they
+are stored, and rotating only some readers' pictures is how boxes and pixels part.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageFile
+
+from dkdetr.errors import DataError
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Larger pictures are refused: a few kilobytes of PNG can unpack to gigabytes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+_COCO_FOLDERS = ("train2017", "val2017")
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class UnreadableImageError(DataError):
+    """One image cannot be used: missing, truncated, of another size, too large, of a wrong kind."""
+
+
+def check_file_name(file_name: str) -> None:
+    """Raises DataError for a name that no file under an image root can have.
+
+    That is: empty, absolute, a URL, with `..`, a backslash, a drive or a NUL.
+    """
+    suspicious = (
+        not file_name
+        or file_name.startswith("/")
+        or "\0" in file_name
+        or "\\" in file_name
+        or "://" in file_name
+        or ".." in file_name.split("/")
+        or PureWindowsPath(file_name).drive != ""
+    )
+    if suspicious:
+        raise DataError(f"file_name {file_name!r} is no path inside an image folder: refused")
+
+
+def safe_join(root: Path, file_name: str) -> Path:
+    """Returns `root / file_name` if that lies inside `root`, links followed.
+
+    Raises:
+        DataError: see `check_file_name`, or the path goes through a link that leaves the root.
+    """
+    check_file_name(file_name)
+    try:
+        inside = (root / file_name).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        raise DataError(f"file_name {file_name!r} under {root}: {error}") from None
+    if not inside:
+        raise DataError(f"file_name {file_name!r} leads out of the image root {root}: refused")
+    return root / file_name
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where a split's images lie.
+
+    With `coco_layout` (LVIS), `train2017/x.jpg` and `val2017/x.jpg` are looked for in either of
+    the two folders and then as `x.jpg` itself: most of LVIS's val images lie in train2017. The two
+    folders may be links.
+    """
+
+    root: Path
+    coco_layout: bool
+
+    def path(self, file_name: str) -> Path:
+        """Returns the file's path; of several places the first that has it, else the first.
+
+        Raises:
+            DataError: the name leaves the root (see `safe_join`).
+        """
+        places = self.places(file_name)
+        if len(places) > 1:
+            places = [each for each in places if (each[0] / each[1]).is_file()] or places
+        return safe_join(*places[0])
+
+    def places(self, file_name: str) -> list[tuple[Path, str]]:
+        """Returns where the file may lie, best first, as (trusted folder, name below it)."""
+        folder, _, name = file_name.rpartition("/")
+        if not self.coco_layout or folder not in _COCO_FOLDERS:
+            return [(self.root, file_name)]
+        other = next(each for each in _COCO_FOLDERS if each != folder)
+        return [(self.root / folder, name), (self.root / other, name), (self.root, name)]
+
+
+def read_image(path: Path, *, expected_hw: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the RGB pixels of a file; raises UnreadableImageError that names it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(f"image {path}: {error.strerror or error}") from None
+    return decode_image(data, path, expected_hw=expected_hw)
+
+
+def decode_image(
+    data: bytes, path: Path, *, expected_hw: tuple[int, int]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the RGB pixels of an encoded image, whose name is only for messages.
+
+    Raises:
+        UnreadableImageError: no JPEG, PNG, WebP or BMP, truncated, larger than MAX_IMAGE_PIXELS,
+            more than 8 bits a channel, or not of the size that its annotation says.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise DataError(
+            "a library set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: truncated images would pass as "
+            "whole ones; set it back to False"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_header(image, path, expected_hw)
+                image.load()
+                pixels = np.array(_to_rgb(image))
+    except UnreadableImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise UnreadableImageError(f"image {path}: empty, damaged or none of {kinds}") from None
+    except _DECODER_ERRORS as error:
+        raise UnreadableImageError(f"image {path}: {error}") from None
+    return pixels
+
+
+def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int]) -> None:
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise UnreadableImageError(
+            f"image {path}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}"
+        )
+    if (height, width) != expected_hw:
+        raise UnreadableImageError(
+            f"image {path} is {width} x {height} pixels, its annotation says "
+            f"{expected_hw[1]} x {expected_hw[0]}: boxes would lie elsewhere"
+        )
+    if image.mode not in _MODES:
+        raise UnreadableImageError(
+            f"image {path}: pixels of kind '{image.mode}', more than 8 bits a channel"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in {"P", "PA"}:  # a palette may hold transparency, which RGB alone would lose
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,133 @@
+"""How an image becomes the student's view of it: large-scale jitter in training, a plain resize else.
+
+The geometry is drawn first, as a value. The pixels, the ground truth and the cached regions are
+then moved by that one value, so that they cannot part.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from dkdetr.boxes import clip_xyxy, xyxy_to_cxcywh
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+"""ImageNet's RGB means on the 0..255 scale (method A.1)."""
+PIXEL_STD = (58.395, 57.12, 57.375)
+MIN_BOX_SIDE = 1e-2
+"""Pixels of the view: ground truth that is not wider and higher than this is left out."""
+_MAX_DRAWS = 20
+
+SizeHW = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ViewGeometry:
+    """Resize to `resized_hw`, cut out `view_hw` at (crop_top, crop_left), then perhaps mirror.
+
+    Lengths are whole pixels. The view lies in the top left corner of the padded input.
+    """
+
+    original_hw: SizeHW
+    resized_hw: SizeHW
+    crop_top: int
+    crop_left: int
+    view_hw: SizeHW
+    flip: bool
+
+    def move_boxes(self, boxes_xyxy: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
+        """Returns boxes of the original image in pixels of the view, not cut at its border."""
+        scale_x = self.resized_hw[1] / self.original_hw[1]
+        scale_y = self.resized_hw[0] / self.original_hw[0]
+        left, top, right, bottom = boxes_xyxy.unbind(-1)
+        left, right = left * scale_x - self.crop_left, right * scale_x - self.crop_left
+        top, bottom = top * scale_y - self.crop_top, bottom * scale_y - self.crop_top
+        if self.flip:
+            left, right = self.view_hw[1] - right, self.view_hw[1] - left
+        return torch.stack((left, top, right, bottom), dim=-1)
+
+    def normalise(self, boxes_xyxy: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
+        """Returns pixel boxes of the view as cxcywh, 1.0 being the un-padded view's edge."""
+        height, width = self.view_hw
+        return xyxy_to_cxcywh(boxes_xyxy) / boxes_xyxy.new_tensor((width, height, width, height))
+
+
+def evaluation_geometry(original_hw: SizeHW, *, image_size: int) -> ViewGeometry:
+    """Returns the whole image with its longest side at `image_size`."""
+    resized = _resized(original_hw, longest_side=image_size)
+    return ViewGeometry(original_hw, resized, 0, 0, resized, flip=False)
+
+
+def draw_geometry(
+    original_hw: SizeHW, boxes_xyxy: Float[Tensor, "n 4"],
+    *, image_size: int, scale_range: tuple[float, float], flip_probability: float,
+    generator: torch.Generator,
+) -> ViewGeometry:  # fmt: skip
+    """Returns a random view: large-scale jitter, a crop of at most image_size squared, a flip.
+
+    The longest side becomes image_size times a uniform ratio of `scale_range`. Ratio and crop are
+    drawn again, at most 20 times, until the view shows one of `boxes_xyxy` (pixels of the
+    original); then the whole image is taken, its longest side at image_size. Without boxes the
+    first draw stands. (Method A.1; mmdetection's Resize and RandomCrop take another image instead,
+    which would break "each image once an epoch".)
+    """
+    flip = bool(torch.rand((), generator=generator) < flip_probability)
+    low, high = scale_range
+    for _ in range(_MAX_DRAWS):
+        ratio, crop_y, crop_x = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        resized = _resized(original_hw, longest_side=image_size * (low + (high - low) * ratio))
+        view = (min(resized[0], image_size), min(resized[1], image_size))
+        # Each of the margin + 1 offsets is equally likely.
+        top = int(crop_y * (resized[0] - view[0] + 1))
+        left = int(crop_x * (resized[1] - view[1] + 1))
+        geometry = ViewGeometry(original_hw, resized, top, left, view, flip)
+        if len(boxes_xyxy) == 0 or bool(visible_boxes(geometry, boxes_xyxy)[1].any()):
+            return geometry
+    whole = _resized(original_hw, longest_side=image_size)
+    return ViewGeometry(original_hw, whole, 0, 0, whole, flip)
+
+
+def visible_boxes(
+    geometry: ViewGeometry, boxes_xyxy: Float[Tensor, "n 4"]
+) -> tuple[Float[Tensor, "n 4"], Bool[Tensor, "n"]]:
+    """Returns the boxes moved into the view and cut at its border, and which are still to be seen.
+
+    Seen is what is wider and higher than MIN_BOX_SIDE pixels of the view.
+    """
+    height, width = geometry.view_hw
+    cut = clip_xyxy(geometry.move_boxes(boxes_xyxy), height=height, width=width)
+    return cut, ((cut[:, 2:] - cut[:, :2]) > MIN_BOX_SIDE).all(dim=-1)
+
+
+def render_view(
+    image: UInt8[np.ndarray, "height width 3"], geometry: ViewGeometry, *, image_size: int
+) -> tuple[Float[Tensor, "3 size size"], Bool[Tensor, "size size"]]:
+    """Returns the normalised view, padded with zeros to image_size squared, and its padding mask."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    resized = F.resize_image(
+        pixels,
+        list(geometry.resized_hw),
+        interpolation=InterpolationMode.BILINEAR,
+        antialias=True,
+    )
+    height, width = geometry.view_hw
+    view = F.crop_image(resized, geometry.crop_top, geometry.crop_left, height, width)
+    if geometry.flip:
+        view = F.horizontal_flip_image(view)
+    padded = torch.zeros((3, image_size, image_size), dtype=torch.float32)
+    mean = torch.tensor(PIXEL_MEAN)[:, None, None]
+    std = torch.tensor(PIXEL_STD)[:, None, None]
+    padded[:, :height, :width] = (view.to(torch.float32) - mean) / std
+    padding_mask = torch.ones((image_size, image_size), dtype=torch.bool)
+    padding_mask[:height, :width] = False
+    return padded, padding_mask
+
+
+def _resized(original_hw: SizeHW, *, longest_side: float) -> SizeHW:
+    scale = longest_side / max(original_hw)
+    height, width = (max(1, int(side * scale + 0.5)) for side in original_hw)
+    return height, width

@@ -1,0 +1,216 @@
+"""The vocabulary: names, their groups and their text embeddings, as one checked artefact.
+
+Only this file converts between a data set's `category_id` and the contiguous `label`.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dkdetr.data.annotations import Category
+from dkdetr.data.prompts import fill_prompt
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.structures import TextEncoder
+
+_NORM_TOLERANCE = 2e-3
+_FIELDS = ("names", "category_ids", "is_base", "frequencies", "prompts", "teacher")
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Category i has names[i], category_ids[i], ... and the unit vector embeddings[i].
+
+    `prompts` are the templates whose embeddings were averaged, `teacher` the identity of the text
+    encoder; `frequencies` are LVIS's r, c, f, and '' where unknown.
+
+    Raises:
+        DataError: the parts differ in length, an id occurs twice, or a row is not of unit norm.
+    """
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    is_base: tuple[bool, ...]
+    frequencies: tuple[str, ...]
+    prompts: tuple[str, ...]
+    teacher: str
+    embeddings: Float[np.ndarray, "num_classes embed_dim"]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.names), len(self.category_ids), len(self.is_base)}
+        if lengths | {len(self.frequencies), len(self.embeddings)} != {len(self.names)}:
+            raise DataError("a vocabulary's names, ids, groups and embeddings differ in number")
+        if self.embeddings.dtype != np.float32 or self.embeddings.ndim != 2:
+            raise DataError("a vocabulary's embeddings are float32 rows, one a name")
+        if len(set(self.category_ids)) != len(self.category_ids):
+            raise DataError("a category_id occurs twice in a vocabulary")
+        norms = np.linalg.norm(self.embeddings.astype(np.float64), axis=1)
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= _NORM_TOLERANCE))
+        if len(bad):
+            first = int(bad[0])
+            raise DataError(
+                f"{len(bad)} text embeddings are not of unit norm; the first is "
+                f"'{self.names[first]}' with {norms[first]:.4g}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def embed_dim(self) -> int:
+        """The length of a text embedding."""
+        return self.embeddings.shape[1]
+
+    def base(self) -> "Vocabulary":
+        """Returns the base rows only, in the same order: all that training may see."""
+        return self._rows([i for i, is_base in enumerate(self.is_base) if is_base])
+
+    def _rows(self, rows: Sequence[int]) -> "Vocabulary":
+        return Vocabulary(
+            names=tuple(self.names[i] for i in rows),
+            category_ids=tuple(self.category_ids[i] for i in rows),
+            is_base=tuple(self.is_base[i] for i in rows),
+            frequencies=tuple(self.frequencies[i] for i in rows),
+            prompts=self.prompts,
+            teacher=self.teacher,
+            embeddings=self.embeddings[list(rows)],
+        )
+
+    @cached_property
+    def _labels(self) -> dict[int, int]:
+        return {category_id: label for label, category_id in enumerate(self.category_ids)}
+
+    def label_of(self, category_id: int) -> int:
+        """Returns the row of a data set's category id; raises DataError if it has none."""
+        label = self._labels.get(category_id)
+        if label is None:
+            raise DataError(f"category id {category_id} is not in the vocabulary")
+        return label
+
+    def category_id_of(self, label: int) -> int:
+        """Returns the data set's category id of a row."""
+        return self.category_ids[label]
+
+    @cached_property
+    def hash(self) -> str:
+        """64 hex digits that change with any name, group, prompt, teacher or embedding."""
+        digest = hashlib.sha256(_canonical(self.metadata()).encode())
+        digest.update(np.ascontiguousarray(self.embeddings, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns all but the embeddings, as plain JSON values."""
+        listed = {name: getattr(self, name) for name in _FIELDS}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in listed.items()
+        }
+
+
+def from_metadata(
+    metadata: Mapping[str, Any], embeddings: Float[np.ndarray, "num_classes embed_dim"]
+) -> Vocabulary:
+    """Returns the vocabulary that `Vocabulary.metadata` and its embeddings describe.
+
+    Raises:
+        DataError: a part is missing or malformed.
+    """
+    try:
+        return Vocabulary(
+            names=tuple(str(name) for name in metadata["names"]),
+            category_ids=tuple(int(number) for number in metadata["category_ids"]),
+            is_base=tuple(bool(flag) for flag in metadata["is_base"]),
+            frequencies=tuple(str(group) for group in metadata["frequencies"]),
+            prompts=tuple(str(prompt) for prompt in metadata["prompts"]),
+            teacher=str(metadata["teacher"]),
+            embeddings=np.ascontiguousarray(embeddings, dtype=np.float32),
+        )
+    except KeyError as error:
+        raise DataError(f"a vocabulary's description lacks {error}") from None
+    except TypeError as error:
+        raise DataError(f"a vocabulary's description is malformed: {error}") from None
+
+
+def build_vocabulary(
+    categories: Sequence[Category], prompts: Sequence[str], encoder: TextEncoder
+) -> Vocabulary:
+    """Returns the vocabulary of `categories`: for each, the unit mean of its prompts' unit vectors.
+
+    Raises:
+        DataError: no category, a name twice, or prompts whose vectors cancel out.
+        UsageError: no prompt, or one without a place for the name.
+    """
+    names = [category.name for category in categories]
+    if len(set(names)) != len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise DataError(f"a vocabulary wants distinct names; twice: {', '.join(twice)}")
+    if not names:
+        raise DataError("a vocabulary wants at least one name")
+    if not prompts:
+        raise UsageError("a vocabulary wants at least one prompt")
+    texts = [fill_prompt(template, name) for name in names for template in prompts]
+    each = np.asarray(encoder.encode_texts(texts), dtype=np.float64)
+    mean = each.reshape(len(names), len(prompts), -1).mean(axis=1)
+    norms = np.linalg.norm(mean, axis=1, keepdims=True)
+    if not (norms > 0).all():
+        raise DataError("the prompts of a name have embeddings that cancel out")
+    return Vocabulary(
+        names=tuple(names),
+        category_ids=tuple(category.category_id for category in categories),
+        is_base=tuple(category.is_base for category in categories),
+        frequencies=tuple(category.frequency for category in categories),
+        prompts=tuple(prompts),
+        teacher=encoder.identity,
+        embeddings=(mean / norms).astype(np.float32),
+    )
+
+
+def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
+    """Writes a vocabulary as safetensors, atomically; its hash travels inside."""
+    described = {"vocabulary": _canonical(vocabulary.metadata()), "hash": vocabulary.hash}
+    data = save({"embeddings": np.ascontiguousarray(vocabulary.embeddings)}, metadata=described)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """Returns a vocabulary from its file; needs no CLIP.
+
+    Raises:
+        DataError: no such file.
+        CorruptArtefactError: not a vocabulary, or its content does not give the hash inside.
+    """
+    if not path.is_file():
+        raise DataError(f"no vocabulary file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            described = file.metadata() or {}
+            embeddings = file.get_tensor("embeddings")
+        vocabulary = from_metadata(json.loads(described["vocabulary"]), embeddings)
+        expected = described["hash"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CorruptArtefactError(f"{path} is not a vocabulary file: {error}") from None
+    if vocabulary.hash != expected:
+        raise CorruptArtefactError(f"{path} is damaged: its content does not give its own hash")
+    return vocabulary
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

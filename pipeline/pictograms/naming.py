@@ -44,12 +44,14 @@ _LEFT_OUT_RANGES = """
 _LEFT_OUT_NAMES_TEXT = """
 Japanese castle; bell with slash; blossom; bridge at night; bust in silhouette; busts in
 silhouette; camera with flash; chart increasing with yen; cinema; cityscape at dusk; clinking
-beer mugs; computer disk; dim button; flower playing cards; foggy; globe showing Americas; globe
-showing Asia-Australia; horizontal traffic light; kiss mark; leaf fluttering in wind; ledger;
-level slider; light rail; linked paperclips; love hotel; low battery; magnifying glass tilted
-right; manual wheelchair; medium skin tone; moon viewing ceremony; mountain; national park;
-night with stars; no littering; orca; page with curl; passenger ship; person standing; speech
-balloon; station; sunrise; sunset; ticket; umbrella; umbrella on ground; wedding
+beer mugs; clinking glasses; clutch bag; computer disk; dim button; empty nest; flower playing
+cards; foggy; globe showing Americas; globe showing Asia-Australia; glowing star; hole;
+horizontal traffic light; hourglass done; kiss mark; leaf fluttering in wind; ledger; level
+slider; light rail; linked paperclips; love hotel; low battery; magnifying glass tilted right;
+manual wheelchair; medium skin tone; military medal; milky way; moon viewing ceremony; mountain;
+musical notes; national park; night with stars; no littering; orca; page with curl; passenger
+ship; person standing; rugby football; snowman without snow; speech balloon; sports medal;
+station; sunrise; sunrise over mountains; sunset; ticket; umbrella; umbrella on ground; wedding
 """
 
 # CLDR's name says more or less than a person would.

@@ -1,0 +1,133 @@
+"""Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dkdetr.data.splits import Split, load_split
+from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
+from dkdetr.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_student
+from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.run_folder import RunFolder, newest_run
+from dkdetr.errors import DataError, MismatchError, UsageError
+from dkdetr.evaluation.detection_metrics import Evaluator
+from dkdetr.evaluation.evaluate import Evaluation, evaluate_student
+
+VocabularyBuilder = Callable[[Split, str], Vocabulary]
+"""Builds a split's vocabulary with the teacher that a specification names."""
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to score.
+
+    `run` is a run folder or a checkpoint, None for the newest run below `runs`; `split` None for
+    the validation split that belongs to the run's training split; `vocabulary` None for the
+    checkpoint's own where its names are the split's.
+    """
+
+    run: Path | None
+    split: str | None
+    vocabulary: Path | None
+    data_root: Path
+    device: str = "auto"
+    evaluator: Evaluator = "fast"
+    runs: Path = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """What was scored on what, and the result."""
+
+    checkpoint: Path
+    split: str
+    evaluation: Evaluation
+
+
+def evaluate_run(
+    request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None
+) -> RunEvaluation:
+    """Returns a run's metrics on a split; the files lie in the run's `eval/SPLIT/`.
+
+    Args:
+        request: what to score.
+        build_vocabulary: used where the checkpoint's names are not the split's and no vocabulary
+            file is given; CLIP stays out of this package.
+
+    Raises:
+        MismatchError: no vocabulary fits the split.
+    """
+    run = request.run or newest_run(request.runs)
+    if run is None:
+        raise DataError(
+            f"no run below '{request.runs}/'; name one, or train: dkdetr train --cache CACHE"
+        )
+    path = find_checkpoint(run)
+    checkpoint = load_checkpoint(path)
+    split = load_split(request.split or validation_split(checkpoint.cache_split), request.data_root)
+    vocabulary = _fitting_vocabulary(request, checkpoint, path, split, build_vocabulary)
+    device = pick_device(request.device)
+    evaluation = evaluate_student(
+        load_student(checkpoint).to(device),
+        split,
+        vocabulary,
+        checkpoint.config,
+        device=device,
+        out_dir=path.parent.parent / "eval" / split.name.replace(":", "_").replace("/", "_"),
+        evaluator=request.evaluator,
+    )
+    return RunEvaluation(checkpoint=path, split=split.name, evaluation=evaluation)
+
+
+def validation_split(train_split: str) -> str:
+    """Returns the name of the split that belongs to a training split.
+
+    Raises:
+        UsageError: the split is a user's own folder, whose validation part only they know.
+    """
+    if train_split.endswith("_train"):
+        return train_split.removesuffix("_train") + "_val"
+    raise UsageError(f"which split? '{train_split}' does not say what to score on: give --split")
+
+
+def _fitting_vocabulary(
+    request: EvalRequest,
+    checkpoint: Checkpoint,
+    path: Path,
+    split: Split,
+    build_vocabulary: VocabularyBuilder | None,
+) -> Vocabulary:
+    teacher = checkpoint.vocabulary.teacher
+    if request.vocabulary is not None:
+        given = load_vocabulary(request.vocabulary)
+        if given.teacher != teacher:
+            raise MismatchError(
+                f"'{request.vocabulary}' was embedded by {given.teacher}, the student learned from "
+                f"{teacher}: their spaces have nothing in common"
+            )
+        return given
+    own = checkpoint.vocabulary
+    wanted = {category.category_id: category.name for category in split.categories}
+    if wanted == dict(zip(own.category_ids, own.names, strict=True)):
+        return own
+    spec = _teacher_spec(path)
+    if build_vocabulary is None or spec is None:
+        raise MismatchError(
+            f"the checkpoint's {len(own)} names are not those of '{split.name}'; give a vocabulary "
+            f"of {teacher} with --vocab"
+        )
+    built = build_vocabulary(split, spec)
+    if built.teacher != teacher:
+        raise MismatchError(
+            f"the student learned from {teacher}, but '{spec}' is now {built.teacher}; give a "
+            "vocabulary of the first with --vocab"
+        )
+    return built
+
+
+def _teacher_spec(checkpoint: Path) -> str | None:
+    provenance = RunFolder(checkpoint.parent.parent).provenance
+    if not provenance.is_file():
+        return None
+    return json.loads(provenance.read_text(encoding="utf-8")).get("teacher_spec")

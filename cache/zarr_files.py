@@ -6,7 +6,7 @@ embeddings shrink by 8 % and read three times slower) and with a crc32c on every
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import zarr
 from numpy.typing import NDArray
@@ -45,9 +45,10 @@ def write_blocks(path: Path, shard_index: int, blocks: Mapping[str, NDArray[Any]
     """
     for name, block in blocks.items():
         with disk_errors(f"shard {shard_index:06d}, array {name}"):
-            opened = zarr.Array.open(LocalStore(path / DATA_FOLDER / name))
+            store = LocalStore(path / DATA_FOLDER / name)
+            opened = cast("zarr.Array[Any]", zarr.Array.open(store))  # pyright: ignore[reportUnknownMemberType]
             # An all-fill chunk must be a chunk: an absent one looks the same as a lost one.
-            # open_array ignores this setting for an array that exists, so it is set here.
+            # Opening ignores this setting for an array that exists, so it is set here.
             array = opened.with_config({"write_empty_chunks": True})
             shards = array.shards
             assert shards is not None

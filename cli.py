@@ -54,13 +54,13 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
             except KeyboardInterrupt:
                 _say("stopped")
                 raise typer.Exit(130) from None
-            except Exception as error:
+            except typer.Exit:
+                raise
+            except Exception as error:  # noqa: BLE001  the border: every error becomes a message
                 code = _exit_code(error)
-                if code is None or kwargs.get("verbose"):
+                if kwargs.get("verbose"):
                     traceback.print_exc()
-                if code is None:
-                    raise typer.Exit(1) from None
-                _say(f"error [{code}]: {error}")
+                _say(f"error [{code}]: {_sentence(error, code)}")
                 raise typer.Exit(code) from None
 
         return group.command(name)(guarded)
@@ -68,13 +68,26 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
     return register
 
 
-def _exit_code(error: Exception) -> int | None:
-    """Returns the documented exit code of an error, None for one of our own mistakes."""
+def _exit_code(error: Exception) -> int:
+    """Returns the documented exit code of an error, 1 for one of our own mistakes."""
     if isinstance(error, OSError) and error.errno == 28:
         return 6
     if type(error).__name__ == _OUT_OF_MEMORY:
         return 9
-    return getattr(error, "exit_code", None)
+    return getattr(error, "exit_code", 1)
+
+
+def _sentence(error: Exception, code: int) -> str:
+    if code == 6:
+        return f"the disk is full: {error}; what was finished stands, the same command resumes"
+    if code == 9:
+        return (
+            f"the device is out of memory: {str(error).splitlines()[0]}; lower data.batch_size, "
+            "data.image_size or eval.batch_size with --set"
+        )
+    if code == 1:
+        return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
+    return str(error)
 
 
 def _say(message: str) -> None:
@@ -88,6 +101,118 @@ def _report(result: dict[str, Any], destination: str | None) -> None:
         from dkdetr.atomic_file import write_text
 
         write_text(Path(destination), json.dumps(result, indent=2, default=str) + "\n")
+
+
+@_command(app, "train")
+def train_command(
+    cache: Annotated[Path, typer.Option(help="A sealed teacher cache")],
+    experiment: Annotated[
+        str | None, typer.Option(help="A shipped name or a TOML file; default: by the split")
+    ] = None,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Folder; default runs/EXPERIMENT-HASH")] = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Overrides the experiment's seed")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train a student from a cache; the same command resumes. CLIP is not loaded.
+
+    Several GPUs: torchrun --nproc-per-node N --no-python dkdetr train ...
+    """
+    from dkdetr.engine.start import start_training
+
+    settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+    summary = start_training(cache, experiment, settings, run, data_root, device)
+    _say(
+        f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
+        f"next: dkdetr eval {summary.run}"
+    )
+    _report(vars(summary), json_out)
+
+
+@_command(app, "eval")
+def eval_command(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder or checkpoint; default: the newest run")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation part of the run's split")
+    ] = None,
+    vocab: Annotated[Path | None, typer.Option(help="A vocabulary file for the names")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this results json instead of a run")
+    ] = None,
+    evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Score a run, or anybody's results json, by the split's protocol."""
+    from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
+
+    request = EvalRequest(run, split, vocab, data_root, device, evaluator)
+    if predictions is not None:
+        scored = evaluate_predictions(predictions, request)
+    else:
+        scored = evaluate_run(request, _build_vocabulary)
+    _say(f"{scored.subject} on {scored.split}, {scored.evaluation.seconds:.0f} s")
+    scored.print_table()
+    _report(scored.as_json(), json_out)
+
+
+def _build_vocabulary(split: Any, teacher: str) -> Any:
+    from pipeline.vocabularies import build_split_vocabulary
+
+    return build_split_vocabulary(split, teacher)
+
+
+@_command(data_app, "list")
+def data_list(data_root: DataRoot = Path("data"), json_out: Json = None) -> None:
+    """List the splits by name and whether their files are there."""
+    from dkdetr.data.splits import list_splits
+
+    found = list_splits(data_root)
+    for name, problem in found.items():
+        print(f"{name:26s} {problem or 'there'}")
+    _report(dict(found), json_out)
+
+
+@_command(data_app, "prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="pictograms")],
+    size: Annotated[str, typer.Option(help="tiny, small or full")] = "tiny",
+    protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
+    seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
+    data_root: DataRoot = Path("data"),
+    verbose: Verbose = False,
+) -> None:
+    """Make the embedded data set (needs the extra [demo])."""
+    from pipeline.pictograms.dataset import prepare_named
+
+    folder = prepare_named(name, data_root, size=size, protocol=protocol, seed=seed)
+    _say(f"ready: {folder}")
+
+
+@_command(config_app, "show")
+def config_show(
+    experiment: Annotated[str, typer.Argument(help="A shipped name or a TOML file")],
+    overrides: Overrides = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print the resolved settings, and who set each that is not the default."""
+    from dkdetr.config import config_hash, config_to_dict, flatten, load_experiment
+
+    resolved = load_experiment(experiment, overrides or ())
+    table = config_to_dict(resolved.config)
+    for key, value in flatten(table).items():
+        origin = resolved.origins.get(key)
+        print(f"{key} = {value!r}" + (f"    # {origin}" if origin else ""))
+    print(f"# hash {config_hash(resolved.config)}")
+    _report({"config": table, "origins": dict(resolved.origins)}, json_out)
 
 
 def main() -> None:

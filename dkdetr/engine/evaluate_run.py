@@ -1,9 +1,13 @@
 """Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
@@ -12,7 +16,8 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.run_folder import RunFolder, newest_run
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.detection_metrics import Evaluator
-from dkdetr.evaluation.evaluate import Evaluation, evaluate_student
+from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
+from dkdetr.evaluation.table import metrics_table
 
 VocabularyBuilder = Callable[[Split, str], Vocabulary]
 """Builds a split's vocabulary with the teacher that a specification names."""
@@ -37,17 +42,30 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
-class RunEvaluation:
+class Scored:
     """What was scored on what, and the result."""
 
-    checkpoint: Path
+    subject: Path
     split: str
     evaluation: Evaluation
 
+    def print_table(self) -> None:
+        """Prints the metrics by group, remarks and the paths of the files."""
+        console = Console()
+        console.print(metrics_table([(str(self.subject), self.evaluation.metrics)]))
+        for note in self.evaluation.metrics.notes:
+            console.print(f"note: {note}", markup=False)
+        for name, path in self.evaluation.paths.items():
+            console.print(f"{name}: {path}", markup=False, soft_wrap=True)
 
-def evaluate_run(
-    request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None
-) -> RunEvaluation:
+    def as_json(self) -> dict[str, Any]:
+        """Returns the metrics and where the files lie."""
+        paths = {name: str(path) for name, path in self.evaluation.paths.items()}
+        described = {"subject": str(self.subject), "split": self.split, "files": paths}
+        return described | self.evaluation.metrics.as_json()
+
+
+def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None) -> Scored:
     """Returns a run's metrics on a split; the files lie in the run's `eval/SPLIT/`.
 
     Args:
@@ -74,10 +92,24 @@ def evaluate_run(
         vocabulary,
         checkpoint.config,
         device=device,
-        out_dir=path.parent.parent / "eval" / split.name.replace(":", "_").replace("/", "_"),
+        out_dir=path.parent.parent / "eval" / _folder_name(split.name),
         evaluator=request.evaluator,
     )
-    return RunEvaluation(checkpoint=path, split=split.name, evaluation=evaluation)
+    return Scored(subject=path, split=split.name, evaluation=evaluation)
+
+
+def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
+    """Returns the metrics of anybody's COCO results json; the files lie beside it.
+
+    Raises:
+        UsageError: no split is named.
+    """
+    if request.split is None:
+        raise UsageError("--predictions wants --split: a results file does not name its split")
+    split = load_split(request.split, request.data_root)
+    out_dir = predictions.parent / f"{predictions.stem}-{_folder_name(split.name)}"
+    evaluation = score_predictions(predictions, split, out_dir=out_dir, evaluator=request.evaluator)
+    return Scored(subject=predictions, split=split.name, evaluation=evaluation)
 
 
 def validation_split(train_split: str) -> str:
@@ -89,6 +121,11 @@ def validation_split(train_split: str) -> str:
     if train_split.endswith("_train"):
         return train_split.removesuffix("_train") + "_val"
     raise UsageError(f"which split? '{train_split}' does not say what to score on: give --split")
+
+
+def _folder_name(split: str) -> str:
+    """Returns a split's name as a folder's: a user's own has colons and slashes."""
+    return re.sub(r"[^\w.-]+", "_", split).strip("_")
 
 
 def _fitting_vocabulary(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cache.store import open_cache
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from cache.store import open_cache
 from dkdetr.config import ExperimentConfig, config_hash
-from dkdetr.data.loader import TrainingLoader, make_training_loader
+from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.engine.checkpoint import (
@@ -96,27 +96,27 @@ class _Run:
             precision=choose_precision(config.optim.precision, ranks.device),
         )
         self.progress = self._restore()
-        self.loader: TrainingLoader = make_training_loader(
+        cache_path = request.cache if config.kd.enabled else None
+        self.loader: BatchStream[TrainingBatch] = make_training_loader(
             split,
             self.vocabulary,
             config,
-            cache_path=request.cache if config.kd.enabled else None,
+            cache_path=cache_path,
             rank=ranks.rank,
             world_size=ranks.world_size,
             start_epoch=self.progress.epoch,
             start_batch=self.progress.batch,
         )
-        epochs = range(config.optim.epochs)
-        self.epoch_lengths = [self.loader.batches_per_epoch(epoch) for epoch in epochs]
+        self.epoch_length = batches_per_epoch(split, self.vocabulary, config, cache_path=cache_path)
 
     def go(self) -> TrainSummary:
         started = last_saved = time.monotonic()
         log = MetricLog(self.folder.metrics, after_iteration=self.progress.iteration)
         recent = _Recent()
-        total = sum(self.epoch_lengths)
+        total = self.epoch_length * self.config.optim.epochs
         quiet = not self.ranks.is_first
         with progress("train", total, done=self.progress.iteration, quiet=quiet) as advance:
-            for batch, wait in _timed(self.loader, self._remaining()):
+            for batch, wait in _timed(self.loader):
                 self._enter_epoch()
                 now = self.progress
                 result = self.step(batch, epoch=now.epoch, iteration=now.iteration)
@@ -148,6 +148,7 @@ class _Run:
             "vocabulary_hash": self.vocabulary.hash,
             "split": self.cache.split,
             "teacher": self.cache.teacher,
+            "teacher_spec": self.cache.provenance.get("teacher_spec"),
             "random_teacher": self.cache.random_teacher,
             "world_size": self.ranks.world_size,
             **describe_machine(self.ranks.device),
@@ -184,12 +185,9 @@ class _Run:
             self.step.student = _wrap(self.student, self.ranks)
         self.step.student.train()
 
-    def _remaining(self) -> int:
-        return sum(self.epoch_lengths) - self.progress.iteration
-
     def _next(self, now: Progress) -> Progress:
         batch = now.batch + 1
-        if batch < self.epoch_lengths[now.epoch]:
+        if batch < self.epoch_length:
             return Progress(now.epoch, batch, now.iteration + 1)
         return Progress(now.epoch + 1, 0, now.iteration + 1)
 
@@ -269,13 +267,12 @@ class _Recent:
         self._since = time.monotonic()
 
 
-def _timed(loader: TrainingLoader, num_batches: int) -> Iterator[tuple[TrainingBatch, float]]:
+def _timed(loader: BatchStream[TrainingBatch]) -> Iterator[tuple[TrainingBatch, float]]:
     """Yields each batch with the seconds that training waited for it."""
-    batches = iter(loader)
-    for _ in range(num_batches):
-        asked = time.monotonic()
-        batch = next(batches)
+    asked = time.monotonic()
+    for batch in loader:
         yield batch, time.monotonic() - asked
+        asked = time.monotonic()
 
 
 def _wrap(student: DKDETR, ranks: Ranks) -> nn.Module:

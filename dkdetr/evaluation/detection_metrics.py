@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dkdetr.data.splits import Protocol
 from dkdetr.errors import DataError
 from dkdetr.evaluation.fast import fast_evaluator_name, precision_table
-from dkdetr.evaluation.ground_truth import GroundTruth, Protocol
+from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.official import official_evaluator_name, official_scores
 from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS, group_of
 from dkdetr.evaluation.results import Results

@@ -4,46 +4,15 @@ Evaluation keeps the file's own numbers (64-bit boxes, areas of the *segmentatio
 small, medium and large), because a box moved by a rounding error can cross an IoU threshold.
 """
 
-import typing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
 
+from dkdetr.data.annotations import Category, ImageInfo
+from dkdetr.data.splits import Protocol, Split
 from dkdetr.errors import DataError
-
-Protocol = Literal["lvis", "coco", "ovcoco"]
-
-
-class Split(typing.Protocol):
-    """What scoring asks of a split."""
-
-    name: str
-    protocol: Any
-    annotations_path: Path
-    categories: Any
-    images: Any
-
-
-@dataclass(frozen=True)
-class ScoredCategory:
-    """A category and the group it is scored in; `frequency` is r, c, f or ''."""
-
-    category_id: int
-    name: str
-    frequency: str
-    is_base: bool
-
-
-@dataclass(frozen=True)
-class ScoredImage:
-    """An image; the two lists say which absent categories can be trusted (LVIS; else empty)."""
-
-    image_id: int
-    neg_category_ids: tuple[int, ...]
-    not_exhaustive_category_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +25,8 @@ class GroundTruth:
 
     name: str
     protocol: Protocol
-    categories: tuple[ScoredCategory, ...]
-    images: tuple[ScoredImage, ...]
+    categories: tuple[Category, ...]
+    images: tuple[ImageInfo, ...]
     image_ids: np.ndarray
     category_ids: np.ndarray
     boxes_xywh: np.ndarray
@@ -76,19 +45,8 @@ def ground_truth_of(split: Split) -> GroundTruth:
     Raises:
         DataError: the annotation file has no list of annotations, or one of them lacks a field.
     """
-    categories = tuple(
-        ScoredCategory(c.category_id, c.name, c.frequency, c.is_base) for c in split.categories
-    )
-    images = tuple(
-        ScoredImage(
-            image.image_id,
-            tuple(image.neg_category_ids),
-            tuple(image.not_exhaustive_category_ids),
-        )
-        for image in split.images
-    )
-    wanted_images = {image.image_id for image in images}
-    wanted_categories = {category.category_id for category in categories}
+    wanted_images = {image.image_id for image in split.images}
+    wanted_categories = {category.category_id for category in split.categories}
     try:
         records = orjson.loads(split.annotations_path.read_bytes())["annotations"]
         kept = [
@@ -113,8 +71,8 @@ def ground_truth_of(split: Split) -> GroundTruth:
     return GroundTruth(
         name=split.name,
         protocol=split.protocol,
-        categories=categories,
-        images=images,
+        categories=split.categories,
+        images=split.images,
         notes=notes,
         **columns,
     )

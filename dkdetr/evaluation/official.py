@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import orjson
 
+from dkdetr.data.splits import Protocol
 from dkdetr.errors import DataError
-from dkdetr.evaluation.ground_truth import GroundTruth, Protocol
+from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS
 from dkdetr.evaluation.results import Results
 

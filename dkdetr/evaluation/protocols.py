@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from dkdetr.evaluation.ground_truth import Protocol, ScoredCategory
+from dkdetr.data.annotations import Category
+from dkdetr.data.splits import Protocol
 
 MAX_DETECTIONS_PER_IMAGE = 300
 """LVIS: over all categories of an image."""
@@ -14,7 +15,7 @@ OVERALL_KEYS: tuple[str, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
-def group_of(protocol: Protocol, category: ScoredCategory) -> str:
+def group_of(protocol: Protocol, category: Category) -> str:
     """Returns the group a category is reported in: a frequency, novel or base, or '' for COCO."""
     if protocol == "lvis":
         return _FREQUENCY_NAMES.get(category.frequency, "")
@@ -34,3 +35,24 @@ GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
 def metric_keys(protocol: Protocol) -> tuple[str, ...]:
     """Returns the keys of a protocol's numbers, in the order tables show them."""
     return (*OVERALL_KEYS, *GROUP_KEYS[protocol])
+
+
+_MEANINGS = {
+    "AP": "all categories, IoU .50 to .95",
+    "AP50": "IoU .50",
+    "AP75": "IoU .75",
+    "APs": "small objects",
+    "APm": "medium objects",
+    "APl": "large objects",
+    "APr": "rare = novel, never annotated in training",
+    "APc": "common",
+    "APf": "frequent",
+    "AP50_novel": "novel, never annotated in training",
+    "AP50_base": "base",
+    "AP50_all": "novel and base together",
+}
+
+
+def metric_meaning(key: str) -> str:
+    """Returns a metric in words."""
+    return _MEANINGS[key]

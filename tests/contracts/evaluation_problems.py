@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from dkdetr.evaluation.ground_truth import GroundTruth, ScoredCategory, ScoredImage
+from dkdetr.data.annotations import Category, ImageInfo
+from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.results import Results
 
 
@@ -13,7 +14,7 @@ def random_problem(
     rng = np.random.default_rng(seed)
     category_ids = rng.permutation(np.arange(3, 3 + 2 * num_categories, 2))
     categories = tuple(
-        ScoredCategory(int(i), f"name {i}", "rcf"[rng.integers(3)], bool(rng.integers(3)))
+        Category(int(i), f"name {i}", "rcf"[rng.integers(3)], bool(rng.integers(3)))
         for i in category_ids
     )
     image_ids = rng.permutation(np.arange(100, 100 + num_images))
@@ -24,7 +25,7 @@ def random_problem(
         absent = [c for c in category_ids.tolist() if c not in present]
         negative = [c for c in absent if rng.random() < 0.5]
         unsure = [c for c in set(present.tolist()) if rng.random() < 0.3]
-        images.append(ScoredImage(image_id, tuple(negative), tuple(unsure)))
+        images.append(ImageInfo(image_id, "x.png", 480, 640, tuple(negative), tuple(unsure)))
         gt += [(image_id, c, *_box(rng), rng.random() < 0.1) for c in present.tolist()]
     columns = np.array([row[:6] for row in gt]).reshape(-1, 6)
     boxes = columns[:, 2:]

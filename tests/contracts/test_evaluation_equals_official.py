@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
 
+from dkdetr.data.annotations import Category
+from dkdetr.data.splits import load_split
 from dkdetr.errors import DataError
 from dkdetr.evaluation.detection_metrics import score
-from dkdetr.evaluation.ground_truth import GroundTruth, ScoredCategory, ScoredImage
+from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
 from dkdetr.evaluation.official import numpy_float_alias
 from dkdetr.evaluation.protocols import metric_keys
 from dkdetr.evaluation.results import Results
@@ -69,7 +70,7 @@ def test_official_refuses_what_it_cannot_read():
     truth, results = random_problem("lvis", 1)
     with pytest.raises(DataError, match="without a detection"):
         score(truth, results.take(np.zeros(0, dtype=int)), evaluator="official")
-    nameless = tuple(ScoredCategory(c.category_id, c.name, "", True) for c in truth.categories)
+    nameless = tuple(Category(c.category_id, c.name, "", True) for c in truth.categories)
     without = GroundTruth(**{**vars(truth), "categories": nameless})
     with pytest.raises(DataError, match="frequency"):
         score(without, results, evaluator="official")
@@ -85,8 +86,7 @@ def test_the_numpy_alias_leaves_no_trace():
 @pytest.mark.skipif(REAL_LVIS not in os.environ, reason=f"{REAL_LVIS} names no annotation file")
 def test_real_lvis_annotations_read_by_the_official_tool(tmp_path):
     path = Path(os.environ[REAL_LVIS])
-    file = orjson.loads(path.read_bytes())
-    truth = _truth_of_file(file, "lvis")
+    truth = ground_truth_of(load_split(f"lvis:{tmp_path}:{path}", tmp_path))
     results = random_detections(truth, np.random.default_rng(0), (0, 80))
     ours = score(truth, results)
     from lvis import LVIS, LVISEval, LVISResults
@@ -105,9 +105,9 @@ def test_real_lvis_annotations_read_by_the_official_tool(tmp_path):
 
 
 @pytest.mark.skipif(REAL_COCO not in os.environ, reason=f"{REAL_COCO} names no COCO folder")
-def test_real_coco_annotations_read_by_the_official_tool(capsys):
+def test_real_coco_annotations_read_by_the_official_tool(tmp_path, capsys):
     path = Path(os.environ[REAL_COCO]) / "annotations" / "instances_val2017.json"
-    truth = _truth_of_file(orjson.loads(path.read_bytes()), "coco")
+    truth = ground_truth_of(load_split(f"coco:{tmp_path}:{path}", tmp_path))
     results = random_detections(truth, np.random.default_rng(0), (0, 120))
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -121,31 +121,6 @@ def test_real_coco_annotations_read_by_the_official_tool(capsys):
     ours = score(truth, results)
     assert list(ours.values.values()) == pytest.approx(official.stats[:6].tolist(), abs=1e-12)
     assert_same(ours, score(truth, results, evaluator="official"))
-
-
-def _truth_of_file(file, protocol):
-    records = file["annotations"]
-    return GroundTruth(
-        name="file",
-        protocol=protocol,
-        categories=tuple(
-            ScoredCategory(c["id"], c["name"], c.get("frequency", ""), True)
-            for c in file["categories"]
-        ),
-        images=tuple(
-            ScoredImage(
-                i["id"],
-                tuple(i.get("neg_category_ids", ())),
-                tuple(i.get("not_exhaustive_category_ids", ())),
-            )
-            for i in file["images"]
-        ),
-        image_ids=np.array([r["image_id"] for r in records]),
-        category_ids=np.array([r["category_id"] for r in records]),
-        boxes_xywh=np.array([r["bbox"] for r in records], dtype=float),
-        areas=np.array([r["area"] for r in records], dtype=float),
-        is_crowd=np.array([bool(r.get("iscrowd", 0)) for r in records]),
-    )
 
 
 def _records(results: Results):

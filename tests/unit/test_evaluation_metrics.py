@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 
+from dkdetr.data.annotations import Category, ImageInfo
 from dkdetr.errors import DataError
 from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.fast import keep_best_per_image
-from dkdetr.evaluation.ground_truth import GroundTruth, ScoredCategory, ScoredImage
+from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.results import Results
 
 BOX = (10, 10, 50, 50)
@@ -19,13 +20,14 @@ def truth_of(protocol, boxes, *, num_images=1, negative=(), not_exhaustive=()):
         name="hand",
         protocol=protocol,
         categories=(
-            ScoredCategory(1, "gnu", "r", False),
-            ScoredCategory(2, "cat", "c", True),
-            ScoredCategory(3, "person", "f", True),
-            ScoredCategory(4, "yak", "r", False),
+            Category(1, "gnu", "r", False),
+            Category(2, "cat", "c", True),
+            Category(3, "person", "f", True),
+            Category(4, "yak", "r", False),
         ),
         images=tuple(
-            ScoredImage(i, tuple(negative), tuple(not_exhaustive)) for i in range(1, num_images + 1)
+            ImageInfo(i, f"{i}.png", 480, 640, tuple(negative), tuple(not_exhaustive))
+            for i in range(1, num_images + 1)
         ),
         image_ids=np.array([b[0] for b in boxes]),
         category_ids=np.array([b[1] for b in boxes]),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import dask
-from distributed import Client, LocalCluster, as_completed, get_worker
+from distributed import Client, KilledWorker, LocalCluster, as_completed, get_worker
 
-from dkdetr.errors import UsageError
+from dkdetr.errors import DkdetrError, UsageError
 
 Result = TypeVar("Result")
 
@@ -72,17 +72,36 @@ def run_shards(
         )
         shard_of = {future.key: shard for future, shard in zip(futures, shards, strict=True)}
         for future in as_completed(futures):
-            if future.status == "error":
-                error = future.exception()
+            try:
+                result = future.result()
+            except KilledWorker:
                 client.cancel(futures)
-                raise error
-            yield shard_of[future.key], future.result()
+                raise DkdetrError(
+                    f"shard {shard_of[future.key]:06d} was given up: every worker that took it "
+                    "died, most likely for want of memory; use fewer --workers, or none to see why"
+                ) from None
+            if isinstance(result, _Refusal):
+                client.cancel(futures)
+                raise result.error
+            yield shard_of[future.key], result
             future.release()
 
 
-def _run_one(shard: int, *, task: Callable[[Any, int, int], Result], job: Any) -> Result:
+@dataclass(frozen=True)
+class _Refusal:
+    """An error whose message is for the user: it comes back as a value, and is not retried."""
+
+    error: Exception
+
+
+def _run_one(shard: int, *, task: Callable[[Any, int, int], Result], job: Any) -> Result | _Refusal:
     name = str(get_worker().name)
-    return task(job, shard, int(name) if name.isdigit() else 0)
+    try:
+        return task(job, shard, int(name) if name.isdigit() else 0)
+    except ValueError as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        return _Refusal(error)
 
 
 @contextmanager

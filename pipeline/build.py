@@ -321,8 +321,7 @@ def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say:
             if len(bad) > limit:
                 raise DataError(
                     f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
-                    f"{request.max_bad:g} allows ({limit}): "
-                    + "; ".join(list(bad.values())[:20])
+                    f"{request.max_bad:g} allows ({limit}): " + "; ".join(list(bad.values())[:20])
                 )
             if stop.is_set:
                 raise PreemptedError(
@@ -356,7 +355,9 @@ def _neighbors(request: CacheRequest, plan: Plan) -> tuple[str, ...]:
     later = f"dkdetr cache neighbors {request.out}"
     if not request.neighbors or open_cache(path).neighbors() is not None:
         return ()
-    per_image = min(_NEIGHBORS_PER_IMAGE, plan.max_regions, _MAX_NEIGHBOR_REGIONS // plan.num_images)
+    per_image = min(
+        _NEIGHBORS_PER_IMAGE, plan.max_regions, _MAX_NEIGHBOR_REGIONS // plan.num_images
+    )
     if per_image < 1:
         return (
             f"no neighbour lists: an exact search over {plan.num_images:,} images takes too long "

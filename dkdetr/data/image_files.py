@@ -21,6 +21,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 """Larger pictures are refused: a few kilobytes of PNG can unpack to gigabytes."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+_LONGEST_NAME = 255
 _COCO_FOLDERS = ("train2017", "val2017")
 _DECODER_ERRORS = (
     OSError,
@@ -42,19 +43,22 @@ class UnreadableImageError(DataError):
 def check_file_name(file_name: str) -> None:
     """Raises DataError for a name that no file under an image root can have.
 
-    That is: empty, absolute, a URL, with `..`, a backslash, a drive or a NUL.
+    That is: empty, absolute, a URL, with `..`, a backslash, a drive or a NUL, or too long a part.
     """
+    parts = file_name.split("/")
     suspicious = (
         not file_name
         or file_name.startswith("/")
         or "\0" in file_name
         or "\\" in file_name
         or "://" in file_name
-        or ".." in file_name.split("/")
+        or ".." in parts
+        or max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > _LONGEST_NAME
         or PureWindowsPath(file_name).drive != ""
     )
     if suspicious:
-        raise DataError(f"file_name {file_name!r} is no path inside an image folder: refused")
+        shown = repr(file_name if len(file_name) < 200 else file_name[:200] + "...")
+        raise DataError(f"file_name {shown} is no path inside an image folder: refused")
 
 
 def safe_join(root: Path, file_name: str) -> Path:

@@ -74,11 +74,12 @@ def epoch_order(
     """
     random = np.random.default_rng(derive_seed("order", seed, epoch))
     along = random.permutation(len(factors))
-    ends = np.floor(np.cumsum(factors[along] % 1.0) + random.random() + 1e-9)
-    extra = np.diff(ends, prepend=0.0).astype(np.int64)
-    counts = np.floor(factors[along]).astype(np.int64) + extra
-    order = random.permutation(np.repeat(along, counts))
-    return order[: epoch_length(factors)]
+    whole = np.floor(factors[along]).astype(np.int64)
+    ends = np.floor(np.cumsum(factors[along] - whole) + random.random()).astype(np.int64)
+    length = epoch_length(factors)
+    ends[-1] = max(ends[-1], length - whole.sum())  # against rounding in the cumulated sum
+    order = random.permutation(np.repeat(along, whole + np.diff(ends, prepend=0)))
+    return order[:length]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A novel box reaches nobody who trains: `Split.base_boxes` is all that training a
 """
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,9 @@ from dkdetr.errors import DataError, UsageError
 Protocol = Literal["lvis", "coco", "ovcoco"]
 
 PICTOGRAM_SIZES = ("tiny", "small", "full")
-_KINDS: tuple[Protocol, ...] = ("coco", "ovcoco", "lvis")
+_KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
 _LVIS_V1_GROUPS = {"f": 405, "c": 461, "r": 337}
+_HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
 _SHOWN = 20
 
 
@@ -160,7 +162,7 @@ def load_split(name: str, data_root: Path) -> Split:
     """Returns a split by its name.
 
     A user's own folder is `KIND:IMAGES_DIR:ANNOTATIONS.json`. It is for training unless the json
-    file's name has `val`, `test` or `dev` in it and not `train`. OV-COCO files are grouped by the
+    file's name has the word val, test or dev in it and not `train`. OV-COCO files are grouped by the
     key `split` ("base" or "novel") of their categories, if they have it, else by COCO's names.
 
     Raises:
@@ -195,16 +197,18 @@ def _load_source(name: str, source: _Source, data_root: Path) -> Split:
 
 def _load_own(name: str, kind: str, rest: str) -> Split:
     folder, colon, file = rest.rpartition(":")
-    protocol = next((each for each in _KINDS if each == kind), None)
+    protocol = _KINDS.get(kind)
     if protocol is None or not colon or not folder or not file:
         raise UsageError(
             f"'{name}' is no split; a folder of your own is KIND:IMAGES_DIR:ANNOTATIONS.json with "
             f"KIND one of {', '.join(_KINDS)}; known splits: {', '.join(known_splits())}"
         )
+    return _build(name, protocol, Path(folder), Path(file), is_train=_means_training(file))
+
+
+def _means_training(file: str) -> bool:
     stem = Path(file).stem.lower()
-    held_out = any(word in stem for word in ("val", "test", "dev"))
-    is_train = "train" in stem or not held_out
-    return _build(name, protocol, Path(folder), Path(file), is_train=is_train)
+    return "train" in stem or not _HELD_OUT_WORDS & set(re.findall("[a-z]+", stem))
 
 
 def _load_pictograms(name: str, size: str, part: str, data_root: Path) -> Split:
@@ -218,8 +222,8 @@ def _load_pictograms(name: str, size: str, part: str, data_root: Path) -> Split:
     except orjson.JSONDecodeError as error:
         raise DataError(f"{described} is not JSON ({error}); {remedy} again") from None
     stated = table.get("protocol") if isinstance(table, dict) else None
-    protocol = next((each for each in _KINDS if each == stated and each != "coco"), None)
-    if protocol is None:
+    protocol = _KINDS.get(str(stated))
+    if protocol is None or protocol == "coco":
         raise DataError(f"{described}: protocol {stated!r} is neither 'lvis' nor 'ovcoco'")
     return _build(
         name, protocol, root / "images" / part, root / "annotations" / f"{part}.json",

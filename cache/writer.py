@@ -1,0 +1,404 @@
+"""Making a cache: create or resume it under the lease, commit whole shards, seal it.
+
+The order of writes is the protocol (README.md): a shard's files, flushed and hashed, then its
+manifest; all manifests, then COMPLETE.json. A kill between any two of them costs at most the
+shard in the making.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.arrays import array_specs, blocks_of
+from cache.durable import (
+    disk_errors,
+    dump_checked_json,
+    hash_file,
+    sweep_partial_files,
+    sync_file,
+    sync_folder,
+    write_atomic,
+)
+from cache.faults import fault_point
+from cache.layout import (
+    CACHE_FILE,
+    COMPLETE_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    QUARANTINE_FILE,
+    TEXT_MANIFEST,
+    Head,
+    Seal,
+    load_plan,
+    load_provenance,
+    load_text_manifest,
+    merkle_root,
+    seal_problems,
+    text_problems,
+    write_provenance,
+    write_text_files,
+)
+from cache.lock import LOCK_FILE, Lease
+from cache.manifest import (
+    MANIFEST_FOLDER,
+    ShardManifest,
+    build_manifest,
+    manifest_file,
+)
+from cache.plan import Plan
+from cache.rows import ImageRows, check_rows, empty_rows
+from cache.spec import (
+    SCHEMA,
+    CacheError,
+    CorruptCacheError,
+    StaleCacheError,
+    UnsealedCacheError,
+    canonical_json,
+    diff_parts,
+    fingerprint,
+    split_text_parts,
+)
+from cache.zarr_files import metadata_files, write_blocks
+
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
+
+class CacheWriter:
+    """A cache being made, and the lease on it; a context manager that gives the lease back."""
+
+    def __init__(
+        self, path: Path, head: Head, plan: Plan, text_parts: Mapping[str, Any], lease: Lease
+    ) -> None:
+        self.path = path
+        self.plan = plan
+        self.fingerprint = head.fingerprint
+        self._text_parts = text_parts
+        self._lease = lease
+        self._verified: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lease.release()
+
+    @property
+    def sealed(self) -> bool:
+        """Returns True if COMPLETE.json is there."""
+        return (self.path / COMPLETE_FILE).exists()
+
+    def missing_shards(self) -> list[int]:
+        """Returns the shards that are not committed, or whose files are not as committed.
+
+        Hashes are compared once a shard and writer; of a sealed cache only presence and sizes.
+        """
+        missing: list[int] = []
+        for shard in range(self.plan.num_shards):
+            if shard in self._verified:
+                continue
+            if self._manifest_problems(shard, quick=self.sealed):
+                missing.append(shard)
+            else:
+                self._verified.add(shard)
+        return missing
+
+    def commit_shard(
+        self,
+        shard_index: int,
+        rows: Sequence[ImageRows],
+        *,
+        quarantined: Mapping[int, str] = _NOTHING,
+    ) -> ShardManifest:
+        """Commits a shard from this process; see the function of the same name."""
+        self._lease.check()
+        return commit_shard(self.path, shard_index, rows, quarantined=quarantined)
+
+    def text_is_current(self) -> bool:
+        """Returns True if the text that the parts ask for is already in the cache, whole."""
+        if text_problems(self.path):
+            return False
+        return load_text_manifest(self.path)["fingerprint"] == fingerprint(self._text_parts)
+
+    def write_text(self, metadata: Mapping[str, Any], embeddings: NDArray[Any]) -> None:
+        """Writes the text under the parts that this writer was opened with."""
+        self._lease.check()
+        write_text(self.path, metadata, embeddings, parts=self._text_parts)
+
+    def seal(self) -> Seal:
+        """Returns the seal after writing quarantine.jsonl and, last of all, COMPLETE.json.
+
+        Raises:
+            UnsealedCacheError: a shard or the text is missing.
+            CacheLockedError: the lease was lost.
+        """
+        self._lease.check()
+        manifests: list[ShardManifest] = []
+        for shard in range(self.plan.num_shards):
+            problems = self._manifest_problems(shard, quick=True)
+            if problems:
+                raise UnsealedCacheError(
+                    f"{self.path} cannot be sealed: {problems[0]}. Run the same cache-teacher "
+                    "command again: it makes what is missing"
+                )
+            manifests.append(ShardManifest.load(self.path, shard))
+        problems = text_problems(self.path)
+        if problems:
+            raise UnsealedCacheError(f"{self.path} cannot be sealed: {problems[0]}")
+        sweep_partial_files(self.path)
+        write_atomic(self.path / QUARANTINE_FILE, _quarantine_lines(manifests))
+        fault_point("seal.after_quarantine")
+        seal = self._make_seal(manifests)
+        if not self.sealed or Seal.load(self.path) != seal:
+            seal.write(self.path)
+        return seal
+
+    def _manifest_problems(self, shard: int, *, quick: bool) -> list[str]:
+        try:
+            manifest = ShardManifest.load(self.path, shard)
+        except FileNotFoundError:
+            return [f"shard {shard:06d} was not committed"]
+        except CorruptCacheError as error:
+            return [str(error)]
+        if manifest.fingerprint != self.fingerprint:
+            return [f"shard {shard:06d} belongs to another cache"]
+        return manifest.problems(self.path, quick=quick)
+
+    def _make_seal(self, manifests: Sequence[ShardManifest]) -> Seal:
+        names = [
+            CACHE_FILE,
+            PLAN_FILE,
+            QUARANTINE_FILE,
+            *metadata_files(self.plan),
+            *(manifest_file(manifest.shard) for manifest in manifests),
+        ]
+        data = {name: hash_file(self.path / name) for name in names}
+        leaves = {**data, TEXT_MANIFEST: hash_file(self.path / TEXT_MANIFEST)}
+        return Seal(
+            schema=SCHEMA,
+            fingerprint=self.fingerprint,
+            merkle_root=merkle_root(leaves),
+            data_root=merkle_root(data),
+            num_images=self.plan.num_images,
+            num_regions=sum(manifest.num_regions for manifest in manifests),
+            num_shards=self.plan.num_shards,
+            leaves=leaves,
+        )
+
+
+def create_or_resume(
+    path: Path, *, parts: Mapping[str, Any], plan: Plan, provenance: Mapping[str, Any]
+) -> CacheWriter:
+    """Returns the writer of the cache at `path`: a new one, or the one begun with the same parts.
+
+    Of a finished cache `missing_shards()` is empty and `sealed` is True.
+
+    Args:
+        path: the cache's folder.
+        parts: plain JSON data under the names of `spec.PART_NAMES`; `text`, if there, has a
+            fingerprint of its own: another text is written anew without touching the shards.
+        plan: the rows and shards.
+        provenance: plain JSON data that is kept but never compared: host, clock, command.
+
+    Raises:
+        StaleCacheError: the folder holds a cache made from other parts; lists the differences.
+        CacheLockedError: another process writes it.
+        CacheError: the folder holds something else.
+    """
+    image_parts, text_parts = split_text_parts(parts)
+    head = Head(schema=SCHEMA, fingerprint=fingerprint(image_parts), parts=image_parts)
+    _refuse_foreign_folder(path)
+    with disk_errors(str(path)):
+        path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lease = stack.enter_context(Lease(path))
+        sweep_partial_files(path)
+        if (path / CACHE_FILE).exists():
+            _check_same_cache(path, head, plan)
+        _write_head(path, head, plan, provenance)
+        _break_bad_seal(path)
+        stack.pop_all()
+    return CacheWriter(path, head, plan, text_parts, lease)
+
+
+def commit_shard(
+    path: Path,
+    shard_index: int,
+    rows: Sequence[ImageRows],
+    *,
+    quarantined: Mapping[int, str] = _NOTHING,
+) -> ShardManifest:
+    """Returns the manifest of a shard once it is committed; a committed one is left as it is.
+
+    Takes no lease: each worker of a run commits shards of its own, and one that is run twice
+    writes the same bytes.
+
+    Args:
+        path: the cache, made by `create_or_resume`.
+        shard_index: which shard.
+        rows: of every image of the shard that is not quarantined, in any order.
+        quarantined: image id -> why it could not be used; no path of this machine in it.
+
+    Raises:
+        CorruptCacheError: a row must not be cached; names image and array.
+        CacheError: the rows are not exactly the shard's images.
+        DiskFullError: no room.
+    """
+    plan, head = load_plan(path), Head.load(path)
+    try:
+        committed = ShardManifest.load(path, shard_index)
+    except (FileNotFoundError, CorruptCacheError):
+        committed = None
+    if committed and committed.fingerprint == head.fingerprint and not committed.problems(path):
+        return committed
+    images = _in_plan_order(plan, shard_index, rows, quarantined)
+    if committed is not None:
+        (path / manifest_file(shard_index)).unlink(missing_ok=True)
+    fault_point("commit.before_write")
+    write_blocks(path, shard_index, blocks_of(images, plan))
+    fault_point("commit.before_sync")
+    _sync_shard(path, plan, shard_index)
+    manifest = build_manifest(path, plan, head.fingerprint, shard_index, images, quarantined)
+    fault_point("commit.before_manifest")
+    manifest.write(path)
+    fault_point("commit.after_manifest")
+    return manifest
+
+
+def write_text(
+    path: Path,
+    metadata: Mapping[str, Any],
+    embeddings: NDArray[Any],
+    *,
+    parts: Mapping[str, Any] = _NOTHING,
+) -> None:
+    """Writes the text embeddings [C, D]; breaks the seal first, so `seal()` must follow.
+
+    Args:
+        path: the cache.
+        metadata: plain JSON data: names, prompts, teacher.
+        embeddings: unit norm, one row a name.
+        parts: what the text's own fingerprint is made of.
+    """
+    (path / COMPLETE_FILE).unlink(missing_ok=True)
+    sync_folder(path)
+    write_text_files(path, metadata, np.asarray(embeddings), dict(parts))
+
+
+def _sync_shard(path: Path, plan: Plan, shard_index: int) -> None:
+    names = [spec.shard_file(shard_index) for spec in array_specs(plan)]
+    with disk_errors(f"shard {shard_index:06d}"):
+        for name in names:
+            sync_file(path / name)
+        for folder in sorted({folder for name in names for folder in Path(name).parents}):
+            sync_folder(path / folder)
+
+
+def _quarantine_lines(manifests: Sequence[ShardManifest]) -> bytes:
+    lines = [
+        canonical_json({"image_id": int(image_id), "reason": manifest.quarantined[image_id]})
+        for manifest in manifests
+        for image_id in sorted(manifest.quarantined, key=int)
+    ]
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _in_plan_order(
+    plan: Plan,
+    shard_index: int,
+    rows: Sequence[ImageRows],
+    quarantined: Mapping[int, str],
+) -> list[ImageRows]:
+    given = {image.image_id: image for image in rows}
+    wanted = plan.shard_image_ids(shard_index)
+    both = sorted({*given} & {*quarantined})
+    lacking = [i for i in wanted if i not in given and i not in quarantined]
+    foreign = sorted(({*given} | {*quarantined}) - {*wanted})
+    if both or lacking or foreign or len(given) != len(rows):
+        raise CacheError(
+            f"shard {shard_index:06d} must be committed whole: missing images {lacking[:5]}, "
+            f"foreign images {foreign[:5]}, both good and quarantined {both[:5]}, "
+            f"{len(rows) - len(given)} given twice"
+        )
+    for image in rows:
+        check_rows(image, plan)
+    return [given.get(image_id) or empty_rows(image_id, plan) for image_id in wanted]
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise CacheError(f"{path} is a file, not a folder for a cache")
+    if not path.exists() or (path / CACHE_FILE).exists():
+        return
+    ours = {PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text", "proposals"}
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [
+        name for name in names if name not in ours and not name.startswith((LOCK_FILE, *ours))
+    ]
+    if foreign:
+        raise CacheError(
+            f"{path} is not a cache and not empty (it holds '{foreign[0]}'): name another folder"
+        )
+
+
+def _check_same_cache(path: Path, head: Head, plan: Plan) -> None:
+    found = Head.load(path)
+    if found.fingerprint != head.fingerprint:
+        lines = "\n  ".join(diff_parts(found.parts, head.parts))
+        raise StaleCacheError(
+            f"{path} was made from other inputs:\n  {lines}\n"
+            "Its embeddings would be wrong for this command and nothing would fail. "
+            "Name another folder with --out, or delete this one"
+        )
+    if load_plan(path).to_dict() != json.loads(json.dumps(plan.to_dict())):
+        raise StaleCacheError(
+            f"{path} was planned with other images or shapes than this command's, though its "
+            "parts are the same. Name another folder with --out, or delete this one"
+        )
+
+
+def _write_head(path: Path, head: Head, plan: Plan, provenance: Mapping[str, Any]) -> None:
+    """Writes the head's files where they are not already right; CACHE.json last."""
+    table = {"schema": head.schema, "fingerprint": head.fingerprint, "parts": dict(head.parts)}
+    files = {PLAN_FILE: dump_checked_json(plan.to_dict()), **metadata_files(plan)}
+    files[CACHE_FILE] = dump_checked_json(table)
+    (path / MANIFEST_FOLDER).mkdir(exist_ok=True)
+    try:
+        load_provenance(path)
+    except (FileNotFoundError, CorruptCacheError):
+        write_provenance(path, provenance)
+    for name, data in files.items():
+        if not _same_json(path / name, data):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            fault_point("create.before_file")
+            write_atomic(path / name, data)
+
+
+def _same_json(file: Path, data: bytes) -> bool:
+    try:
+        return json.loads(file.read_bytes()) == json.loads(data)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _break_bad_seal(path: Path) -> None:
+    """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that."""
+    try:
+        seal = Seal.load(path)
+    except FileNotFoundError:
+        return
+    except CorruptCacheError:
+        seal = None
+    if seal is None or seal_problems(path, seal):
+        (path / COMPLETE_FILE).unlink()
+        sync_folder(path)

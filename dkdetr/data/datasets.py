@@ -1,0 +1,235 @@
+"""What a loader process knows and does: one image, its targets and its regions, as a pure function.
+
+Novel boxes are left behind in the main process: a loader process never receives them.
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cache.rows import ImageRows
+from cache.store import CacheReader
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.annotations import BoxTable, ImageInfo
+from dkdetr.data.image_files import ImageFolder, read_image
+from dkdetr.data.region_selection import select_regions
+from dkdetr.data.samplers import SampleKey, derive_seed
+from dkdetr.data.splits import Split
+from dkdetr.data.transforms import (
+    ViewGeometry,
+    draw_geometry,
+    evaluation_geometry,
+    render_view,
+    visible_boxes,
+)
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.errors import DataError, MismatchError
+from dkdetr.structures import ImageBatch, Targets, TeacherRegions, TrainingBatch
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """The images of a split that can be trained on: readable ones with a base box.
+
+    `boxes` holds base boxes only, crowds left out; `labels` index the vocabulary's base rows.
+    """
+
+    folder: ImageFolder
+    images: tuple[ImageInfo, ...]
+    boxes: BoxTable
+    labels: Int[np.ndarray, "num_boxes"]
+
+
+@dataclass(frozen=True)
+class _View:
+    pixels: Float[Tensor, "3 size size"]
+    padding_mask: Bool[Tensor, "size size"]
+    geometry: ViewGeometry
+    image_id: int
+
+
+@dataclass(frozen=True)
+class _Regions:
+    boxes_cxcywh: Float[Tensor, "num_regions 4"]
+    embeddings: Float[Tensor, "num_regions embed_dim"]
+    valid: Bool[Tensor, "num_regions"]
+
+
+def training_images(
+    split: Split, vocabulary: Vocabulary, *, leave_out: Container[int] = ()
+) -> TrainingImages:
+    """Returns what training may know of a split, without the image ids of `leave_out`.
+
+    Raises:
+        DataError: the split is not for training, or the vocabulary would train novel names.
+        MismatchError: the vocabulary's base names are not the split's.
+    """
+    if not split.is_train:
+        raise DataError(
+            f"{split.name} is no training split: a student trained on it would be scored on what "
+            "it has learned by heart"
+        )
+    base = vocabulary.base()
+    _check_vocabulary(split, base)
+    table = split.base_table
+    pairs = zip(split.images, np.diff(table.offsets), strict=True)
+    keep = np.array([count > 0 and image.image_id not in leave_out for image, count in pairs])
+    boxes = table.keep_images(keep)
+    label_of = {number: base.label_of(number) for number in base.category_ids}
+    labels = np.array([label_of[number] for number in boxes.category_ids.tolist()], dtype=np.int64)
+    images = tuple(image for image, kept in zip(split.images, keep, strict=True) if kept)
+    return TrainingImages(split.folder, images, boxes, labels)
+
+
+def _check_vocabulary(split: Split, base: Vocabulary) -> None:
+    ours = split.base_category_ids
+    known = {each.category_id for each in split.categories}
+    leaked = [number for number in base.category_ids if number in known - ours]
+    if leaked:
+        names = [base.names[base.label_of(number)] for number in leaked[:_SHOWN]]
+        raise DataError(
+            f"{len(leaked)} novel categories of {split.name} stand as base in the vocabulary: "
+            f"{', '.join(names)}; training on them would leak what the score must find unseen"
+        )
+    if set(base.category_ids) != ours:
+        raise MismatchError(
+            f"the vocabulary's {len(base)} base categories are not the {len(ours)} of "
+            f"{split.name}: it was built for another split"
+        )
+
+
+class TrainingBatches:
+    """Makes one rank's training batch of a list of sample keys.
+
+    Args:
+        images: what may be trained on.
+        config: sizes, augmentation, selection and the seed.
+        reader: the cache whose regions are handed out from `kd.start_epoch` on; None: never.
+    """
+
+    def __init__(
+        self, images: TrainingImages, config: ExperimentConfig, reader: CacheReader | None
+    ) -> None:
+        self._images = images
+        self._config = config
+        self._reader = reader
+
+    def __call__(self, keys: Sequence[SampleKey]) -> TrainingBatch:
+        """Returns the batch; it depends on the seed and the keys alone."""
+        views: list[_View] = []
+        targets: list[Targets] = []
+        regions: list[_Regions] = []
+        for key in keys:
+            view, target = self._view_of(key)
+            views.append(view)
+            targets.append(target)
+            if self._reader is not None and key.epoch >= self._config.kd.start_epoch:
+                rows = self._reader.rows(view.image_id)
+                regions.append(self._regions_of(rows, key.image_index, view.geometry))
+        return TrainingBatch(
+            images=_collate_views(views),
+            targets=tuple(targets),
+            regions=_collate_regions(regions) if regions else None,
+        )
+
+    def _base_boxes_of(self, image_index: int) -> Float[Tensor, "num_boxes 4"]:
+        return torch.from_numpy(self._images.boxes.of_image(image_index).boxes_xyxy)
+
+    def _view_of(self, key: SampleKey) -> tuple[_View, Targets]:
+        settings = self._config.data
+        image = self._images.images[key.image_index]
+        original_hw = (image.height, image.width)
+        boxes = self._base_boxes_of(key.image_index)
+        seed = derive_seed("view", self._config.seed, key.epoch, key.position)
+        geometry = draw_geometry(
+            original_hw, boxes,
+            image_size=settings.image_size,
+            scale_range=settings.scale_range,
+            flip_probability=settings.flip_probability,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        cut, seen = visible_boxes(geometry, boxes)
+        rows = slice(*self._images.boxes.offsets[key.image_index : key.image_index + 2].tolist())
+        targets = Targets(
+            labels=torch.from_numpy(self._images.labels[rows])[seen],
+            boxes_cxcywh=geometry.normalise(cut[seen]),
+        )
+        return _load_view(self._images.folder, image, geometry, settings.image_size), targets
+
+    def _regions_of(self, rows: ImageRows, image_index: int, geometry: ViewGeometry) -> _Regions:
+        if tuple(rows.image_size_hw) != geometry.original_hw:
+            raise MismatchError(
+                f"the cache saw image {rows.image_id} with size {tuple(rows.image_size_hw)}, the "
+                f"annotations say {geometry.original_hw} (height, width): made from other files"
+            )
+        kd = self._config.kd
+        chosen = select_regions(
+            torch.from_numpy(rows.boxes_xyxy),
+            torch.from_numpy(rows.objectness),
+            torch.from_numpy(rows.max_base_iou),
+            base_boxes_xyxy=self._base_boxes_of(image_index),
+            geometry=geometry,
+            num_regions=kd.regions_per_image,
+            settings=kd.selection,
+        )
+        count = len(chosen.indices)
+        # Places left empty get an anchor that every later formula survives: the whole view.
+        boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
+        boxes[:count] = chosen.boxes_cxcywh
+        embeddings = torch.zeros(kd.regions_per_image, rows.region_embeddings.shape[1])
+        embeddings[:count] = torch.from_numpy(rows.region_embeddings)[chosen.indices]
+        return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
+
+
+class EvaluationBatches:
+    """Makes an evaluation batch of a list of image indices: whole images, nothing random."""
+
+    def __init__(
+        self, folder: ImageFolder, images: tuple[ImageInfo, ...], *, image_size: int
+    ) -> None:
+        self._folder = folder
+        self._images = images
+        self._image_size = image_size
+
+    def __call__(self, indices: Sequence[int]) -> ImageBatch:
+        """Returns the images at `indices`."""
+        views: list[_View] = []
+        for index in indices:
+            image = self._images[index]
+            original_hw = (image.height, image.width)
+            geometry = evaluation_geometry(original_hw, image_size=self._image_size)
+            views.append(_load_view(self._folder, image, geometry, self._image_size))
+        return _collate_views(views)
+
+
+def _load_view(
+    folder: ImageFolder, image: ImageInfo, geometry: ViewGeometry, image_size: int
+) -> _View:
+    path = folder.path(image.file_name)
+    pixels = read_image(path, expected_hw=geometry.original_hw)
+    view, padding_mask = render_view(pixels, geometry, image_size=image_size)
+    return _View(view, padding_mask, geometry, image.image_id)
+
+
+def _collate_views(views: Sequence[_View]) -> ImageBatch:
+    return ImageBatch(
+        pixels=torch.stack([view.pixels for view in views]),
+        padding_mask=torch.stack([view.padding_mask for view in views]),
+        image_sizes_hw=torch.tensor([view.geometry.view_hw for view in views]),
+        original_sizes_hw=torch.tensor([view.geometry.original_hw for view in views]),
+        image_ids=tuple(view.image_id for view in views),
+    )
+
+
+def _collate_regions(regions: Sequence[_Regions]) -> TeacherRegions:
+    return TeacherRegions(
+        boxes_cxcywh=torch.stack([each.boxes_cxcywh for each in regions]),
+        embeddings=torch.stack([each.embeddings for each in regions]),
+        valid=torch.stack([each.valid for each in regions]),
+    )

@@ -1,0 +1,140 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dkdetr.data.annotations import Category
+from dkdetr.data.prompts import PROMPT_SETS, fill_prompt, prompt_set, readable_name
+from dkdetr.data.vocabulary import (
+    Vocabulary,
+    build_vocabulary,
+    from_metadata,
+    load_vocabulary,
+    save_vocabulary,
+)
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from tests.unit.data_world import FakeTextEncoder
+
+CATEGORIES = (
+    Category(3, "acorn", "r", is_base=False),
+    Category(7, "bow_(weapon)", "c", is_base=True),
+    Category(9, "cat", "f", is_base=True),
+)
+
+
+def built(prompts=("a photo of {article} {}.", "the {}")) -> Vocabulary:
+    return build_vocabulary(CATEGORIES, prompts, FakeTextEncoder())
+
+
+def test_an_embedding_is_the_unit_mean_of_its_prompts_unit_vectors():
+    one, two = FakeTextEncoder().encode_texts(["a photo of an acorn.", "the acorn"])
+    mean = (one + two) / 2
+    np.testing.assert_allclose(built().embeddings[0], mean / np.linalg.norm(mean), atol=1e-6)
+    assert built().embeddings.dtype == np.float32
+
+
+def test_labels_and_ids_convert_both_ways_and_base_keeps_order():
+    vocabulary = built()
+    assert [vocabulary.label_of(number) for number in (3, 7, 9)] == [0, 1, 2]
+    assert vocabulary.category_id_of(1) == 7
+    base = vocabulary.base()
+    assert base.names == ("bow_(weapon)", "cat")
+    assert base.label_of(9) == 1
+    np.testing.assert_array_equal(base.embeddings, vocabulary.embeddings[1:])
+    with pytest.raises(DataError, match="id 3"):
+        base.label_of(3)
+
+
+def test_it_survives_its_file_and_its_metadata(tmp_path):
+    vocabulary = built()
+    save_vocabulary(vocabulary, tmp_path / "v.safetensors")
+    loaded = load_vocabulary(tmp_path / "v.safetensors")
+    assert loaded.hash == vocabulary.hash
+    assert loaded.metadata() == vocabulary.metadata()
+    np.testing.assert_array_equal(loaded.embeddings, vocabulary.embeddings)
+    through_json = json.loads(json.dumps(vocabulary.metadata()))
+    assert from_metadata(through_json, vocabulary.embeddings).hash == vocabulary.hash
+    assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
+
+
+def test_the_hash_moves_with_every_part():
+    vocabulary = built()
+    hashes = {vocabulary.hash, vocabulary.base().hash, built(("the {}",)).hash}
+    for field in vocabulary.metadata():
+        changed = vocabulary.metadata()
+        value = changed[field]
+        changed[field] = "x" if isinstance(value, str) else [*value[1:], value[0]]
+        hashes.add(from_metadata(changed, vocabulary.embeddings).hash)
+    hashes.add(from_metadata(vocabulary.metadata(), vocabulary.embeddings[::-1]).hash)
+    assert len(hashes) == 3 + 6 + 1
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "v.safetensors"
+    save_vocabulary(built(), path)
+    whole = path.read_bytes()
+    for place in (9, len(whole) // 2, len(whole) - 2):
+        broken = bytearray(whole)
+        broken[place] ^= 4
+        path.write_bytes(broken)
+        with pytest.raises(CorruptArtefactError):
+            load_vocabulary(path)
+    path.write_bytes(whole[:-5])
+    with pytest.raises(CorruptArtefactError):
+        load_vocabulary(path)
+    save_file({"embeddings": built().embeddings}, path)
+    assert load_file(path)
+    with pytest.raises(CorruptArtefactError, match="not a vocabulary"):
+        load_vocabulary(path)
+    with pytest.raises(DataError, match="no vocabulary file"):
+        load_vocabulary(tmp_path / "none")
+
+
+def test_impossible_vocabularies_are_refused():
+    metadata, embeddings = built().metadata(), built().embeddings
+    scaled = embeddings * np.array([[3.0], [0.5], [1.0]])
+    with pytest.raises(DataError, match=r"2 text embeddings.*'acorn'"):
+        from_metadata(metadata, scaled)
+    with pytest.raises(DataError, match="unit norm"):
+        from_metadata(metadata, np.full_like(embeddings, np.nan))
+    with pytest.raises(DataError, match="differ in number"):
+        from_metadata(metadata, embeddings[:2])
+    with pytest.raises(DataError, match="twice"):
+        from_metadata(metadata | {"category_ids": [1, 1, 2]}, embeddings)
+    with pytest.raises(DataError, match="teacher"):
+        from_metadata({key: metadata[key] for key in metadata if key != "teacher"}, embeddings)
+    with pytest.raises(DataError, match="twice: cat"):
+        build_vocabulary([CATEGORIES[2]] * 2, ["{}"], FakeTextEncoder())
+    with pytest.raises(UsageError, match="no place"):
+        built(["a photo"])
+    with pytest.raises(UsageError, match="at least one prompt"):
+        built([])
+
+
+def test_prompt_sets_are_of_their_published_sizes_and_name_their_source():
+    sizes = {name: len(each.templates) for name, each in PROMPT_SETS.items()}
+    assert sizes == {"single": 1, "clip7": 7, "vild63": 63}
+    for each in PROMPT_SETS.values():
+        assert each.source
+        assert len(set(each.templates)) == len(each.templates)
+        assert all(template.count("{}") == 1 for template in each.templates)
+    assert "This is a photo of the hard to see {}." in prompt_set("vild63").templates
+    assert "itap of my {}." in prompt_set("vild63").templates
+    with pytest.raises(UsageError, match="vild63"):
+        prompt_set("vild64")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("fire_hydrant", "It is a fire hydrant."),
+        ("Apple", "It is an apple."),
+        ("bow_(weapon)", "It is a bow (weapon)."),
+        ("Cup/Mug", "It is a cup or mug."),
+        ("Noddles ", "It is a noddles."),
+    ],
+)
+def test_names_are_put_into_sentences(name, sentence):
+    assert fill_prompt("It is {article} {}.", name) == sentence
+    assert readable_name(name) in sentence

@@ -1,15 +1,12 @@
 """Bad input gets one clear line and the documented exit code, and loses nothing."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent))
 import cli
-from small_coco import write_coco_folder
+from tests.e2e.small_coco import write_coco_folder
 
 
 def run(*words: str):

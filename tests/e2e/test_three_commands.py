@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from small_coco import write_coco_folder
+from tests.e2e.small_coco import write_coco_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = [

@@ -1,0 +1,74 @@
+"""The inference loop: pictures in, detections out; it knows nothing of scoring."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dkdetr.evaluation.postprocess import Detections, postprocess
+from dkdetr.structures import ImageBatch, StudentOutput
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+
+
+@torch.inference_mode()
+def detect(
+    student: nn.Module,
+    batches: Iterable[ImageBatch],
+    text_embeddings: Float[Tensor, "num_classes embed_dim"],
+    *,
+    device: torch.device,
+    max_detections: int,
+    precision: Precision = "fp32",
+) -> Iterator[tuple[int, Detections]]:
+    """Yields (image id, detections) of every image of `batches`, in their order, on the CPU.
+
+    The student is in evaluation mode while this runs and is then put back as it was. Labels of
+    detections index the rows of `text_embeddings`.
+    """
+    was_training = student.training
+    student.eval()
+    text_embeddings = text_embeddings.to(device)
+    try:
+        for batch in batches:
+            images = batch.to(device)
+            with autocast(precision, device):
+                output: StudentOutput = student(images, text_embeddings)
+            found = postprocess(
+                output.logits[-1],
+                output.detection.boxes_cxcywh[-1],
+                images.original_sizes_hw,
+                max_detections=max_detections,
+            )
+            for image_id, detections in zip(batch.image_ids, found, strict=True):
+                yield image_id, _on_cpu(detections)
+    finally:
+        student.train(was_training)
+
+
+def autocast(
+    precision: Precision, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """Returns the context in which the student computes; `auto` is float32 but on a GPU.
+
+    On a GPU `auto` takes bfloat16 where the hardware has it, else float16.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _on_cpu(detections: Detections) -> Detections:
+    return Detections(
+        boxes_xyxy=detections.boxes_xyxy.cpu(),
+        scores=detections.scores.cpu(),
+        labels=detections.labels.cpu(),
+    )

@@ -1,0 +1,58 @@
+"""What the benchmarks average: their groups, their keys and their limits (method D)."""
+
+from collections.abc import Mapping
+
+from dkdetr.data.annotations import Category
+from dkdetr.data.splits import Protocol
+
+MAX_DETECTIONS_PER_IMAGE = 300
+"""LVIS: over all categories of an image."""
+MAX_DETECTIONS_PER_CLASS = 100
+"""COCO: of one category in one image."""
+
+OVERALL_KEYS: tuple[str, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+_FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+
+
+def group_of(protocol: Protocol, category: Category) -> str:
+    """Returns the group a category is reported in: a frequency, novel or base, or '' for COCO."""
+    if protocol == "lvis":
+        return _FREQUENCY_NAMES.get(category.frequency, "")
+    if protocol == "ovcoco":
+        return "base" if category.is_base else "novel"
+    return ""
+
+
+GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
+    "lvis": {"APr": "rare", "APc": "common", "APf": "frequent"},
+    "coco": {},
+    "ovcoco": {"AP50_novel": "novel", "AP50_base": "base", "AP50_all": "all"},
+}
+"""By protocol: the key of each group's number; AP50 where the key says so, else AP."""
+
+
+def metric_keys(protocol: Protocol) -> tuple[str, ...]:
+    """Returns the keys of a protocol's numbers, in the order tables show them."""
+    return (*OVERALL_KEYS, *GROUP_KEYS[protocol])
+
+
+_MEANINGS = {
+    "AP": "all categories, IoU .50 to .95",
+    "AP50": "IoU .50",
+    "AP75": "IoU .75",
+    "APs": "small objects",
+    "APm": "medium objects",
+    "APl": "large objects",
+    "APr": "rare = novel, never annotated in training",
+    "APc": "common",
+    "APf": "frequent",
+    "AP50_novel": "novel, never annotated in training",
+    "AP50_base": "base",
+    "AP50_all": "novel and base together",
+}
+
+
+def metric_meaning(key: str) -> str:
+    """Returns a metric in words."""
+    return _MEANINGS[key]

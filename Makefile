@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all their own set-up on a fresh machine with Python >= 3.11.
+
+PYTHON ?= python3
+# The versions this project is tested with; pip's settings decide which build of them comes.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+FAISS ?= cpu
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test check unit bench faults faults-cache faults-train clean
+
+demo: $(INSTALLED)
+	$(BIN)/dkdetr demo
+
+test: check unit
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	PYTHONPATH=. $(BIN)/lint-imports --no-logo
+
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,track]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

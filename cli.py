@@ -1,0 +1,332 @@
+"""The command line: each command parses, builds and calls one function.
+
+Nothing heavy is imported before a command needs it, so that `dkdetr --help` is quick.
+"""
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="dkdetr",
+    help="Open-vocabulary detection by distilling CLIP into Deformable DETR, with CLIP out of the "
+    "training loop: cache-teacher, then train, then eval.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="Look at a teacher cache and check it.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: what is known, what is there.", no_args_is_help=True)
+config_app = typer.Typer(help="Experiments and their settings.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+DataRoot = Annotated[
+    Path, typer.Option("--data-root", envvar="DKDETR_DATA", help="Folder of coco/ lvis/ ...")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: a.b=c (repeatable)")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
+
+_OUT_OF_MEMORY = "OutOfMemoryError"
+
+
+def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Any]:
+    """Registers a command whose errors become one message and the documented exit code."""
+
+    def register(function: Callable[..., None]) -> Any:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except KeyboardInterrupt:
+                _say("stopped")
+                raise typer.Exit(130) from None
+            except typer.Exit:
+                raise
+            except Exception as error:  # noqa: BLE001  the border: every error becomes a message
+                code = _exit_code(error)
+                if kwargs.get("verbose"):
+                    traceback.print_exc()
+                _say(f"error [{code}]: {_sentence(error, code)}")
+                raise typer.Exit(code) from None
+
+        return group.command(name)(guarded)
+
+    return register
+
+
+def _exit_code(error: Exception) -> int:
+    """Returns the documented exit code of an error, 1 for one of our own mistakes."""
+    if isinstance(error, OSError) and error.errno == 28:
+        return 6
+    if type(error).__name__ == _OUT_OF_MEMORY:
+        return 9
+    return getattr(error, "exit_code", 1)
+
+
+def _sentence(error: Exception, code: int) -> str:
+    if code == 6:
+        return f"the disk is full: {error}; what was finished stands, the same command resumes"
+    if code == 9:
+        return (
+            f"the device is out of memory: {str(error).splitlines()[0]}; lower data.batch_size, "
+            "data.image_size or eval.batch_size with --set"
+        )
+    if code == 1:
+        return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
+    return str(error)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _report(result: dict[str, Any], destination: str | None) -> None:
+    if destination == "-":
+        print(json.dumps(result, indent=2, default=str))
+    elif destination is not None:
+        from dkdetr.atomic_file import write_text
+
+        write_text(Path(destination), json.dumps(result, indent=2, default=str) + "\n")
+
+
+@_command(app, "demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes")] = Path("demo-out"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole pipeline on the embedded data set; ends with a table and a page."""
+    from pipeline.demo import run_demo
+
+    summary = run_demo(out, device=device, say=_say)
+    _report(vars(summary), json_out)
+
+
+@_command(app, "cache-teacher")
+def cache_teacher_command(
+    split: Annotated[str, typer.Option(help="lvis_train, ovcoco_train, ovcoco:DIR:JSON, ...")],
+    out: Annotated[Path | None, typer.Option(help="Default: cache/ + the split's name")] = None,
+    teacher: Annotated[
+        str, typer.Option(help="MODEL:PRETRAINED, MODEL:/path, MODEL:random or pictograms")
+    ] = "ViT-B-32-quickgelu:openai",
+    proposals: Annotated[
+        str, typer.Option(help="fit, fit:CACHE, student:CKPT or file:RESULTS.json")
+    ] = "fit",
+    keep: Annotated[int, typer.Option(help="Proposals kept of an image")] = 300,
+    storage: Annotated[str, typer.Option(help="fp16 or int8")] = "fp16",
+    crop_mode: Annotated[str, typer.Option(help="squash or clip_center")] = "squash",
+    prompts: Annotated[str, typer.Option(help="Prompt set of the text embeddings")] = "vild63",
+    workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
+    scheduler: Annotated[str | None, typer.Option(help="Join a Dask scheduler: HOST:PORT")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs")] = False,
+    experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
+    fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
+    overrides: Overrides = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes."""
+    from pipeline.price import price_cache
+
+    from pipeline.build import cache_teacher
+    from pipeline.request import CacheRequest, default_out, executor_of
+
+    request = CacheRequest(
+        split=split,
+        out=out or default_out(split),
+        data_root=data_root,
+        teacher=teacher,
+        proposals=proposals,
+        keep=keep,
+        storage=_one_of("--storage", storage, ("fp16", "int8")),
+        crop_mode=_one_of("--crop-mode", crop_mode, ("squash", "clip_center")),
+        prompts=prompts,
+        executor=executor_of(workers, scheduler),
+        device=device,
+        experiment=experiment,
+        overrides=tuple(overrides or ()),
+        fit_epochs=fit_epochs,
+        command=" ".join(sys.argv[1:]),
+    )
+    result = price_cache(request) if dry_run else cache_teacher(request, _say)
+    print("\n".join(result.lines()))
+    _report(result.as_json(), json_out)
+
+
+@_command(cache_app, "info")
+def cache_info(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a cache holds and what it was made of."""
+    from pipeline.inspect import describe_cache
+
+    described = describe_cache(path)
+    print("\n".join(described.lines()))
+    _report(described.as_json(), json_out)
+
+
+@_command(cache_app, "verify")
+def cache_verify(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Read every byte of a cache and check it; report the recall of its proposals."""
+    from pipeline.inspect import verify_and_report
+
+    report = verify_and_report(path, data_root)
+    print("\n".join(report.lines()))
+    _report(report.as_json(), json_out)
+    report.raise_problems()
+
+
+@_command(app, "train")
+def train_command(
+    cache: Annotated[Path, typer.Option(help="A sealed teacher cache")],
+    experiment: Annotated[
+        str | None, typer.Option(help="A shipped name or a TOML file; default: by the split")
+    ] = None,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Folder; default runs/EXPERIMENT-HASH")] = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Overrides the experiment's seed")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train a student from a cache; the same command resumes. CLIP is not loaded.
+
+    Several GPUs: torchrun --nproc-per-node N --no-python dkdetr train ...
+    """
+    from dkdetr.engine.start import start_training
+
+    settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+    summary = start_training(cache, experiment, settings, run, data_root, device)
+    _say(
+        f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
+        f"next: dkdetr eval {summary.run}"
+    )
+    _report(vars(summary), json_out)
+
+
+@_command(app, "eval")
+def eval_command(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder or checkpoint; default: the newest run")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation part of the run's split")
+    ] = None,
+    vocab: Annotated[Path | None, typer.Option(help="A vocabulary file for the names")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this results json instead of a run")
+    ] = None,
+    evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Score a run, or anybody's results json, by the split's protocol."""
+    from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
+
+    request = EvalRequest(
+        run,
+        split,
+        vocab,
+        data_root,
+        device,
+        _one_of("--evaluator", evaluator, ("fast", "official")),
+    )
+    if predictions is not None:
+        scored = evaluate_predictions(predictions, request)
+    else:
+        scored = evaluate_run(request, _build_vocabulary)
+    _say(f"{scored.subject} on {scored.split}, {scored.evaluation.seconds:.0f} s")
+    scored.print_table()
+    _report(scored.as_json(), json_out)
+
+
+def _build_vocabulary(split: Any, teacher: str) -> Any:
+    from pipeline.vocabularies import build_split_vocabulary
+
+    return build_split_vocabulary(split, teacher)
+
+
+@_command(data_app, "list")
+def data_list(data_root: DataRoot = Path("data"), json_out: Json = None) -> None:
+    """List the splits by name and whether their files are there."""
+    from dkdetr.data.splits import list_splits
+
+    found = list_splits(data_root)
+    for name, problem in found.items():
+        print(f"{name:26s} {problem or 'there'}")
+    _report(dict(found), json_out)
+
+
+@_command(data_app, "prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="pictograms")],
+    size: Annotated[str, typer.Option(help="tiny, small or full")] = "tiny",
+    protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
+    seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
+    data_root: DataRoot = Path("data"),
+    verbose: Verbose = False,
+) -> None:
+    """Make the embedded data set (needs the extra [demo])."""
+    from pipeline.pictograms.dataset import prepare_named
+
+    folder = prepare_named(name, data_root, size=size, protocol=protocol, seed=seed)
+    _say(f"ready: {folder}")
+
+
+@_command(config_app, "show")
+def config_show(
+    experiment: Annotated[str, typer.Argument(help="A shipped name or a TOML file")],
+    overrides: Overrides = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print the resolved settings, and who set each that is not the default."""
+    from dkdetr.config import config_hash, config_to_dict, flatten, load_experiment
+
+    resolved = load_experiment(experiment, overrides or ())
+    table = config_to_dict(resolved.config)
+    for key, value in flatten(table).items():
+        origin = resolved.origins.get(key)
+        print(f"{key} = {value!r}" + (f"    # {origin}" if origin else ""))
+    print(f"# hash {config_hash(resolved.config)}")
+    _report({"config": table, "origins": dict(resolved.origins)}, json_out)
+
+
+def _one_of(option: str, given: str, choices: tuple[str, ...]) -> Any:
+    from dkdetr.errors import UsageError
+
+    if given not in choices:
+        raise UsageError(f"{option} {given}: choose one of {', '.join(choices)}")
+    return given
+
+
+def main() -> None:
+    """Runs the program."""
+    app(prog_name="dkdetr")

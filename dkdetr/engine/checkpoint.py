@@ -1,0 +1,175 @@
+"""Checkpoints: written whole or not at all, hashed, and loaded without running anyone's code.
+
+The only file that calls `torch.load`. A checkpoint is a `.pt` file of tensors and plain types
+beside a `.json` marker with its size and hash; the marker is written last, and a file without a
+fitting marker does not count.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251  the class of torch's refusal, nothing is unpickled
+from typing import Any
+
+import torch
+import xxhash
+
+from dkdetr.atomic_file import atomic_file, write_text
+from dkdetr.config import ExperimentConfig, config_from_dict, config_to_dict
+from dkdetr.data.vocabulary import Vocabulary, from_metadata
+from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.student.build import build_student
+from dkdetr.student.detector import DKDETR
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: the next batch is number `batch` of `epoch`."""
+
+    epoch: int
+    batch: int
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds."""
+
+    student: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    progress: Progress
+    config: ExperimentConfig
+    vocabulary: Vocabulary
+    cache_fingerprint: str
+    cache_split: str
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    """Writes a checkpoint, returns its path, and removes all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{checkpoint.progress.iteration:08d}.pt"
+    vocabulary = checkpoint.vocabulary
+    state = {
+        "format": _FORMAT,
+        "student": dict(checkpoint.student),
+        "optimizer": dict(checkpoint.optimizer),
+        "scaler": dict(checkpoint.scaler),
+        "progress": vars(checkpoint.progress),
+        "config": json.dumps(config_to_dict(checkpoint.config)),
+        "vocabulary": json.dumps(vocabulary.metadata()),
+        "text_embeddings": torch.from_numpy(vocabulary.embeddings.copy()),
+        "cache_fingerprint": checkpoint.cache_fingerprint,
+        "cache_split": checkpoint.cache_split,
+    }
+    # While the file changes its old marker must not vouch for it.
+    _marker_of(path).unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        torch.save(state, file)
+    marker = {
+        "size": path.stat().st_size,
+        "xxh3_128": _hash_file(path),
+        "iteration": checkpoint.progress.iteration,
+    }
+    write_text(_marker_of(path), json.dumps(marker))
+    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
+        _marker_of(old).unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Returns a checkpoint after checking its size and hash.
+
+    Raises:
+        CorruptArtefactError: no marker, another size or hash, or not a checkpoint of ours.
+    """
+    problem = _problem_of(path)
+    if problem:
+        raise CorruptArtefactError(f"checkpoint '{path}' {problem}; use an older one of its folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except (UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        first_line = str(error).splitlines()[0]
+        raise CorruptArtefactError(f"'{path}' is not a checkpoint: {first_line}") from None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise CorruptArtefactError(
+            f"'{path}' is not a checkpoint of this version (format {_FORMAT})"
+        )
+    return Checkpoint(
+        student=state["student"],
+        optimizer=state["optimizer"],
+        scaler=state["scaler"],
+        progress=Progress(**state["progress"]),
+        config=config_from_dict(json.loads(state["config"])),
+        vocabulary=from_metadata(json.loads(state["vocabulary"]), state["text_embeddings"].numpy()),
+        cache_fingerprint=state["cache_fingerprint"],
+        cache_split=state["cache_split"],
+    )
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest checkpoint that is whole, or None; incomplete ones are passed over."""
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        if _problem_of(path) is None:
+            return path
+    return None
+
+
+def find_checkpoint(run_or_checkpoint: Path) -> Path:
+    """Returns the checkpoint that a run folder or a file name means.
+
+    Raises:
+        DataError: there is none.
+    """
+    if run_or_checkpoint.suffix == ".pt":
+        if not run_or_checkpoint.is_file():
+            raise DataError(f"no checkpoint '{run_or_checkpoint}'")
+        return run_or_checkpoint
+    latest = latest_checkpoint(run_or_checkpoint / "checkpoints")
+    if latest is None:
+        raise DataError(
+            f"'{run_or_checkpoint}' holds no complete checkpoint; "
+            "train one: dkdetr train --cache CACHE --run " + str(run_or_checkpoint)
+        )
+    return latest
+
+
+def load_student(checkpoint: Checkpoint) -> DKDETR:
+    """Returns the student of a checkpoint, in evaluation mode, on the CPU."""
+    text_dim = checkpoint.vocabulary.embeddings.shape[1]
+    student = build_student(checkpoint.config, text_dim=text_dim, load_weights=False)
+    student.load_state_dict(dict(checkpoint.student))
+    return student.eval()
+
+
+def _marker_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _problem_of(path: Path) -> str | None:
+    marker_path = _marker_of(path)
+    if not marker_path.is_file():
+        return "has no marker file: it was not written to its end"
+    try:
+        marker = json.loads(marker_path.read_bytes())
+        wanted = (marker["size"], marker["xxh3_128"])
+    except (ValueError, KeyError, TypeError):
+        return "has an unreadable marker file"
+    if path.stat().st_size != wanted[0]:
+        return f"has {path.stat().st_size} bytes, its marker says {wanted[0]}"
+    if _hash_file(path) != wanted[1]:
+        return "does not have the hash its marker says: the file is damaged"
+    return None
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""Ranks: who am I, and sums and votes over all of us. `torchrun` sets the environment."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, distributed
+
+from dkdetr.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that prints and writes."""
+        return self.rank == 0
+
+    def mean(self, value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Returns the mean over ranks, the same on each."""
+        if self.world_size == 1:
+            return value
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total / self.world_size
+
+    def any(self, flag: bool) -> bool:
+        """Returns True on every rank if it is True on one."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Yields this process's place; starts and ends the process group where there are several.
+
+    Args:
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    chosen = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield Ranks(rank=0, world_size=1, device=chosen)
+        return
+    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank=rank, world_size=world_size, device=chosen)
+    finally:
+        distributed.destroy_process_group()
+
+
+def pick_device(device: str, *, local_rank: int = 0) -> torch.device:
+    """Returns the device that a `--device` option names.
+
+    Raises:
+        UsageError: CUDA is asked for and not there, or the name means nothing.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this PyTorch sees no CUDA device; try --device cpu")
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", local_rank)
+    return chosen

@@ -1,0 +1,170 @@
+"""Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dkdetr.data.splits import Split, load_split
+from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
+from dkdetr.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_student
+from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.run_folder import RunFolder, newest_run
+from dkdetr.errors import DataError, MismatchError, UsageError
+from dkdetr.evaluation.detection_metrics import Evaluator
+from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
+from dkdetr.evaluation.table import metrics_table
+
+VocabularyBuilder = Callable[[Split, str], Vocabulary]
+"""Builds a split's vocabulary with the teacher that a specification names."""
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to score.
+
+    `run` is a run folder or a checkpoint, None for the newest run below `runs`; `split` None for
+    the validation split that belongs to the run's training split; `vocabulary` None for the
+    checkpoint's own where its names are the split's.
+    """
+
+    run: Path | None
+    split: str | None
+    vocabulary: Path | None
+    data_root: Path
+    device: str = "auto"
+    evaluator: Evaluator = "fast"
+    runs: Path = Path("runs")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored on what, and the result."""
+
+    subject: Path
+    split: str
+    evaluation: Evaluation
+
+    def print_table(self) -> None:
+        """Prints the metrics by group, remarks and the paths of the files."""
+        console = Console()
+        console.print(metrics_table([(str(self.subject), self.evaluation.metrics)]))
+        for note in self.evaluation.metrics.notes:
+            console.print(f"note: {note}", markup=False)
+        for name, path in self.evaluation.paths.items():
+            console.print(f"{name}: {path}", markup=False, soft_wrap=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the metrics and where the files lie."""
+        paths = {name: str(path) for name, path in self.evaluation.paths.items()}
+        described = {"subject": str(self.subject), "split": self.split, "files": paths}
+        return described | self.evaluation.metrics.as_json()
+
+
+def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None) -> Scored:
+    """Returns a run's metrics on a split; the files lie in the run's `eval/SPLIT/`.
+
+    Args:
+        request: what to score.
+        build_vocabulary: used where the checkpoint's names are not the split's and no vocabulary
+            file is given; CLIP stays out of this package.
+
+    Raises:
+        MismatchError: no vocabulary fits the split.
+    """
+    run = request.run or newest_run(request.runs)
+    if run is None:
+        raise DataError(
+            f"no run below '{request.runs}/'; name one, or train: dkdetr train --cache CACHE"
+        )
+    path = find_checkpoint(run)
+    checkpoint = load_checkpoint(path)
+    split = load_split(request.split or validation_split(checkpoint.cache_split), request.data_root)
+    vocabulary = _fitting_vocabulary(request, checkpoint, path, split, build_vocabulary)
+    device = pick_device(request.device)
+    evaluation = evaluate_student(
+        load_student(checkpoint).to(device),
+        split,
+        vocabulary,
+        checkpoint.config,
+        device=device,
+        out_dir=path.parent.parent / "eval" / _folder_name(split.name),
+        evaluator=request.evaluator,
+    )
+    return Scored(subject=path, split=split.name, evaluation=evaluation)
+
+
+def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
+    """Returns the metrics of anybody's COCO results json; the files lie beside it.
+
+    Raises:
+        UsageError: no split is named.
+    """
+    if request.split is None:
+        raise UsageError("--predictions wants --split: a results file does not name its split")
+    split = load_split(request.split, request.data_root)
+    out_dir = predictions.parent / f"{predictions.stem}-{_folder_name(split.name)}"
+    evaluation = score_predictions(predictions, split, out_dir=out_dir, evaluator=request.evaluator)
+    return Scored(subject=predictions, split=split.name, evaluation=evaluation)
+
+
+def validation_split(train_split: str) -> str:
+    """Returns the name of the split that belongs to a training split.
+
+    Raises:
+        UsageError: the split is a user's own folder, whose validation part only they know.
+    """
+    if train_split.endswith("_train"):
+        return train_split.removesuffix("_train") + "_val"
+    raise UsageError(f"which split? '{train_split}' does not say what to score on: give --split")
+
+
+def _folder_name(split: str) -> str:
+    """Returns a split's name as a folder's: a user's own has colons and slashes."""
+    return re.sub(r"[^\w.-]+", "_", split).strip("_")
+
+
+def _fitting_vocabulary(
+    request: EvalRequest,
+    checkpoint: Checkpoint,
+    path: Path,
+    split: Split,
+    build_vocabulary: VocabularyBuilder | None,
+) -> Vocabulary:
+    teacher = checkpoint.vocabulary.teacher
+    if request.vocabulary is not None:
+        given = load_vocabulary(request.vocabulary)
+        if given.teacher != teacher:
+            raise MismatchError(
+                f"'{request.vocabulary}' was embedded by {given.teacher}, the student learned from "
+                f"{teacher}: their spaces have nothing in common"
+            )
+        return given
+    own = checkpoint.vocabulary
+    wanted = {category.category_id: category.name for category in split.categories}
+    if wanted == dict(zip(own.category_ids, own.names, strict=True)):
+        return own
+    spec = _teacher_spec(path)
+    if build_vocabulary is None or spec is None:
+        raise MismatchError(
+            f"the checkpoint's {len(own)} names are not those of '{split.name}'; give a vocabulary "
+            f"of {teacher} with --vocab"
+        )
+    built = build_vocabulary(split, spec)
+    if built.teacher != teacher:
+        raise MismatchError(
+            f"the student learned from {teacher}, but '{spec}' is now {built.teacher}; give a "
+            "vocabulary of the first with --vocab"
+        )
+    return built
+
+
+def _teacher_spec(checkpoint: Path) -> str | None:
+    provenance = RunFolder(checkpoint.parent.parent).provenance
+    if not provenance.is_file():
+        return None
+    return json.loads(provenance.read_text(encoding="utf-8")).get("teacher_spec")

@@ -1,0 +1,46 @@
+"""The run's diary: one JSON object a line, in step with the checkpoints."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from dkdetr.atomic_file import write_text
+
+
+class MetricLog:
+    """Appends records to `metrics.jsonl`.
+
+    Args:
+        path: the file; made if missing.
+        after_iteration: records of later iterations are dropped first, because a resumed run will
+            write them again.
+    """
+
+    def __init__(self, path: Path, *, after_iteration: int) -> None:
+        kept = [r for r in read_metrics(path) if int(r["iteration"]) <= after_iteration]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, iteration: int, values: Mapping[str, float | int | str]) -> None:
+        """Appends one record; a reader may look at any time."""
+        record = {"kind": kind, "iteration": iteration, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | int | str]]:
+    """Returns the whole records of a log; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

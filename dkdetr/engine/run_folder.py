@@ -1,0 +1,105 @@
+"""A run's folder: what it was made with, and the refusal to mix two experiments in one."""
+
+import json
+import platform
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkdetr.atomic_file import write_text
+from dkdetr.config import ExperimentConfig, config_to_dict, dump_toml, flatten
+from dkdetr.errors import CorruptArtefactError, MismatchError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.toml metrics.jsonl checkpoints/ eval/ run.json`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def provenance(self) -> Path:
+        """Versions, device, cache and command of the first start."""
+        return self.path / "run.json"
+
+
+def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -> RunFolder:
+    """Returns the folder, made new or found with the same settings and cache.
+
+    Raises:
+        MismatchError: it holds a run with other settings or another cache; lists what differs.
+    """
+    run = RunFolder(path)
+    if run.config.is_file():
+        _refuse_other_settings(run, config)
+        _refuse_other_cache(run, provenance)
+        return run
+    write_text(run.provenance, json.dumps(provenance, indent=2) + "\n")
+    write_text(run.config, dump_toml(config))
+    return run
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Returns the versions and the device that figures of this run belong to."""
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def newest_run(runs: Path) -> Path | None:
+    """Returns the run folder with the newest checkpoint below `runs`, or None."""
+    markers = sorted(runs.glob("*/checkpoints/step_*.json"), key=lambda path: path.stat().st_mtime)
+    return markers[-1].parent.parent if markers else None
+
+
+def _refuse_other_settings(run: RunFolder, config: ExperimentConfig) -> None:
+    try:
+        before = flatten(tomllib.loads(run.config.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise CorruptArtefactError(f"'{run.config}' is damaged: {error}") from None
+    now = flatten(json.loads(json.dumps(config_to_dict(config))))
+    different = [
+        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if different:
+        raise MismatchError(
+            f"'{run.path}' holds a run with other settings:\n" + "\n".join(different)
+            + "\nname another folder with --run, or leave --run out"
+        )  # fmt: skip
+
+
+def _refuse_other_cache(run: RunFolder, provenance: dict[str, Any]) -> None:
+    before = json.loads(run.provenance.read_text(encoding="utf-8"))
+    for key in ("cache_fingerprint", "vocabulary_hash"):
+        if before.get(key) != provenance.get(key):
+            raise MismatchError(
+                f"'{run.path}' was trained with another cache: {key} {before.get(key)} there, "
+                f"{provenance.get(key)} here; its targets would change midway. "
+                "Name another folder with --run, or train on the first cache again"
+            )

@@ -1,0 +1,109 @@
+"""Multi-scale deformable attention (arXiv 2010.04159, Eq. 3), in plain PyTorch: the reference.
+
+Shape letters: B batch, T tokens of all levels, Q queries, H heads, C channels a head, L levels,
+P points.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+SpatialShapes = Sequence[tuple[int, int]]
+"""(height, width) of each level, finest first; their areas sum to the number of tokens."""
+
+
+def deformable_attention(
+    value: Float[Tensor, "B T H C"],
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Float[Tensor, "B Q H L P 2"],
+    attention_weights: Float[Tensor, "B Q H L P"],
+) -> Float[Tensor, "B Q HC"]:
+    """Returns each query's weighted sum of bilinear samples of the value maps.
+
+    Locations are (x, y) with (0, 0) a level's top left corner and (1, 1) its bottom right;
+    samples outside are 0. Gradients flow to values, locations and weights. The result has the
+    wider precision of values and locations: half a location is up to half a token wrong.
+    """
+    value = value.to(torch.promote_types(value.dtype, sampling_locations.dtype))
+    B, _, H, C = value.shape
+    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
+    grids_BHQLP2 = (2 * sampling_locations - 1).permute(0, 2, 1, 3, 4, 5).to(value.dtype)
+    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
+    samples = []
+    for level, ((height, width), value_BtHC) in enumerate(zip(spatial_shapes, levels, strict=True)):
+        maps = value_BtHC.permute(0, 2, 3, 1).reshape(B * H, C, height, width)
+        grid = grids_BHQLP2[:, :, :, level].reshape(B * H, Q, P, 2)
+        samples.append(
+            functional.grid_sample(
+                maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+            )
+        )
+    weights = attention_weights.permute(0, 2, 1, 3, 4).reshape(B * H, 1, Q, -1).to(value.dtype)
+    summed = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1)  # [BH, C, Q]
+    return summed.reshape(B, H * C, Q).transpose(1, 2)
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Attention that looks at a few learned places around a reference point on each level."""
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        places = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, places * 2)
+        self.attention_weights = nn.Linear(embed_dim, places)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Heads start looking in as many directions, point p at p + 1 steps; weights are even."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().max(-1, keepdim=True).values
+        steps = torch.arange(1, self.num_points + 1)
+        offsets = directions[:, None, None, :] * steps[None, None, :, None]
+        offsets = offsets.expand(-1, self.num_levels, -1, -1)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B Q D"],
+        reference_points: Float[Tensor, "B Q L two_or_four"],
+        tokens: Float[Tensor, "B T D"],
+        padding_mask: Bool[Tensor, "B T"],
+        spatial_shapes: SpatialShapes,
+    ) -> Float[Tensor, "B Q D"]:
+        """Returns what each query gathers from the tokens.
+
+        `reference_points` are (x, y), or (x, y, w, h), in padded coordinates of each level; with
+        a size, offsets are in units of half the box over the number of points.
+        """
+        B, Q, _ = query.shape
+        H, L, P = self.num_heads, self.num_levels, self.num_points
+        value = self.value_proj(tokens).masked_fill(padding_mask[..., None], 0.0)
+        value = value.view(B, tokens.shape[1], H, -1)
+        offsets = self.sampling_offsets(query).view(B, Q, H, L, P, 2)
+        weights = self.attention_weights(query).view(B, Q, H, L * P).softmax(-1)
+        weights = weights.view(B, Q, H, L, P)
+        # Locations stay in the reference points' float32, whatever autocast does around them.
+        offsets = offsets.to(reference_points.dtype)
+        centres = reference_points[:, :, None, :, None, :2]
+        if reference_points.shape[-1] == 2:
+            sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes])
+            locations = centres + offsets / sizes[None, None, None, :, None, :]
+        else:
+            half_sizes = reference_points[:, :, None, :, None, 2:] * 0.5
+            locations = centres + offsets / P * half_sizes
+        return self.output_proj(deformable_attention(value, spatial_shapes, locations, weights))

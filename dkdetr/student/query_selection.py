@@ -1,0 +1,86 @@
+"""The first stage: every token proposes a box and an objectness; the best become queries."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dkdetr.boxes import inverse_sigmoid
+from dkdetr.structures import EncoderOutput
+from dkdetr.student.encoder import TokenGrid, token_centres
+from dkdetr.student.heads import BoxHead
+
+_BASE_SIZE = 0.05
+_BORDER = 0.01
+
+
+@dataclass(frozen=True)
+class SelectedAnchors:
+    """The chosen tokens' boxes (without gradient) and objectness logits, best first."""
+
+    boxes_cxcywh: Float[Tensor, "batch num_queries 4"]
+    objectness: Float[Tensor, "batch num_queries"]
+
+
+class QuerySelection(nn.Module):
+    """Objectness and box of every token (Deformable DETR's first stage, one logit a token)."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.objectness = nn.Linear(embed_dim, 1)
+        self.box_head = BoxHead(embed_dim)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+        # The focal loss's usual start: one token in a hundred is an object.
+        nn.init.constant_(self.objectness.bias, -4.595)
+
+    def forward(
+        self, memory: Float[Tensor, "batch num_tokens embed_dim"], grid: TokenGrid
+    ) -> EncoderOutput:
+        """Returns every token's proposal; tokens in padding or at the border are not valid."""
+        start_unactivated, valid = token_boxes(grid)
+        memory = memory.masked_fill(~valid[..., None], 0.0)
+        memory = self.norm(self.projection(memory))
+        # In half precision the 300th best of 20,000 logits has hundreds of equals.
+        with torch.autocast(device_type=memory.device.type, enabled=False):
+            logits = self.objectness(memory.to(self.objectness.weight.dtype))[..., 0]
+        boxes = (self.box_head(memory) + start_unactivated).sigmoid()
+        return EncoderOutput(objectness_logits=logits, boxes_cxcywh=boxes, valid=valid)
+
+
+def token_boxes(
+    grid: TokenGrid,
+) -> tuple[Float[Tensor, "batch num_tokens 4"], Bool[Tensor, "batch num_tokens"]]:
+    """Returns where each token's box starts, before the sigmoid, and whether it may propose.
+
+    A token of level l starts with a square of side 0.05 * 2^l around its centre. It may propose
+    if it lies in the picture and all its box's coordinates lie in (0.01, 0.99).
+    """
+    centres = token_centres(grid)
+    sides = [
+        centres.new_full((height * width,), _BASE_SIZE * 2.0**level)
+        for level, (height, width) in enumerate(grid.spatial_shapes)
+    ]
+    side = torch.cat(sides)[None, :, None].expand(len(centres), -1, 2)
+    boxes = torch.cat((centres, side), dim=-1)
+    inside = ((boxes > _BORDER) & (boxes < 1 - _BORDER)).all(-1)
+    valid = inside & ~grid.padding_mask
+    # Tokens that may not propose get a finite box all the same: an infinite one (as in the
+    # original) turns into NaN wherever it is chosen for want of better ones.
+    start = inverse_sigmoid(boxes.clamp(_BORDER, 1 - _BORDER))
+    return start, valid
+
+
+def select_anchors(encoder: EncoderOutput, num_queries: int) -> SelectedAnchors:
+    """Returns the `num_queries` proposals of highest objectness, those that are not valid last.
+
+    A picture with fewer tokens gives as many queries as it has tokens. The objectness of a token
+    that is not valid is minus infinity.
+    """
+    scores = encoder.objectness_logits.detach().masked_fill(~encoder.valid, -torch.inf)
+    chosen = scores.topk(min(num_queries, scores.shape[1]), dim=1).indices
+    boxes = encoder.boxes_cxcywh.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
+    return SelectedAnchors(boxes_cxcywh=boxes, objectness=scores.gather(1, chosen))

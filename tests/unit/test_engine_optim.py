@@ -1,0 +1,87 @@
+"""Parameter groups and the learning rate, against method A.1 and values worked out by hand."""
+
+import pytest
+from torch import nn
+
+from dkdetr.config import OptimConfig
+from dkdetr.engine.optim import (
+    learning_rate_factor,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+
+
+class _Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.sampling_offsets = nn.Linear(4, 2)
+        self.norm = nn.LayerNorm(4)
+        self.neck = nn.GroupNorm(2, 4)
+        self.linear = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.kd_content = nn.Parameter(self.linear.weight[0].detach().clone(), requires_grad=False)
+
+
+def _by_name(toy, config):
+    return {group["name"]: group for group in parameter_groups(toy, config)}
+
+
+def _ids(parameters):
+    return {id(parameter) for parameter in parameters}
+
+
+def test_the_backbone_is_slow_and_its_norms_decay() -> None:
+    toy = _Toy()
+    slow = _by_name(toy, OptimConfig())["slow"]
+    assert _ids(slow["params"]) == _ids(
+        [*toy.backbone.parameters(), *toy.sampling_offsets.parameters()]
+    )
+    assert (slow["lr"], slow["weight_decay"]) == (pytest.approx(8e-5), 0.05)
+
+
+def test_norms_elsewhere_do_not_decay_and_biases_do() -> None:
+    toy = _Toy()
+    groups = _by_name(toy, OptimConfig())
+    assert _ids(groups["norm"]["params"]) == _ids([*toy.norm.parameters(), *toy.neck.parameters()])
+    assert groups["norm"]["weight_decay"] == 0.0
+    assert id(toy.linear.bias) in _ids(groups["rest"]["params"])
+    assert groups["rest"]["weight_decay"] == 0.05
+
+
+def test_frozen_weights_are_left_out_but_the_kd_content_keeps_its_place() -> None:
+    toy = _Toy()
+    everything = _ids(p for group in parameter_groups(toy, OptimConfig()) for p in group["params"])
+    assert id(toy.frozen.weight) not in everything
+    assert id(toy.kd_content) in everything
+
+
+@pytest.mark.parametrize(
+    ("epoch", "iteration", "factor"),
+    [
+        (0, 0, 0.001),  # warm-up starts at its ratio
+        (0, 1000, 1 - 0.5 * 0.999),  # half-way
+        (2, 2000, 1.0),  # warm-up is over
+        (54, 60_000, 1.0),
+        (55, 60_001, 0.1),  # the drop
+        (69, 80_000, 0.1),
+    ],
+)
+def test_learning_rate(epoch: int, iteration: int, factor: float) -> None:
+    assert learning_rate_factor(OptimConfig(), epoch=epoch, iteration=iteration) == pytest.approx(
+        factor
+    )
+
+
+def test_two_drops_multiply() -> None:
+    config = OptimConfig(lr_drop_epochs=(2, 4), lr_drop_factor=0.5, warmup_iterations=0)
+    assert learning_rate_factor(config, epoch=5, iteration=10) == 0.25
+
+
+def test_setting_the_rate_keeps_the_groups_apart() -> None:
+    config = OptimConfig()
+    optimizer = make_optimizer(_Toy(), config)
+    assert set_learning_rate(optimizer, config, 0.5) == pytest.approx(4e-4)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"slow": 4e-5, "norm": 4e-4, "rest": 4e-4})

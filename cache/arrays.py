@@ -91,10 +91,14 @@ def blocks_of(images: Sequence[ImageRows], plan: Plan) -> dict[str, NDArray[Any]
 
 
 def quantize(embeddings: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """Returns int8 levels [n, D] and float16 scales [n] with levels * scale ~ embeddings."""
-    scale = (np.abs(embeddings).max(axis=1, initial=0) / 127).astype(np.float16)
-    levels = np.rint(embeddings / np.maximum(scale.astype(np.float32), 1e-8)[:, None])
-    return np.clip(levels, -127, 127).astype(np.int8), scale
+    """Returns int8 levels [n, D] and float16 scales [n]: levels * scale ~ the unit embeddings.
+
+    The scale is the one that gives unit norm back, whatever the rounding did.
+    """
+    greatest = np.abs(embeddings).max(axis=1, initial=0, keepdims=True)
+    levels = np.rint(embeddings * (127 / greatest)).astype(np.int8)
+    norms = np.linalg.norm(levels.astype(np.float32), axis=1)
+    return levels, (1 / norms).astype(np.float16)
 
 
 def rows_of(chunks: Mapping[str, NDArray[Any]]) -> ImageRows:
@@ -107,12 +111,12 @@ def rows_of(chunks: Mapping[str, NDArray[Any]]) -> ImageRows:
     return ImageRows(
         image_id=int(chunks["image_id"]),
         image_size_hw=(height, width),
-        boxes_xyxy=chunks["boxes_xyxy"][:n],
-        objectness=chunks["objectness"][:n],
-        max_base_iou=chunks["max_base_iou"][:n],
+        boxes_xyxy=chunks["boxes_xyxy"][:n].copy(),
+        objectness=chunks["objectness"][:n].copy(),
+        max_base_iou=chunks["max_base_iou"][:n].copy(),
         region_embeddings=embeddings,
         image_embedding=chunks["image_embedding"].astype(np.float32),
-        gt_boxes_xyxy=chunks["gt/boxes_xyxy"][:m],
-        gt_category_ids=chunks["gt/category_ids"][:m],
+        gt_boxes_xyxy=chunks["gt/boxes_xyxy"][:m].copy(),
+        gt_category_ids=chunks["gt/category_ids"][:m].copy(),
         gt_embeddings=chunks["gt/embeddings"][:m].astype(np.float32),
     )

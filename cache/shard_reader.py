@@ -6,6 +6,7 @@ compares the two readers.
 """
 
 from collections.abc import Callable
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cache.arrays import ArraySpec
 from cache.spec import CorruptCacheError
 
 _CRC_BYTES = 4
-_crc32c: Callable[[bytes], int] = google_crc32c.value  # pyright: ignore[reportUnknownMemberType]
+_crc32c: Callable[[bytes], int] = google_crc32c.value  # pyright: ignore
 
 
 class ShardReader:
@@ -28,9 +29,7 @@ class ShardReader:
         self._spec = spec
         self._shard_index = shard_index
         index_bytes = 16 * shard_size + _CRC_BYTES
-        with self._file.open("rb") as stream:
-            stream.seek(-index_bytes, 2)
-            index = self._checked(stream.read(index_bytes), "its index")
+        index = self._read(-index_bytes, index_bytes, "its index")
         self._offsets = np.frombuffer(index, "<u8").reshape(shard_size, 2)
 
     def read(self, place: int) -> NDArray[Any]:
@@ -42,14 +41,22 @@ class ShardReader:
         offset, length = (int(number) for number in self._offsets[place])
         if length != self._spec.chunk_bytes + _CRC_BYTES:
             raise self._error(f"the chunk of its image {place} is missing")
-        with self._file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            chunk = self._checked(stream.read(length), f"the chunk of its image {place}")
+        chunk = self._read(offset, length, f"the chunk of its image {place}")
         dtype = np.dtype(self._spec.dtype).newbyteorder("<")
         return np.frombuffer(chunk, dtype).reshape(self._spec.shape)
 
-    def _checked(self, data: bytes, what: str) -> bytes:
+    def _read(self, offset: int, length: int, what: str) -> bytes:
+        """Returns checked bytes; a negative offset counts from the end of the file."""
+        try:
+            with self._file.open("rb", buffering=0) as stream:
+                size = stream.seek(0, SEEK_END)
+                stream.seek(offset if offset >= 0 else max(0, size + offset))
+                data = stream.read(length)
+        except FileNotFoundError:
+            raise self._error("the file is missing") from None
         body, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
+        if len(data) != length:
+            raise self._error(f"{what} is cut short")
         if _crc32c(body) != int.from_bytes(crc, "little"):
             raise self._error(f"{what} has a wrong checksum")
         return body

@@ -106,6 +106,11 @@ class CacheReader:
         """Returns the neighbour lists, or None if none were built; see `load_neighbors`."""
         return load_neighbors(self.path, data_root=self._seal.data_root)
 
+    @property
+    def data_root(self) -> str:
+        """Returns the Merkle root over all but the text: what neighbour lists are bound to."""
+        return self._seal.data_root
+
     def manifest(self, shard_index: int) -> ShardManifest:
         """Returns the manifest of a shard, as sealed; raises CorruptCacheError."""
         self._check_leaf(manifest_file(shard_index), f"shard {shard_index:06d}: ")
@@ -175,10 +180,11 @@ def _load_seal(path: Path) -> Seal:
     try:
         return Seal.load(path)
     except FileNotFoundError:
-        raise UnsealedCacheError(_why_unsealed(path)) from None
+        raise UnsealedCacheError(why_unsealed(path)) from None
 
 
-def _why_unsealed(path: Path) -> str:
+def why_unsealed(path: Path) -> str:
+    """Returns what is missing of an unfinished cache, and the command that goes on with it."""
     try:
         head, plan = Head.load(path), load_plan(path)
     except FileNotFoundError:

@@ -5,7 +5,6 @@ manifest; all manifests, then COMPLETE.json. A kill between any two of them cost
 shard in the making.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,13 +14,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.arrays import array_specs, blocks_of
+from cache.arrays import blocks_of
+from cache.beginning import (
+    break_bad_seal,
+    check_same_cache,
+    refuse_foreign_folder,
+    write_head,
+)
 from cache.durable import (
     disk_errors,
-    dump_checked_json,
     hash_file,
     sweep_partial_files,
-    sync_file,
     sync_folder,
     write_atomic,
 )
@@ -30,23 +33,18 @@ from cache.layout import (
     CACHE_FILE,
     COMPLETE_FILE,
     PLAN_FILE,
-    PROVENANCE_FILE,
     QUARANTINE_FILE,
     TEXT_MANIFEST,
     Head,
     Seal,
     load_plan,
-    load_provenance,
     load_text_manifest,
     merkle_root,
-    seal_problems,
     text_problems,
-    write_provenance,
     write_text_files,
 )
-from cache.lock import LOCK_FILE, Lease
+from cache.lock import Lease
 from cache.manifest import (
-    MANIFEST_FOLDER,
     ShardManifest,
     build_manifest,
     manifest_file,
@@ -57,14 +55,12 @@ from cache.spec import (
     SCHEMA,
     CacheError,
     CorruptCacheError,
-    StaleCacheError,
     UnsealedCacheError,
     canonical_json,
-    diff_parts,
     fingerprint,
     split_text_parts,
 )
-from cache.zarr_files import metadata_files, write_blocks
+from cache.zarr_files import metadata_files, shard_files
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -217,16 +213,16 @@ def create_or_resume(
     """
     image_parts, text_parts = split_text_parts(parts)
     head = Head(schema=SCHEMA, fingerprint=fingerprint(image_parts), parts=image_parts)
-    _refuse_foreign_folder(path)
+    refuse_foreign_folder(path)
     with disk_errors(str(path)):
         path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lease = stack.enter_context(Lease(path))
         sweep_partial_files(path)
         if (path / CACHE_FILE).exists():
-            _check_same_cache(path, head, plan)
-        _write_head(path, head, plan, provenance)
-        _break_bad_seal(path)
+            check_same_cache(path, head, plan)
+        write_head(path, head, plan, provenance)
+        break_bad_seal(path)
         stack.pop_all()
     return CacheWriter(path, head, plan, text_parts, lease)
 
@@ -265,9 +261,7 @@ def commit_shard(
     if committed is not None:
         (path / manifest_file(shard_index)).unlink(missing_ok=True)
     fault_point("commit.before_write")
-    write_blocks(path, shard_index, blocks_of(images, plan))
-    fault_point("commit.before_sync")
-    _sync_shard(path, plan, shard_index)
+    _write_shard(path, plan, shard_index, images)
     manifest = build_manifest(path, plan, head.fingerprint, shard_index, images, quarantined)
     fault_point("commit.before_manifest")
     manifest.write(path)
@@ -295,12 +289,15 @@ def write_text(
     write_text_files(path, metadata, np.asarray(embeddings), dict(parts))
 
 
-def _sync_shard(path: Path, plan: Plan, shard_index: int) -> None:
-    names = [spec.shard_file(shard_index) for spec in array_specs(plan)]
+def _write_shard(path: Path, plan: Plan, shard_index: int, images: Sequence[ImageRows]) -> None:
+    folders: set[Path] = set()
     with disk_errors(f"shard {shard_index:06d}"):
-        for name in names:
-            sync_file(path / name)
-        for folder in sorted({folder for name in names for folder in Path(name).parents}):
+        for name, data in shard_files(plan, shard_index, blocks_of(images, plan)):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / name, data)
+            folders.update(Path(name).parents)
+            fault_point("commit.after_file")
+        for folder in sorted(folders):
             sync_folder(path / folder)
 
 
@@ -333,72 +330,3 @@ def _in_plan_order(
     for image in rows:
         check_rows(image, plan)
     return [given.get(image_id) or empty_rows(image_id, plan) for image_id in wanted]
-
-
-def _refuse_foreign_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise CacheError(f"{path} is a file, not a folder for a cache")
-    if not path.exists() or (path / CACHE_FILE).exists():
-        return
-    ours = {PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text", "proposals"}
-    names = sorted(entry.name for entry in path.iterdir())
-    foreign = [
-        name for name in names if name not in ours and not name.startswith((LOCK_FILE, *ours))
-    ]
-    if foreign:
-        raise CacheError(
-            f"{path} is not a cache and not empty (it holds '{foreign[0]}'): name another folder"
-        )
-
-
-def _check_same_cache(path: Path, head: Head, plan: Plan) -> None:
-    found = Head.load(path)
-    if found.fingerprint != head.fingerprint:
-        lines = "\n  ".join(diff_parts(found.parts, head.parts))
-        raise StaleCacheError(
-            f"{path} was made from other inputs:\n  {lines}\n"
-            "Its embeddings would be wrong for this command and nothing would fail. "
-            "Name another folder with --out, or delete this one"
-        )
-    if load_plan(path).to_dict() != json.loads(json.dumps(plan.to_dict())):
-        raise StaleCacheError(
-            f"{path} was planned with other images or shapes than this command's, though its "
-            "parts are the same. Name another folder with --out, or delete this one"
-        )
-
-
-def _write_head(path: Path, head: Head, plan: Plan, provenance: Mapping[str, Any]) -> None:
-    """Writes the head's files where they are not already right; CACHE.json last."""
-    table = {"schema": head.schema, "fingerprint": head.fingerprint, "parts": dict(head.parts)}
-    files = {PLAN_FILE: dump_checked_json(plan.to_dict()), **metadata_files(plan)}
-    files[CACHE_FILE] = dump_checked_json(table)
-    (path / MANIFEST_FOLDER).mkdir(exist_ok=True)
-    try:
-        load_provenance(path)
-    except (FileNotFoundError, CorruptCacheError):
-        write_provenance(path, provenance)
-    for name, data in files.items():
-        if not _same_json(path / name, data):
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            fault_point("create.before_file")
-            write_atomic(path / name, data)
-
-
-def _same_json(file: Path, data: bytes) -> bool:
-    try:
-        return json.loads(file.read_bytes()) == json.loads(data)
-    except (FileNotFoundError, ValueError):
-        return False
-
-
-def _break_bad_seal(path: Path) -> None:
-    """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that."""
-    try:
-        seal = Seal.load(path)
-    except FileNotFoundError:
-        return
-    except CorruptCacheError:
-        seal = None
-    if seal is None or seal_problems(path, seal):
-        (path / COMPLETE_FILE).unlink()
-        sync_folder(path)

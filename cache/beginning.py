@@ -1,0 +1,104 @@
+"""Beginning a cache or finding one begun: is the folder ours, the cache the same, the seal good."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache.durable import dump_checked_json, sync_folder, write_atomic
+from cache.faults import fault_point
+from cache.layout import (
+    CACHE_FILE,
+    COMPLETE_FILE,
+    PLAN_FILE,
+    PROVENANCE_FILE,
+    Head,
+    Seal,
+    load_plan,
+    load_provenance,
+    seal_problems,
+    write_provenance,
+)
+from cache.lock import LOCK_FILE
+from cache.manifest import MANIFEST_FOLDER
+from cache.plan import Plan
+from cache.spec import CacheError, CorruptCacheError, StaleCacheError, diff_parts
+from cache.zarr_files import metadata_files
+
+
+def refuse_foreign_folder(path: Path) -> None:
+    """Returns if `path` is free, or a cache begun or finished; else raises CacheError."""
+    if path.exists() and not path.is_dir():
+        raise CacheError(f"{path} is a file, not a folder for a cache")
+    if not path.exists() or (path / CACHE_FILE).exists():
+        return
+    ours = {PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text", "proposals"}
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [
+        name for name in names if name not in ours and not name.startswith((LOCK_FILE, *ours))
+    ]
+    if foreign:
+        raise CacheError(
+            f"{path} is not a cache and not empty (it holds '{foreign[0]}'): name another folder"
+        )
+
+
+def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
+    """Returns if the cache at `path` was begun with this head and plan, else StaleCacheError."""
+    found = Head.load(path)
+    if found.fingerprint != head.fingerprint:
+        lines = "\n  ".join(diff_parts(found.parts, head.parts))
+        raise StaleCacheError(
+            f"{path} was made from other inputs:\n  {lines}\n"
+            "Its embeddings would be wrong for this command and nothing would fail. "
+            "Name another folder with --out, or delete this one"
+        )
+    try:
+        planned = load_plan(path)
+    except FileNotFoundError:
+        raise CorruptCacheError(
+            f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
+            "Delete this cache, or name another folder with --out"
+        ) from None
+    if planned.to_dict() != json.loads(json.dumps(plan.to_dict())):
+        raise StaleCacheError(
+            f"{path} was planned with other images or shapes than this command's, though its "
+            "parts are the same. Name another folder with --out, or delete this one"
+        )
+
+
+def write_head(path: Path, head: Head, plan: Plan, provenance: Mapping[str, Any]) -> None:
+    """Writes the head's files where they are not already right; CACHE.json last."""
+    table = {"schema": head.schema, "fingerprint": head.fingerprint, "parts": dict(head.parts)}
+    files = {PLAN_FILE: dump_checked_json(plan.to_dict()), **metadata_files(plan)}
+    files[CACHE_FILE] = dump_checked_json(table)
+    (path / MANIFEST_FOLDER).mkdir(exist_ok=True)
+    try:
+        load_provenance(path)
+    except (FileNotFoundError, CorruptCacheError):
+        write_provenance(path, provenance)
+    for name, data in files.items():
+        if not _same_json(path / name, data):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            fault_point("create.before_file")
+            write_atomic(path / name, data)
+
+
+def _same_json(file: Path, data: bytes) -> bool:
+    try:
+        return json.loads(file.read_bytes()) == json.loads(data)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def break_bad_seal(path: Path) -> None:
+    """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that."""
+    try:
+        seal = Seal.load(path)
+    except FileNotFoundError:
+        return
+    except CorruptCacheError:
+        seal = None
+    if seal is None or seal_problems(path, seal):
+        (path / COMPLETE_FILE).unlink()
+        sync_folder(path)

@@ -1,0 +1,140 @@
+"""Runs shards: in this process, on a local Dask cluster, or on one that runs already.
+
+Dask is a plain task runner here: a task is a shard's number, and a worker builds its teacher and
+proposer once. The only file that imports Dask.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import dask
+from distributed import Client, KilledWorker, LocalCluster, as_completed, get_worker
+
+from dkdetr.errors import DkdetrError, UsageError
+
+Result = TypeVar("Result")
+
+_RETRIES = 2
+_CONNECT_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where shards are made.
+
+    `workers` starts that many processes on this machine; `scheduler` joins a running cluster;
+    with neither, everything happens in this process.
+    """
+
+    workers: int = 0
+    scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UsageError(f"--workers {self.workers}: give 0 (this process) or more")
+        if self.workers and self.scheduler:
+            raise UsageError("give --workers (a cluster of its own) or --scheduler, not both")
+
+    @property
+    def in_process(self) -> bool:
+        """True if no other process takes part."""
+        return not self.workers and self.scheduler is None
+
+
+def run_shards(
+    executor: Executor,
+    task: Callable[[Any, int, int], Result],
+    job: Hashable,
+    shards: Sequence[int],
+) -> Iterator[tuple[int, Result]]:
+    """Yields (shard, result) as shards are finished.
+
+    Args:
+        executor: where.
+        task: `task(job, shard, worker_number)`, a function of a module (workers import it). It
+            must be idempotent: a shard is run again, up to twice, if its worker dies.
+        job: all that a worker needs to know, small and picklable.
+        shards: what to run.
+
+    Raises:
+        Exception: whatever `task` raised first, as itself; shards not yet begun are dropped.
+        UsageError: no scheduler at that address.
+    """
+    if executor.in_process:
+        for shard in shards:
+            yield shard, task(job, shard, 0)
+        return
+    with _client(executor) as client:
+        futures = client.map(
+            _run_one, shards, task=task, job=job, pure=False, retries=_RETRIES, batch_size=64
+        )
+        shard_of = {future.key: shard for future, shard in zip(futures, shards, strict=True)}
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except KilledWorker:
+                client.cancel(futures)
+                raise DkdetrError(
+                    f"shard {shard_of[future.key]:06d} was given up: every worker that took it "
+                    "died, most likely for want of memory; use fewer --workers, or none to see why"
+                ) from None
+            if isinstance(result, _Refusal):
+                client.cancel(futures)
+                raise result.error
+            yield shard_of[future.key], result
+            future.release()
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """An error whose message is for the user: it comes back as a value, and is not retried."""
+
+    error: Exception
+
+
+def _run_one(shard: int, *, task: Callable[[Any, int, int], Result], job: Any) -> Result | _Refusal:
+    name = str(get_worker().name)
+    try:
+        return task(job, shard, int(name) if name.isdigit() else 0)
+    except ValueError as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        return _Refusal(error)
+
+
+@contextmanager
+def _client(executor: Executor) -> Iterator[Client]:
+    # spawn: a forked worker would inherit open CUDA contexts and zarr's threads.
+    settings = {
+        "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.worker.daemon": False,
+        "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
+        "logging.distributed": "error",
+    }
+    with dask.config.set(settings):
+        if executor.scheduler is not None:
+            try:
+                with Client(executor.scheduler, timeout=_CONNECT_TIMEOUT_S) as client:
+                    yield client
+            except OSError as error:
+                raise UsageError(
+                    f"no Dask scheduler answers at '{executor.scheduler}' ({error}); start one "
+                    "with `dask scheduler` and workers with `dask worker`, or use --workers N"
+                ) from None
+            return
+        with (
+            LocalCluster(
+                n_workers=executor.workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address=None,
+                # A worker's memory is its teacher's; Dask's guess would pause or kill it.
+                memory_limit=0,
+                silence_logs=40,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client

@@ -1,0 +1,140 @@
+"""Proposals by a network: the student's backbone, neck, encoder and first stage, no decoder.
+
+The same reader serves the network that `fit` trains and a student's own first stage.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dkdetr.atomic_file import write_bytes
+from dkdetr.boxes import cxcywh_to_xyxy
+from dkdetr.config import StudentConfig
+from dkdetr.data.transforms import evaluation_geometry, render_view
+from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.structures import ImageBatch
+from dkdetr.student.build import build_trunk
+from dkdetr.student.detector import ProposingTrunk
+from pipeline.proposals import Proposals, SourceImage
+from pipeline.teacher_model import tensors_sha256
+
+_CONFIG = TypeAdapter(StudentConfig)
+
+
+class NetworkProposals:
+    """Proposes with a trained trunk.
+
+    Args:
+        trunk: in evaluation mode, on its device.
+        image_size: longest side of the network's input, pixels.
+        batch_size: images at once, always: the last batch is padded with black pictures, because
+            a network's output changes in its last bits with the batch.
+        source: `fit` or `student`, for the fingerprint.
+        seen: what it has learned from.
+    """
+
+    def __init__(
+        self,
+        trunk: ProposingTrunk,
+        *,
+        image_size: int,
+        batch_size: int,
+        source: str,
+        seen: Mapping[str, Any],
+    ) -> None:
+        self._trunk = trunk.eval()
+        self._image_size = image_size
+        self._batch_size = batch_size
+        self._device = next(trunk.parameters()).device
+        self.identity: Mapping[str, Any] = {
+            "source": source,
+            "weights_sha256": tensors_sha256(trunk),
+            "image_size": image_size,
+        }
+        self.seen = seen
+
+    @torch.inference_mode()
+    def propose(self, images: Sequence[SourceImage]) -> list[Proposals]:
+        """Returns every valid token's box and the sigmoid of its objectness, one entry an image."""
+        found: list[Proposals] = []
+        for start in range(0, len(images), self._batch_size):
+            chunk = images[start : start + self._batch_size]
+            batch = self._collate(chunk).to(self._device)
+            _, _, encoder = self._trunk(batch)
+            boxes = cxcywh_to_xyxy(encoder.boxes_cxcywh.float()).cpu()
+            scores = encoder.objectness_logits.float().sigmoid().cpu()
+            valid = encoder.valid.cpu()
+            for index, image in enumerate(chunk):
+                height, width = image.pixels.shape[:2]
+                keep = valid[index]
+                scale = torch.tensor([width, height, width, height])
+                found.append(
+                    Proposals((boxes[index][keep] * scale).numpy(), scores[index][keep].numpy())
+                )
+        return found
+
+    def _collate(self, images: Sequence[SourceImage]) -> ImageBatch:
+        size = self._image_size
+        pixels = torch.zeros((self._batch_size, 3, size, size))
+        mask = torch.zeros((self._batch_size, size, size), dtype=torch.bool)
+        sizes = torch.full((self._batch_size, 2), size)
+        for index, image in enumerate(images):
+            height, width = image.pixels.shape[:2]
+            geometry = evaluation_geometry((height, width), image_size=size)
+            pixels[index], mask[index] = render_view(image.pixels, geometry, image_size=size)
+            sizes[index] = torch.tensor(geometry.view_hw)
+        return ImageBatch(
+            pixels=pixels,
+            padding_mask=mask,
+            image_sizes_hw=sizes,
+            original_sizes_hw=sizes,
+            image_ids=tuple(image.image_id for image in images),
+        )
+
+
+def save_network(
+    path: Path, trunk: ProposingTrunk, config: StudentConfig, facts: Mapping[str, Any]
+) -> None:
+    """Writes a trunk with all that is needed to use it again; `facts` is plain JSON data."""
+    state = {name: tensor.contiguous() for name, tensor in trunk.state_dict().items()}
+    described = {
+        "config": json.dumps(asdict(config)),
+        "facts": json.dumps(dict(facts)),
+        "sha256": tensors_sha256(trunk),
+    }
+    write_bytes(path, save(state, metadata=described))
+
+
+def load_network(path: Path) -> tuple[ProposingTrunk, dict[str, Any]]:
+    """Returns the trunk that `save_network` wrote, on the CPU, and its facts.
+
+    Raises:
+        DataError: no such file.
+        CorruptArtefactError: another kind of file, or not the tensors that were saved.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"no proposal network '{path}'; make one with --proposals fit on a training split"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = file.metadata() or {}
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = _CONFIG.validate_json(described["config"])
+        facts = json.loads(described["facts"])
+        trunk = build_trunk(config, load_weights=False)
+        trunk.load_state_dict(state)
+        expected = described["sha256"]
+    except (SafetensorError, KeyError, ValueError, ValidationError, RuntimeError) as error:
+        raise CorruptArtefactError(f"'{path}' is no proposal network: {error}") from None
+    if tensors_sha256(trunk) != expected:
+        raise CorruptArtefactError(f"'{path}' is damaged: its tensors do not give its own hash")
+    return trunk.eval(), facts

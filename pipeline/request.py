@@ -1,0 +1,154 @@
+"""What one `cache-teacher` command asks for, and what it answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dkdetr.errors import UsageError
+from pipeline.executor import Executor
+from pipeline.recall import Recall
+from pipeline.teacher import Precision
+
+DEFAULT_TEACHER = "ViT-B-32-quickgelu:openai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRequest:
+    """Everything that `cache-teacher` can be told; the defaults are architecture decisions 5-7."""
+
+    split: str
+    out: Path
+    data_root: Path = Path("data")
+    teacher: str = DEFAULT_TEACHER
+    precision: Precision = "auto"
+    proposals: str = "fit"
+    keep: int = 300
+    """Proposals kept of an image."""
+    storage: Literal["fp16", "int8"] = "fp16"
+    crop_mode: Literal["squash", "clip_center"] = "squash"
+    prompts: str = "vild63"
+    executor: Executor = field(default_factory=Executor)
+    device: str = "auto"
+    crop_batch: int | None = None
+    """Crops at once; None: 256 on CUDA, 64 elsewhere. Part of the fingerprint."""
+    image_batch: int = 8
+    """Images at once through a proposal network. Part of the fingerprint."""
+    max_bad: float = 0.001
+    """Share of unreadable images that is set aside; one image is, however small the split."""
+    experiment: str | None = None
+    """Whose network `fit` trains; None: the split's."""
+    overrides: tuple[str, ...] = ()
+    fit_epochs: int | None = None
+    """None: a sixth of the experiment's epochs (12 of LVIS's 70)."""
+    neighbors: bool = True
+    command: str = ""
+    """As typed; kept in the provenance."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UsageError(f"--keep {self.keep}: keep at least one proposal an image")
+        if not 0 <= self.max_bad <= 1:
+            raise UsageError(f"--max-bad {self.max_bad}: a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class CachePrice:
+    """What a cache will cost, before anything is made."""
+
+    split: str
+    num_images: int
+    num_base_names: int
+    num_novel_names: int
+    num_base_boxes: int
+    max_crops: int
+    num_shards: int
+    embed_dim: int
+    bytes_needed: int
+    bytes_free: int
+    fit_iterations: int
+    """0 where no proposal network has to be trained."""
+
+    def lines(self) -> list[str]:
+        """Returns the price as a person reads it."""
+        fit = (
+            f"fit: {self.fit_iterations:,} training steps first"
+            if self.fit_iterations
+            else "ready: nothing to train"
+        )
+        return [
+            f"split      {self.split}: {self.num_images:,} images, {self.num_base_names} base and "
+            f"{self.num_novel_names} novel names, {self.num_base_boxes:,} base boxes",
+            f"proposals  {fit}",
+            f"work       at most {self.max_crops:,} crops in {self.num_shards} shards",
+            f"disk       {_gigabytes(self.bytes_needed)} needed, "
+            f"{_gigabytes(self.bytes_free)} free",
+        ]
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What is in the cache now."""
+
+    path: Path
+    split: str
+    teacher: str
+    random_teacher: bool
+    num_images: int
+    num_regions: int
+    num_shards: int
+    num_made: int
+    """Shards that this command made; the others stood already."""
+    quarantined: Mapping[int, str]
+    merkle_root: str
+    bytes_on_disk: int
+    seconds: float
+    recall: tuple[Recall, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Returns the summary as a person reads it."""
+        stood = self.num_shards - self.num_made
+        resumed = f" ({stood} shards stood already)" if stood else ""
+        mark = "  RANDOM WEIGHTS: for trials only" if self.random_teacher else ""
+        text = [
+            f"cache      {self.path}: {self.num_images:,} images, {self.num_regions:,} regions, "
+            f"{_gigabytes(self.bytes_on_disk)}, {self.seconds:.0f} s{resumed}",
+            f"teacher    {self.teacher}{mark}",
+        ]
+        for recall in self.recall:
+            if recall.shares:
+                shares = ", ".join(f"{share:.1%} at {n}" for n, share in recall.shares.items())
+                text.append(f"recall     {recall.group} objects ({recall.num_objects:,}): {shares}")
+        text += [f"set aside  image {number}: {why}" for number, why in self.quarantined.items()]
+        return text + [f"note       {note}" for note in self.notes]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the summary as plain data."""
+        return {
+            **{key: value for key, value in vars(self).items() if key != "recall"},
+            "path": str(self.path),
+            "quarantined": {str(number): why for number, why in self.quarantined.items()},
+            "recall": {
+                recall.group: {
+                    "num_objects": recall.num_objects,
+                    **{str(budget): share for budget, share in recall.shares.items()},
+                }
+                for recall in self.recall
+            },
+        }
+
+
+def default_out(split: str) -> Path:
+    """Returns the folder of a split's cache where none is named.
+
+    Raises:
+        UsageError: a split of a user's own has no short name.
+    """
+    if ":" in split:
+        raise UsageError(f"name the cache of '{split}': --out cache/NAME")
+    return Path("cache") / split.removesuffix("_train")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

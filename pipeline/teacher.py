@@ -1,0 +1,245 @@
+"""The teacher: any open_clip model, its preprocessing frozen and its identity beyond doubt.
+
+open_clip helps too willingly: it builds random weights with a log line, loads OpenAI's weights into
+a GELU model without a word, and gives weights from a path another preprocessing than the same
+weights from the hub. Here each of these is an error or is recorded.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import open_clip
+import torch
+from torch import nn
+
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from pipeline.teacher_model import Preprocessing, Teacher
+from pipeline.teacher_source import TeacherSource, openai_evidence, parse_teacher_spec
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+_RANDOM_SEED = 20231002
+
+
+def load_teacher(
+    spec: str, device: torch.device | str = "cpu", *, precision: Precision = "auto"
+) -> Teacher:
+    """Returns the teacher that `spec` names (see pipeline.teacher_source), in evaluation mode.
+
+    Args:
+        spec: MODEL:PRETRAINED, MODEL:/path, MODEL:random or `pictograms`.
+        device: where it runs.
+        precision: `auto` is fp16 on CUDA, fp32 elsewhere.
+
+    Raises:
+        UsageError: unknown model or tag, or a model whose activation is not the weights'.
+        DataError: weights that cannot be reached or found, with how to provide them.
+        CorruptArtefactError: a file that does not hold this model's weights.
+    """
+    device = torch.device(device)
+    source = parse_teacher_spec(spec)
+    if source.model_json is not None:
+        open_clip.add_model_config(source.model_json)
+    config = _model_config(source)
+    _check_activation(source, config)
+    preprocessing = _preprocessing(source, config)
+    with _quiet_about_random_weights(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        model, tokenize = _build(source, config)
+    if source.kind != "random":
+        _load_weights(model, source.path or _fetch(source), source)
+    chosen = precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
+    return Teacher(
+        model,
+        tokenize,
+        preprocessing,
+        source,
+        config,
+        device=device,
+        precision=chosen,
+        note=_activation_note(source, config),
+    )
+
+
+def _model_config(source: TeacherSource) -> dict[str, Any]:
+    known = open_clip.get_model_config(source.model)
+    if source.folder_config is not None and source.model_json is None:
+        config = dict(source.folder_config["model_cfg"])
+        if known is not None and bool(known.get("quick_gelu")) != bool(config.get("quick_gelu")):
+            raise UsageError(
+                f"teacher '{source.spec}': open_clip_config.json beside these weights says "
+                f"{_activation(config)}, {source.model} means {_activation(known)}; "
+                f"type --teacher {_twin(source.model)}:{source.path}"
+            )
+        return config
+    if known is None:
+        raise UsageError(
+            f"teacher '{source.spec}': open_clip knows no model '{source.model}'{_near(source)}; "
+            f"a model of your own needs {source.model}.json (open_clip's model configuration) or "
+            "open_clip_config.json beside its weights"
+        )
+    return known
+
+
+def _check_activation(source: TeacherSource, config: Mapping[str, Any]) -> None:
+    quick = bool(config.get("quick_gelu"))
+    if source.kind == "tag":
+        tag = open_clip.get_pretrained_cfg(source.model, source.tag)
+        if not tag:
+            known = open_clip.list_pretrained_tags_by_model(source.model)
+            raise UsageError(
+                f"teacher '{source.spec}': {source.model} has no weights '{source.tag}'; open_clip "
+                f"knows {', '.join(known) or 'none'}; or give a path, or 'random' for a trial"
+            )
+        if bool(tag.get("quick_gelu")) != quick:
+            raise UsageError(
+                f"teacher '{source.spec}': the weights '{source.tag}' were not trained with "
+                f"{_activation(config)}, which {source.model} means; "
+                f"type --teacher {_twin(source.model)}:{source.tag}"
+            )
+    if source.path is not None and source.folder_config is None and not quick:
+        evidence = openai_evidence(source.path, _openai_sha256())
+        if evidence is not None:
+            raise UsageError(
+                f"teacher '{source.spec}': these are OpenAI's weights ({evidence}), trained with "
+                f"QuickGELU, and {source.model} means GELU: its embeddings would be wrong and "
+                f"nothing would fail; type --teacher {_twin(source.model)}:{source.path}"
+            )
+
+
+def _preprocessing(source: TeacherSource, config: Mapping[str, Any]) -> Preprocessing:
+    defaults = {
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+    }
+    said: list[Mapping[str, Any]] = []
+    if source.kind == "tag":
+        said = [open_clip.get_pretrained_cfg(source.model, source.tag)]
+    elif source.folder_config is not None:
+        said = [source.folder_config.get("preprocess_cfg", {})]
+    elif source.model_json is None:
+        tags = open_clip.list_pretrained_tags_by_model(source.model)
+        said = [open_clip.get_pretrained_cfg(source.model, tag) for tag in tags]
+    found = {json.dumps({key: entry.get(key, defaults[key]) for key in defaults}) for entry in said}
+    if len(found) > 1 and source.kind == "file":
+        raise UsageError(
+            f"teacher '{source.spec}': {source.model}'s known weights want different mean and std, "
+            "and this file does not say which; put the open_clip_config.json of its repository "
+            "(with 'preprocess_cfg') beside it"
+        )
+    chosen = json.loads(sorted(found)[0]) if found else defaults
+    size = config["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return Preprocessing(
+        size_hw=(int(height), int(width)),
+        mean=tuple(chosen["mean"]),
+        std=tuple(chosen["std"]),
+        interpolation="bilinear" if chosen["interpolation"] == "bilinear" else "bicubic",
+    )
+
+
+def _build(source: TeacherSource, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    name = source.model
+    if source.folder_config is not None and source.model_json is None and source.path is not None:
+        name = f"local-dir:{source.path.parent}"
+    try:
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        return model, open_clip.get_tokenizer(name, **_merges_file(source, config))
+    except (OSError, RuntimeError, ImportError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"teacher '{source.spec}' cannot be built: {_one_line(error)}; if this is its "
+            "tokenizer or text tower, put their files into a folder and name it: MODEL:/path"
+        ) from error
+
+
+def _merges_file(source: TeacherSource, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns where the tokenizer's merges lie if the configuration names them by file name.
+
+    open_clip would look for them in the working directory; they lie beside the weights.
+    """
+    name = (config["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
+    if name is None or source.path is None:
+        return {}
+    return {"bpe_path": str(source.path.parent / name)}
+
+
+def _fetch(source: TeacherSource) -> Path:
+    tag = open_clip.get_pretrained_cfg(source.model, source.tag)
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except (OSError, RuntimeError, ValueError) as error:
+        where = str(tag.get("hf_hub") or tag.get("url")).strip("/")
+        raise DataError(
+            f"the weights of teacher '{source.spec}' are neither in the local cache nor reachable "
+            f"({_one_line(error)}). On a machine with a network fetch '{where}', then type "
+            f"--teacher {source.model}:/path/to/weights; for a trial without them: "
+            f"--teacher {source.model}:random"
+        ) from error
+
+
+def _load_weights(model: nn.Module, path: Path, source: TeacherSource) -> None:
+    try:
+        open_clip.load_checkpoint(cast("Any", model), str(path), strict=True, weights_only=True)
+    except Exception as error:
+        hint = ""
+        if "TorchScript" in str(error):
+            hint = " (a TorchScript program; use the .safetensors of the model's repository)"
+        raise CorruptArtefactError(
+            f"'{path.name}' does not hold the weights of {source.model}{hint}: {_one_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _quiet_about_random_weights() -> Iterator[None]:
+    """Drops open_clip's line about random weights: they are loaded next, or were asked for."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
+def _activation_note(source: TeacherSource, config: Mapping[str, Any]) -> str:
+    twin = _twin(source.model)
+    if source.kind != "file" or source.folder_config is not None or twin == source.model:
+        return ""
+    return (
+        f"activation {_activation(config)}, as {source.model} says; if the weights were trained "
+        f"with the other one, use {twin}"
+    )
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    return "QuickGELU" if config.get("quick_gelu") else "GELU"
+
+
+def _twin(model: str) -> str:
+    twin = model.removesuffix("-quickgelu")
+    if twin == model:
+        twin = f"{model}-quickgelu"
+    return twin if open_clip.get_model_config(twin) is not None else model
+
+
+def _openai_sha256() -> frozenset[str]:
+    urls = [open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_models()]
+    return frozenset(url.split("/")[-2] for url in urls if "openaipublic" in url)
+
+
+def _near(source: TeacherSource) -> str:
+    wanted = source.model.lower()
+    near = [name for name in open_clip.list_models() if wanted in name.lower()]
+    return f" (near: {', '.join(near[:5])})" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -4,27 +4,20 @@ Order: look at every input, settle the proposals, load the teacher, and only the
 fingerprint; make the missing shards; write the text; seal; build the neighbour lists.
 """
 
-import multiprocessing
-import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from cache.layout import load_provenance
 from cache.lock import Lease
-from cache.neighbors import build_neighbors
+from cache.manifest import ShardManifest
 from cache.plan import Plan, make_plan
-from cache.spec import SCHEMA, CacheError, DiskFullError
+from cache.spec import DiskFullError
 from cache.store import open_cache
 from cache.writer import CacheWriter, create_or_resume
 from dkdetr.data.prompts import prompt_set
@@ -37,7 +30,9 @@ from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
 from pipeline.executor import run_shards
+from pipeline.fingerprint import cache_parts, cache_provenance
 from pipeline.fit import fit_plan, fit_proposals
+from pipeline.neighbor_stage import add_neighbors
 from pipeline.proposal_sources import (
     NETWORK_FILE,
     ProposalSpec,
@@ -52,11 +47,8 @@ from pipeline.shard_worker import ShardJob, make_shard
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
-from pipeline.vocabularies import text_parts
 
 _RECALL_IMAGES = 2000
-_MAX_NEIGHBOR_REGIONS = 100_000
-_NEIGHBORS_PER_IMAGE = 50
 
 Say = Callable[[str], None]
 
@@ -105,14 +97,14 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
 
     crop_batch = request.crop_batch or (256 if device.type == "cuda" else 64)
     plan = _plan(split, request, teacher.embed_dim, crop_batch=crop_batch)
-    parts = _parts(request, split, images, source, teacher, plan)
-    provenance = _provenance(request, teacher, source, pack_canary(canary_embeddings(teacher)))
+    parts = cache_parts(request, split, images, source, teacher, plan)
+    provenance = cache_provenance(request, teacher, source, pack_canary(canary_embeddings(teacher)))
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
         job = _job(request, teacher, canary, prepared, crop_batch)
         made = _make_shards(request, writer, job, say)
-        quarantined = _quarantined(writer)
+        quarantined = _quarantined(request.out, range(plan.num_shards))
         if not writer.text_is_current():
             say(f"embedding {len(split.categories)} names")
             prompts = prompt_set(request.prompts).templates
@@ -120,7 +112,7 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         if not writer.sealed:
             writer.seal()
-    notes = _neighbors(request, plan)
+    notes = add_neighbors(request.out, plan) if request.neighbors else ()
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
 
 
@@ -166,9 +158,9 @@ def _require_room(request: CacheRequest, price: CachePrice) -> None:
     )
     if price.bytes_needed - present > price.bytes_free:
         raise DiskFullError(
-            f"{request.out} needs {price.bytes_needed / 1e9:.1f} GB and {price.bytes_free / 1e9:.1f} "
-            "GB are free: free some, name another disk with --out, keep fewer proposals (--keep "
-            "100 is a third of the size) or store int8"
+            f"{request.out} needs {price.bytes_needed / 1e9:.1f} GB and only "
+            f"{price.bytes_free / 1e9:.1f} GB are free: make room, name another disk with "
+            "--out, keep fewer proposals (--keep 100 is a third of the size) or store int8"
         )
 
 
@@ -216,62 +208,6 @@ def _check_coverage(source: ProposalSource, split: Split, request: CacheRequest)
         )
 
 
-def _parts(
-    request: CacheRequest,
-    split: Split,
-    images: ImageCheck,
-    source: ProposalSource,
-    teacher: Teacher,
-    plan: Plan,
-) -> dict[str, Any]:
-    """Returns all that decides a byte of the cache; no clock, host or worker count."""
-    return {
-        "schema": SCHEMA,
-        "split": _split_parts(split),
-        "images": images.parts(),
-        "proposals": {**source.identity, **_rule(request).parts()},
-        "crops": CropRule(mode=request.crop_mode).parts(),
-        "teacher": {"name": teacher.identity, **teacher.parts()},
-        "storage": {"region_embeddings": request.storage},
-        "batch_layout": dict(plan.batch_layout),
-        "text": text_parts(split, request.prompts, teacher),
-    }
-
-
-def _split_parts(split: Split) -> dict[str, Any]:
-    table = split.base_table
-    boxes = xxhash.xxh3_128()
-    for array in (table.offsets, table.boxes_xyxy, table.category_ids):
-        boxes.update(np.ascontiguousarray(array).tobytes())
-    ids = np.array([image.image_id for image in split.images], dtype="<i8")
-    base = ",".join(map(str, sorted(split.base_category_ids)))
-    return {
-        "name": split.name,
-        "protocol": split.protocol,
-        "num_images": len(split.images),
-        "image_ids_xxh3_128": xxhash.xxh3_128_hexdigest(ids.tobytes()),
-        "base_category_ids_xxh3_128": xxhash.xxh3_128_hexdigest(base.encode()),
-        "base_boxes_xxh3_128": boxes.hexdigest(),
-    }
-
-
-def _provenance(
-    request: CacheRequest, teacher: Teacher, source: ProposalSource, canary: str
-) -> dict[str, Any]:
-    return {
-        "command": request.command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "torch": torch.__version__,
-        "device": str(teacher.device),
-        "data_root": str(request.data_root.resolve()),
-        "teacher_spec": request.teacher,
-        "proposals": dict(source.seen),
-        "uses_novel_names": source.seen.get("novel_boxes") == "unknown",
-        "canary": canary,
-    }
-
-
 def _rule(request: CacheRequest) -> ProposalRule:
     return ProposalRule(keep=request.keep)
 
@@ -308,7 +244,7 @@ def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say:
         return 0
     num_images = writer.plan.num_images
     done = num_images - sum(len(writer.plan.shard_rows(shard)) for shard in missing)
-    bad = _quarantined(writer)
+    bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
     limit = _max_bad(request, num_images)
     with (
         stop_on_sigterm() as stop,
@@ -321,8 +257,7 @@ def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say:
             if len(bad) > limit:
                 raise DataError(
                     f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
-                    f"{request.max_bad:g} allows ({limit}): "
-                    + "; ".join(list(bad.values())[:20])
+                    f"{request.max_bad:g} allows ({limit}): " + "; ".join(list(bad.values())[:20])
                 )
             if stop.is_set:
                 raise PreemptedError(
@@ -336,40 +271,10 @@ def _max_bad(request: CacheRequest, num_images: int) -> int:
     return max(1, ceil(request.max_bad * num_images)) if request.max_bad else 0
 
 
-def _quarantined(writer: CacheWriter) -> dict[int, str]:
-    """Returns the images that committed shards have set aside."""
-    return writer.quarantined()
-
-
-@dataclass(frozen=True)
-class _NeighborTask:
-    path: Path
-    per_image: int
-
-    def run(self) -> None:
-        build_neighbors(self.path, per_image=self.per_image)
-
-
-def _neighbors(request: CacheRequest, plan: Plan) -> tuple[str, ...]:
-    """Returns notes on what was not built; the lists themselves are derived data."""
-    path = request.out.resolve()
-    later = f"dkdetr cache neighbors {request.out}"
-    if not request.neighbors or open_cache(path).neighbors() is not None:
-        return ()
-    per_image = min(_NEIGHBORS_PER_IMAGE, plan.max_regions, _MAX_NEIGHBOR_REGIONS // plan.num_images)
-    if per_image < 1:
-        return (
-            f"no neighbour lists: an exact search over {plan.num_images:,} images takes too long "
-            f"to be done unasked; training needs them only for rkd.neighbor_fraction; {later}",
-        )
-    # Of its own process: faiss's OpenMP and torch's do not share one well.
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            pool.submit(_NeighborTask(path, per_image).run).result()
-    except CacheError as error:
-        return (f"no neighbour lists: {error}; the cache is whole without them; {later}",)
-    return ()
+def _quarantined(path: Path, shards: Iterable[int]) -> dict[int, str]:
+    """Returns the images that these committed shards have set aside, and why."""
+    manifests = (ShardManifest.load(path, shard) for shard in shards)
+    return {int(key): why for each in manifests for key, why in each.quarantined.items()}
 
 
 def _summary(

@@ -103,6 +103,103 @@ def _report(result: dict[str, Any], destination: str | None) -> None:
         write_text(Path(destination), json.dumps(result, indent=2, default=str) + "\n")
 
 
+@_command(app, "demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes")] = Path("demo-out"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole pipeline on the embedded data set; ends with a table and a page."""
+    from pipeline.demo import run_demo
+
+    summary = run_demo(out, device=device, say=_say)
+    _report(vars(summary), json_out)
+
+
+@_command(app, "cache-teacher")
+def cache_teacher_command(
+    split: Annotated[str, typer.Option(help="lvis_train, ovcoco_train, ovcoco:DIR:JSON, ...")],
+    out: Annotated[Path | None, typer.Option(help="Default: cache/ + the split's name")] = None,
+    teacher: Annotated[
+        str, typer.Option(help="MODEL:PRETRAINED, MODEL:/path, MODEL:random or pictograms")
+    ] = "ViT-B-32-quickgelu:openai",
+    proposals: Annotated[
+        str, typer.Option(help="fit, fit:CACHE, student:CKPT or file:RESULTS.json")
+    ] = "fit",
+    keep: Annotated[int, typer.Option(help="Proposals kept of an image")] = 300,
+    storage: Annotated[str, typer.Option(help="fp16 or int8")] = "fp16",
+    crop_mode: Annotated[str, typer.Option(help="squash or clip_center")] = "squash",
+    prompts: Annotated[str, typer.Option(help="Prompt set of the text embeddings")] = "vild63",
+    workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
+    scheduler: Annotated[str | None, typer.Option(help="Join a Dask scheduler: HOST:PORT")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs")] = False,
+    experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
+    fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
+    overrides: Overrides = None,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes."""
+    from pipeline.price import price_cache
+
+    from pipeline.build import cache_teacher
+    from pipeline.request import CacheRequest, default_out, executor_of
+
+    request = CacheRequest(
+        split=split,
+        out=out or default_out(split),
+        data_root=data_root,
+        teacher=teacher,
+        proposals=proposals,
+        keep=keep,
+        storage=_one_of("--storage", storage, ("fp16", "int8")),
+        crop_mode=_one_of("--crop-mode", crop_mode, ("squash", "clip_center")),
+        prompts=prompts,
+        executor=executor_of(workers, scheduler),
+        device=device,
+        experiment=experiment,
+        overrides=tuple(overrides or ()),
+        fit_epochs=fit_epochs,
+        command=" ".join(sys.argv[1:]),
+    )
+    result = price_cache(request) if dry_run else cache_teacher(request, _say)
+    print("\n".join(result.lines()))
+    _report(result.as_json(), json_out)
+
+
+@_command(cache_app, "info")
+def cache_info(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a cache holds and what it was made of."""
+    from pipeline.inspect import describe_cache
+
+    described = describe_cache(path)
+    print("\n".join(described.lines()))
+    _report(described.as_json(), json_out)
+
+
+@_command(cache_app, "verify")
+def cache_verify(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Read every byte of a cache and check it; report the recall of its proposals."""
+    from pipeline.inspect import verify_and_report
+
+    report = verify_and_report(path, data_root)
+    print("\n".join(report.lines()))
+    _report(report.as_json(), json_out)
+    report.raise_problems()
+
+
 @_command(app, "train")
 def train_command(
     cache: Annotated[Path, typer.Option(help="A sealed teacher cache")],
@@ -153,7 +250,14 @@ def eval_command(
     """Score a run, or anybody's results json, by the split's protocol."""
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
-    request = EvalRequest(run, split, vocab, data_root, device, evaluator)
+    request = EvalRequest(
+        run,
+        split,
+        vocab,
+        data_root,
+        device,
+        _one_of("--evaluator", evaluator, ("fast", "official")),
+    )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
     else:
@@ -213,6 +317,14 @@ def config_show(
         print(f"{key} = {value!r}" + (f"    # {origin}" if origin else ""))
     print(f"# hash {config_hash(resolved.config)}")
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)
+
+
+def _one_of(option: str, given: str, choices: tuple[str, ...]) -> Any:
+    from dkdetr.errors import UsageError
+
+    if given not in choices:
+        raise UsageError(f"{option} {given}: choose one of {', '.join(choices)}")
+    return given
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.arrays import array_specs, blocks_of
+from cache.arrays import blocks_of
 from cache.beginning import (
     break_bad_seal,
     check_same_cache,
@@ -25,7 +25,6 @@ from cache.durable import (
     disk_errors,
     hash_file,
     sweep_partial_files,
-    sync_file,
     sync_folder,
     write_atomic,
 )
@@ -61,7 +60,7 @@ from cache.spec import (
     fingerprint,
     split_text_parts,
 )
-from cache.zarr_files import metadata_files, write_blocks
+from cache.zarr_files import metadata_files, shard_files
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -262,9 +261,7 @@ def commit_shard(
     if committed is not None:
         (path / manifest_file(shard_index)).unlink(missing_ok=True)
     fault_point("commit.before_write")
-    write_blocks(path, shard_index, blocks_of(images, plan))
-    fault_point("commit.before_sync")
-    _sync_shard(path, plan, shard_index)
+    _write_shard(path, plan, shard_index, images)
     manifest = build_manifest(path, plan, head.fingerprint, shard_index, images, quarantined)
     fault_point("commit.before_manifest")
     manifest.write(path)
@@ -292,12 +289,15 @@ def write_text(
     write_text_files(path, metadata, np.asarray(embeddings), dict(parts))
 
 
-def _sync_shard(path: Path, plan: Plan, shard_index: int) -> None:
-    names = [spec.shard_file(shard_index) for spec in array_specs(plan)]
+def _write_shard(path: Path, plan: Plan, shard_index: int, images: Sequence[ImageRows]) -> None:
+    folders: set[Path] = set()
     with disk_errors(f"shard {shard_index:06d}"):
-        for name in names:
-            sync_file(path / name)
-        for folder in sorted({folder for name in names for folder in Path(name).parents}):
+        for name, data in shard_files(plan, shard_index, blocks_of(images, plan)):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / name, data)
+            folders.update(Path(name).parents)
+            fault_point("commit.after_file")
+        for folder in sorted(folders):
             sync_folder(path / folder)
 
 

@@ -1,20 +1,21 @@
-"""The Zarr files of a cache: their metadata, and writing one whole shard of every array.
+"""The Zarr files of a cache, as bytes: their metadata, and one whole shard of every array.
 
 The only home of zarr. Everything is Zarr v3, little-endian, without compressor (half-precision
 embeddings shrink by 8 % and read three times slower) and with a crc32c on every image's chunk.
+
+zarr writes into memory and `durable` to the disk: zarr's own files are not flushed, and its
+sharding codec reads a shard that is already there before it replaces it, spoilt or not.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
-from cache.arrays import DATA_FOLDER, array_specs
-from cache.durable import disk_errors
+from cache.arrays import DATA_FOLDER, ArraySpec, array_specs
 from cache.plan import Plan
 
 
@@ -23,34 +24,35 @@ def metadata_files(plan: Plan) -> dict[str, bytes]:
     files: dict[str, Any] = {}
     root = zarr.create_group(MemoryStore(files), zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
     for spec in array_specs(plan):
-        root.create_array(
-            spec.name,
-            shape=(plan.num_images, *spec.shape),
-            chunks=(1, *spec.shape),
-            shards=(plan.shard_size, *spec.shape),
-            dtype=spec.dtype,
-            filters=None,
-            serializer=BytesCodec(endian="little"),
-            compressors=(Crc32cCodec(),),
-            fill_value=spec.fill,
-        )
+        _create_array(root, spec, plan)
     return {f"{DATA_FOLDER}/{key}": buffer.to_bytes() for key, buffer in sorted(files.items())}
 
 
-def write_blocks(path: Path, shard_index: int, blocks: Mapping[str, NDArray[Any]]) -> None:
-    """Writes one whole shard of every array of the cache at `path`; zarr renames into place.
+def shard_files(
+    plan: Plan, shard_index: int, blocks: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[str, bytes]]:
+    """Yields the path inside the cache and the bytes of one whole shard of every array."""
+    rows = plan.shard_rows(shard_index)
+    for spec in array_specs(plan):
+        files: dict[str, Any] = {}
+        root = zarr.create_group(MemoryStore(files), zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
+        array = _create_array(root, spec, plan)
+        array[rows.start : rows.stop] = blocks[spec.name]
+        name = spec.shard_file(shard_index)
+        yield name, files[name.removeprefix(f"{DATA_FOLDER}/")].to_bytes()
 
-    Raises:
-        DiskFullError: no room; only whole files are left.
-    """
-    for name, block in blocks.items():
-        with disk_errors(f"shard {shard_index:06d}, array {name}"):
-            store = LocalStore(path / DATA_FOLDER / name)
-            opened = cast("zarr.Array[Any]", zarr.Array.open(store))  # pyright: ignore[reportUnknownMemberType]
-            # An all-fill chunk must be a chunk: an absent one looks the same as a lost one.
-            # Opening ignores this setting for an array that exists, so it is set here.
-            array = opened.with_config({"write_empty_chunks": True})
-            shards = array.shards
-            assert shards is not None
-            start = shard_index * shards[0]
-            array[start : start + len(block)] = block
+
+def _create_array(root: zarr.Group, spec: ArraySpec, plan: Plan) -> zarr.Array[Any]:
+    return root.create_array(
+        spec.name,
+        shape=(plan.num_images, *spec.shape),
+        chunks=(1, *spec.shape),
+        shards=(plan.shard_size, *spec.shape),
+        dtype=spec.dtype,
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=(Crc32cCodec(),),
+        fill_value=spec.fill,
+        # An all-fill chunk must be a chunk: an absent one looks the same as a lost one.
+        config={"write_empty_chunks": True},
+    )

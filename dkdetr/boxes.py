@@ -50,7 +50,7 @@ def pairwise_iou(
 
 
 def elementwise_giou(
-    boxes_a_xyxy: Float[Tensor, "*batch 4"], boxes_b_xyxy: Float[Tensor, "*batch 4"]
+    boxes_a_xyxy: Float[Tensor, "*#batch 4"], boxes_b_xyxy: Float[Tensor, "*#batch 4"]
 ) -> Float[Tensor, "*batch"]:
     """Returns generalised IoU, in [-1, 1], of boxes paired by position (arXiv 1902.09630)."""
     top_left = torch.maximum(boxes_a_xyxy[..., :2], boxes_b_xyxy[..., :2])

@@ -50,6 +50,8 @@ class StudentConfig:
 
     __pydantic_config__ = _STRICT
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    neck_bias: bool = False
+    """Biases of the neck's convolutions: the original Deformable DETR has them, DK-DETR none."""
     embed_dim: int = 256
     num_heads: int = 8
     num_points: int = 4
@@ -229,8 +231,7 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
         ConfigError: unknown experiment or key, or an impossible value; names the dotted path.
     """
     tables = _read_chain(experiment, seen=())
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    merged, origins = dict[str, Any](), dict[str, str]()
     for source, table in tables:
         _merge(merged, table, origins, source, prefix="")
     for override in overrides:
@@ -324,10 +325,9 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not path:
         raise ConfigError(f"--set wants KEY=VALUE, got '{override}'")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
+        nested: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
-    nested: Any = value
+        nested = text
     for part in reversed(path.split(".")):
         nested = {part: nested}
     return nested
@@ -336,10 +336,9 @@ def _parse_override(override: str) -> dict[str, Any]:
 def _nearest_keys(path: str) -> str:
     parent: Any = ExperimentConfig
     for part in path.split(".")[:-1]:
-        found = [f for f in fields(parent) if f.name == part]
-        if not found or not is_dataclass(found[0].type):
+        parent = next((f.type for f in fields(parent) if f.name == part), None)
+        if not is_dataclass(parent):
             return ""
-        parent = found[0].type
     return "; known here: " + ", ".join(f.name for f in fields(parent))
 
 

@@ -48,7 +48,7 @@ def load_teacher(
     preprocessing = _preprocessing(source, config)
     with _quiet_about_random_weights(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
-        model, tokenize = _build(source)
+        model, tokenize = _build(source, config)
     if source.kind != "random":
         _load_weights(model, source.path or _fetch(source), source)
     chosen = precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
@@ -152,18 +152,29 @@ def _preprocessing(source: TeacherSource, config: Mapping[str, Any]) -> Preproce
     )
 
 
-def _build(source: TeacherSource) -> tuple[nn.Module, Any]:
+def _build(source: TeacherSource, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     name = source.model
     if source.folder_config is not None and source.model_json is None and source.path is not None:
         name = f"local-dir:{source.path.parent}"
     try:
         model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
-        return model, open_clip.get_tokenizer(name)
+        return model, open_clip.get_tokenizer(name, **_merges_file(source, config))
     except (OSError, RuntimeError, ImportError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"teacher '{source.spec}' cannot be built: {_one_line(error)}; if this is its "
             "tokenizer or text tower, put their files into a folder and name it: MODEL:/path"
         ) from error
+
+
+def _merges_file(source: TeacherSource, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns where the tokenizer's merges lie if the configuration names them by file name.
+
+    open_clip would look for them in the working directory; they lie beside the weights.
+    """
+    name = (config["text_cfg"].get("tokenizer_kwargs") or {}).get("bpe_path")
+    if name is None or source.path is None:
+        return {}
+    return {"bpe_path": str(source.path.parent / name)}
 
 
 def _fetch(source: TeacherSource) -> Path:

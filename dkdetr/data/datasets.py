@@ -170,9 +170,9 @@ class TrainingBatches:
             )
         kd = self._config.kd
         chosen = select_regions(
-            torch.from_numpy(rows.boxes_xyxy),
-            torch.from_numpy(rows.objectness),
-            torch.from_numpy(rows.max_base_iou),
+            torch.tensor(rows.boxes_xyxy),  # copies: the cache's arrays may be read-only
+            torch.tensor(rows.objectness),
+            torch.tensor(rows.max_base_iou),
             base_boxes_xyxy=self._base_boxes_of(image_index),
             geometry=geometry,
             num_regions=kd.regions_per_image,
@@ -183,7 +183,7 @@ class TrainingBatches:
         boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
         boxes[:count] = chosen.boxes_cxcywh
         embeddings = torch.zeros(kd.regions_per_image, rows.region_embeddings.shape[1])
-        embeddings[:count] = torch.from_numpy(rows.region_embeddings)[chosen.indices]
+        embeddings[:count] = torch.from_numpy(rows.region_embeddings[chosen.indices.numpy()])
         return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
 
 

@@ -4,9 +4,11 @@ Loader processes start by forkserver: forking a process that has read Zarr (an e
 or used OpenMP can deadlock.
 """
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -80,7 +82,7 @@ class BatchStream(Generic[Batch]):
             batch_size=None,
             sampler=keys,
             num_workers=workers,
-            multiprocessing_context="forkserver" if workers else None,
+            multiprocessing_context=_forkserver() if workers else None,
             worker_init_fn=_prepare_worker if workers else None,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
@@ -194,6 +196,13 @@ def _factors(images: TrainingImages, config: ExperimentConfig) -> np.ndarray:
     if config.data.sampler == "uniform":
         return uniform_factors(len(images.images))
     return repeat_factors(images.boxes, threshold=config.data.repeat_threshold)
+
+
+def _forkserver() -> BaseContext:
+    """Returns the start method; its server imports torch once, for all loaders of the run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _prepare_worker(_worker: int) -> None:

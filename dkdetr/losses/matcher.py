@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from dkdetr.boxes import cxcywh_to_xyxy, pairwise_giou
 from dkdetr.errors import NonFiniteLossError
+from dkdetr.losses.precision import at_least_float32
 from dkdetr.structures import Targets
 
 
@@ -98,14 +98,13 @@ def match_image(
     if allowed is not None:
         candidates = candidates[allowed]
         cost = cost[allowed]
+    if not cost.isfinite().all():
+        raise NonFiniteLossError("a matching cost is not finite: the student's output is broken")
     if len(candidates) > 2 * num_targets**2:
         cheap = torch.zeros(len(cost), dtype=torch.bool, device=cost.device)
         cheap[cost.topk(num_targets, dim=0, largest=False).indices.flatten()] = True
         candidates, cost = candidates[cheap], cost[cheap]
-    cost_array = cost.double().cpu().numpy()
-    if not np.isfinite(cost_array).all():
-        raise NonFiniteLossError("a matching cost is not finite: the student's output is broken")
-    row, column = linear_sum_assignment(cost_array)
+    row, column = linear_sum_assignment(cost.double().cpu().numpy())
     return candidates.cpu()[torch.as_tensor(row)], torch.as_tensor(column)
 
 
@@ -120,12 +119,12 @@ def matching_cost(
     The class cost is the focal loss of the label said yes minus that of it said no.
     """
     # Only the labels that occur: LVIS has 866 columns, an image a dozen.
-    probability = logits[:, target.labels].float().sigmoid()
+    probability = at_least_float32(logits[:, target.labels]).sigmoid()
     alpha, gamma = costs.focal_alpha, costs.focal_gamma
     yes = alpha * (1 - probability) ** gamma * -(probability + 1e-12).log()
     no = (1 - alpha) * probability**gamma * -(1 - probability + 1e-12).log()
-    distance = torch.cdist(boxes_cxcywh.float(), target.boxes_cxcywh.float(), p=1)
-    overlap = pairwise_giou(
-        cxcywh_to_xyxy(boxes_cxcywh.float()), cxcywh_to_xyxy(target.boxes_cxcywh.float())
-    )
+    boxes = at_least_float32(boxes_cxcywh)
+    wanted = target.boxes_cxcywh.to(boxes.dtype)
+    distance = torch.cdist(boxes, wanted, p=1)
+    overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     return costs.cost_class * (yes - no) + costs.cost_bbox * distance - costs.cost_giou * overlap

@@ -1,9 +1,11 @@
 """RKD: the KD features' similarities to each other imitate the teacher's (paper 3.3, Eq. 5)."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional
+
+from dkdetr.losses.precision import at_least_float32
 
 # Stands for minus infinity in a softmax: a row without any valid entry stays finite.
 _NEVER = -1e9
@@ -26,7 +28,7 @@ def relational_loss(
 
     A group is an image for the image-level loss; `as_one_group` makes the batch-level one.
     """
-    unit = functional.normalize(student_features.float(), dim=-1)
+    unit = functional.normalize(at_least_float32(student_features), dim=-1)
     student = _row_log_softmax(unit, valid, temperature)
     with torch.no_grad():
         teacher = _row_log_softmax(teacher_embeddings.to(student.dtype), valid, temperature)
@@ -36,8 +38,8 @@ def relational_loss(
 
 
 def as_one_group(
-    per_image: Float[Tensor, "batch num_regions *rest"],
-) -> Float[Tensor, "1 batch_times_regions *rest"]:
+    per_image: Shaped[Tensor, "batch num_regions *rest"],
+) -> Shaped[Tensor, "1 batch_times_regions *rest"]:
     """Returns the same rows as one group, so that relations reach across the batch."""
     return per_image.flatten(0, 1)[None]
 

@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from dkdetr.losses.precision import at_least_float32
+
 
 def semantic_bce_loss(
     student_features: Float[Tensor, "batch num_regions embed_dim"],
@@ -23,7 +25,7 @@ def semantic_bce_loss(
     Note that perfect imitation is not the minimum: without a bias the negatives of a teacher
     whose embeddings all lie in one cone push the features out of it (method A.6).
     """
-    student = functional.normalize(student_features.float(), dim=-1)
+    student = functional.normalize(at_least_float32(student_features), dim=-1)
     similarity = student @ teacher_embeddings.to(student.dtype).transpose(1, 2)
     same = torch.eye(similarity.shape[-1], dtype=similarity.dtype, device=similarity.device)
     terms = functional.binary_cross_entropy_with_logits(
@@ -42,7 +44,7 @@ def semantic_l1_loss(
 
     To be divided by the number of regions.
     """
-    student = functional.normalize(student_features.float(), dim=-1)
+    student = functional.normalize(at_least_float32(student_features), dim=-1)
     distance = (student - teacher_embeddings.to(student.dtype)).abs().sum(-1)
     return torch.where(valid, distance, 0.0).sum()
 
@@ -58,7 +60,7 @@ def alignment_margin(
     What SKD works for, in a form that does not depend on the loss: 0 means that the features
     tell the regions of an image apart no better than chance.
     """
-    student = functional.normalize(student_features.float(), dim=-1)
+    student = functional.normalize(at_least_float32(student_features), dim=-1)
     similarity = student @ teacher_embeddings.to(student.dtype).transpose(1, 2)
     own = similarity.diagonal(dim1=1, dim2=2)
     counts = valid.sum(-1, keepdim=True).clamp(min=1)

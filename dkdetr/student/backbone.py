@@ -165,6 +165,10 @@ def _imagenet_weights() -> dict[str, Tensor]:
             f"into {folder}, or name a file: --set student.backbone.weights=/path/{name}; for a "
             "trial without them: --set student.backbone.weights=random"
         ) from None
+    except RuntimeError as error:
+        raise CorruptArtefactError(
+            f"torchvision's download of ResNet-50 is broken: {error}"
+        ) from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -46,8 +46,12 @@ def build_trunk(config: StudentConfig, *, load_weights: bool = True) -> Proposin
             f"student.num_heads = {config.num_heads}"
         )
     backbone = _backbone(config, load_weights=load_weights)
-    extra_levels = config.backbone.extra_levels
-    neck = ChannelMapper(backbone.num_channels, config.embed_dim, extra_levels=extra_levels)
+    neck = ChannelMapper(
+        backbone.num_channels,
+        config.embed_dim,
+        extra_levels=config.backbone.extra_levels,
+        bias=config.neck_bias,
+    )
     layers = [
         EncoderLayer(_attention(config, neck.num_levels), _feed_forward(config), config.dropout)
         for _ in range(config.num_encoder_layers)

@@ -49,11 +49,13 @@ class ProposingTrunk(nn.Module):
     def forward(self, images: ImageBatch) -> tuple[Tensor, TokenGrid, EncoderOutput]:
         """Returns the memory [batch, num_tokens, embed_dim], its grid and every proposal."""
         levels = self.neck(self.backbone(images.pixels))
+        # The parameters' own: float32 under autocast, float64 for a float64 student.
+        dtype = self.level_embeddings.dtype
         tokens, positions, masks, shapes = [], [], [], []
         for level, embedding in zip(levels, self.level_embeddings, strict=True):
             height, width = level.shape[-2:]
             mask = downsample_mask(images.padding_mask, (height, width))
-            place = encode_positions(mask, embed_dim=level.shape[1], dtype=embedding.dtype)
+            place = encode_positions(mask, embed_dim=level.shape[1], dtype=dtype)
             tokens.append(level.flatten(2).transpose(1, 2))
             positions.append(place.flatten(1, 2) + embedding)
             masks.append(mask)
@@ -61,16 +63,10 @@ class ProposingTrunk(nn.Module):
         grid = TokenGrid(
             spatial_shapes=tuple(shapes),
             padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            valid_ratios=torch.stack([valid_ratio(mask) for mask in masks], dim=1),
+            valid_ratios=torch.stack([valid_ratio(mask, dtype=dtype) for mask in masks], dim=1),
         )
-        grid = _in_precision(grid, self.level_embeddings.dtype)
         memory = self.encoder(torch.cat(tokens, dim=1), torch.cat(positions, dim=1), grid)
         return memory, grid, self.query_selection(memory, grid)
-
-
-def _in_precision(grid: TokenGrid, dtype: torch.dtype) -> TokenGrid:
-    """Float32 grids, except for a float64 student (the tests' reference)."""
-    return TokenGrid(grid.spatial_shapes, grid.padding_mask, grid.valid_ratios.to(dtype))
 
 
 class DKDETR(nn.Module):
@@ -125,6 +121,7 @@ class DKDETR(nn.Module):
         anchors = select_anchors(proposals, self.num_queries)
         content, positions = self.encode_anchors(anchors.boxes_cxcywh)
         boxes, blocked = anchors.boxes_cxcywh, None
+        num_detection = boxes.shape[1]
         if regions is not None:
             if self.kd_content is None:
                 raise ValueError("this student was built without auxiliary queries")
@@ -133,14 +130,14 @@ class DKDETR(nn.Module):
             content = torch.cat((content, region_content), dim=1)
             positions = torch.cat((positions, region_positions), dim=1)
             boxes = torch.cat((boxes, regions.boxes_cxcywh), dim=1)
-            blocked = one_way_mask(self.num_queries, regions.valid)
+            blocked = one_way_mask(num_detection, regions.valid)
             blocked = blocked.repeat_interleave(self.num_heads, dim=0)
         queries, refined = self.decoder(content, positions, boxes, memory, grid, blocked)
         heads = cast("list[TextClassifier]", list(self.classifiers))
         features = torch.stack(
             [head.project(layer) for head, layer in zip(heads, queries, strict=True)]
         )
-        detection, distillation = _split(features, refined, self.num_queries)
+        detection, distillation = _split(features, refined, num_detection)
         logits = torch.stack(
             [
                 head.logits(layer, text_embeddings)

@@ -94,9 +94,11 @@ def token_centres(grid: TokenGrid) -> Float[Tensor, "batch num_tokens 2"]:
     return torch.cat(per_level, dim=1)
 
 
-def valid_ratio(padding_mask: Bool[Tensor, "batch height width"]) -> Float[Tensor, "batch 2"]:
+def valid_ratio(
+    padding_mask: Bool[Tensor, "batch height width"], *, dtype: torch.dtype
+) -> Float[Tensor, "batch 2"]:
     """Returns the (x, y) share of a padded map that is picture, from its first row and column."""
     _, height, width = padding_mask.shape
-    rows = (~padding_mask[:, :, 0]).sum(1).float() / height
-    columns = (~padding_mask[:, 0, :]).sum(1).float() / width
+    rows = (~padding_mask[:, :, 0]).sum(1).to(dtype) / height
+    columns = (~padding_mask[:, 0, :]).sum(1).to(dtype) / width
     return torch.stack((columns, rows), dim=-1)

@@ -49,7 +49,7 @@ cards; foggy; globe showing Americas; globe showing Asia-Australia; glowing star
 horizontal traffic light; hourglass done; kiss mark; leaf fluttering in wind; ledger; level
 slider; light rail; linked paperclips; love hotel; low battery; magnifying glass tilted right;
 manual wheelchair; medium skin tone; military medal; milky way; moon viewing ceremony; mountain;
-musical notes; national park; night with stars; no littering; orca; page with curl; passenger
+musical notes; national park; night with stars; no littering; page with curl; passenger
 ship; person standing; rugby football; snowman without snow; speech balloon; sports medal;
 station; sunrise; sunrise over mountains; sunset; ticket; umbrella; umbrella on ground; wedding
 """

@@ -93,9 +93,10 @@ class SpriteBank:
 
     def _render(self, label: int, style: str) -> tuple[Image.Image, ...]:
         pixels = render_style(self.drawings[label], style)
-        if pixels is None:
+        if pixels is None and style != "full":
             # Nothing is left of a few drawings without their outlines, say: show them whole.
             return self.pyramid(label, "full")
+        assert pixels is not None, f"drawing {self.drawings[label].stem} is empty"
         margin = ((_SPRITE_MARGIN, _SPRITE_MARGIN),) * 2 + ((0, 0),)
         padded = np.pad(np.round(pixels * 255).astype(np.uint8), margin)
         full = Image.fromarray(padded, "RGBA")

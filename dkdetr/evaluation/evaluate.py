@@ -1,0 +1,170 @@
+"""Evaluation of a student, or of anybody's results file, on a split."""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import orjson
+import torch
+import xxhash
+from torch import nn
+
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.loader import make_evaluation_loader
+from dkdetr.data.splits import Split
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.errors import MismatchError
+from dkdetr.evaluation.atomic import write_bytes
+from dkdetr.evaluation.detect import detect
+from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
+from dkdetr.evaluation.ground_truth import ground_truth_of
+from dkdetr.evaluation.results import ResultsWriter, read_results
+from dkdetr.progress import progress
+
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, the files that hold them (`results`, `metrics`, `per_category`), and the time."""
+
+    metrics: Metrics
+    paths: Mapping[str, Path]
+    seconds: float
+
+
+def evaluate_student(
+    student: nn.Module,
+    split: Split,
+    vocabulary: Vocabulary,
+    config: ExperimentConfig,
+    *,
+    device: torch.device,
+    out_dir: Path,
+    evaluator: Evaluator = "fast",
+) -> Evaluation:
+    """Returns the student's metrics on a split; leaves three files in `out_dir`.
+
+    `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`. Each
+    appears whole; `metrics.json` comes last and names the hash of the results it was computed of.
+
+    Args:
+        student: called as `student(images, text_embeddings)`, already on `device`.
+        split: its images are all scored.
+        vocabulary: the names to look for, the split's own categories.
+        config: for the view's size, batch size, number of detections and precision.
+        device: where the student is.
+        out_dir: made if it is not there.
+        evaluator: see `score`.
+
+    Raises:
+        MismatchError: the vocabulary is not of the split's categories.
+    """
+    started = time.monotonic()
+    name_notes = check_vocabulary(vocabulary, split)
+    _remove_old_metrics(out_dir)
+    category_ids = np.array(vocabulary.category_ids, dtype=np.int64)
+    found = detect(
+        student,
+        make_evaluation_loader(split, config, rank=0, world_size=1),
+        torch.from_numpy(vocabulary.embeddings),
+        device=device,
+        max_detections=config.eval.max_detections,
+        precision=config.optim.precision,
+    )
+    results_path = out_dir / "results.json"
+    with (
+        progress(f"detecting on {split.name}", len(split.images)) as advance,
+        ResultsWriter(results_path) as writer,
+    ):
+        for image_id, detections in found:
+            writer.write(
+                image_id,
+                detections.boxes_xyxy.numpy(),
+                detections.scores.numpy(),
+                category_ids[detections.labels.numpy()],
+            )
+            advance(writer.num_images, "")
+        assert writer.num_images == len(split.images), "the loader left out images"
+    # Read back from the file: what is scored is what anybody else can score.
+    evaluation = score_predictions(
+        results_path, split, out_dir=out_dir, evaluator=evaluator, notes=name_notes
+    )
+    return replace(evaluation, seconds=time.monotonic() - started)
+
+
+def score_predictions(
+    predictions_file: Path,
+    split: Split,
+    *,
+    out_dir: Path,
+    evaluator: Evaluator = "fast",
+    notes: tuple[str, ...] = (),
+) -> Evaluation:
+    """Returns the metrics of a COCO results file; leaves metrics.json and per_category.csv.
+
+    The predictions stay where they are. `notes` go into the metrics.
+    """
+    started = time.monotonic()
+    results = read_results(predictions_file)
+    metrics = score(ground_truth_of(split), results, evaluator=evaluator)
+    metrics = replace(metrics, notes=(*metrics.notes, *notes))
+    paths = {
+        "results": predictions_file,
+        "metrics": out_dir / "metrics.json",
+        "per_category": out_dir / "per_category.csv",
+    }
+    _remove_old_metrics(out_dir)
+    write_bytes(paths["per_category"], per_category_csv(metrics).encode())
+    described = metrics.as_json() | {
+        "results_xxh3_128": xxhash.xxh3_128_hexdigest(predictions_file.read_bytes())
+    }
+    write_bytes(paths["metrics"], orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
+    return Evaluation(metrics=metrics, paths=paths, seconds=time.monotonic() - started)
+
+
+def check_vocabulary(vocabulary: Vocabulary, split: Split) -> tuple[str, ...]:
+    """Returns remarks on names that differ between a vocabulary and a split of the same ids.
+
+    Raises:
+        MismatchError: the vocabulary lacks categories of the split, or has others.
+    """
+    names = {category.category_id: category.name for category in split.categories}
+    missing = sorted(names.keys() - set(vocabulary.category_ids))
+    strange = sorted(set(vocabulary.category_ids) - names.keys())
+    if missing or strange:
+        raise MismatchError(
+            f"the vocabulary is not that of split '{split.name}': {len(missing)} of its "
+            f"{len(names)} categories are missing (ids {missing[:_NUM_NAMED]}), {len(strange)} are "
+            f"strange to it (ids {strange[:_NUM_NAMED]}). Its numbers would mean nothing; give one "
+            "of the split's own names with --vocab"
+        )
+    pairs = zip(vocabulary.category_ids, vocabulary.names, strict=True)
+    renamed = [f"'{names[i]}' as '{name}'" for i, name in pairs if names[i] != name]
+    if not renamed:
+        return ()
+    first = ", ".join(renamed[:_NUM_NAMED])
+    return (f"{len(renamed)} categories were looked for under another name: {first}",)
+
+
+def per_category_csv(metrics: Metrics) -> str:
+    """Returns one line a category; AP in [0, 1], an empty cell where there is no ground truth."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("category_id", "name", "group", "AP", "AP50", "num_gt", "num_detections"))
+    for line in metrics.per_category:
+        numbers = ("" if math.isnan(value) else repr(value) for value in (line.ap, line.ap50))
+        counts = (line.num_gt, line.num_detections)
+        writer.writerow((line.category_id, line.name, line.group, *numbers, *counts))
+    return text.getvalue()
+
+
+def _remove_old_metrics(out_dir: Path) -> None:
+    # Metrics of an earlier evaluation must not be found beside this one's results.
+    for name in ("metrics.json", "per_category.csv"):
+        (out_dir / name).unlink(missing_ok=True)

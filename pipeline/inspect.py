@@ -1,0 +1,133 @@
+"""What `dkdetr cache info` and `dkdetr cache verify` say about a cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.spec import CorruptCacheError
+from cache.store import CacheInfo, open_cache
+from cache.verify import VerifyReport, verify_cache
+from dkdetr.data.splits import load_split
+from dkdetr.errors import DkdetrError
+from dkdetr.progress import progress
+from pipeline.recall import Recall, cache_recall
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class CacheDescription:
+    """A cache in words."""
+
+    info: CacheInfo
+    names: Mapping[str, int]
+    quarantined: Mapping[int, str]
+    has_neighbors: bool
+
+    def lines(self) -> list[str]:
+        """Returns the description as a person reads it."""
+        info = self.info
+        random = "  RANDOM WEIGHTS: for trials only" if info.random_teacher else ""
+        provenance = [
+            f"  {key}: {value}" for key, value in info.provenance.items() if key != "canary"
+        ]
+        return [
+            f"cache      {info.path}, sealed, {info.bytes_on_disk / 1e6:.1f} MB",
+            f"split      {info.split}: {info.num_images:,} images, "
+            f"{len(self.quarantined)} set aside",
+            f"regions    {info.num_regions:,}, at most {info.max_regions} an image, "
+            f"{info.embed_dim} dimensions, {info.parts['storage']}",
+            f"teacher    {info.teacher}{random}",
+            f"names      {self.names['base']} base, {self.names['novel']} novel",
+            f"neighbours {'listed' if self.has_neighbors else 'none'}",
+            f"fingerprint {info.fingerprint}",
+            f"root       {info.merkle_root}",
+            "made by",
+            *provenance,
+            *(f"set aside  image {number}: {why}" for number, why in self.quarantined.items()),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the description as plain data."""
+        return {
+            **vars(self.info),
+            "names": dict(self.names),
+            "quarantined": {str(number): why for number, why in self.quarantined.items()},
+            "has_neighbors": self.has_neighbors,
+        }
+
+
+@dataclass(frozen=True)
+class CheckedCache:
+    """The result of reading all of a cache, and its proposals' recall where it can be told."""
+
+    report: VerifyReport
+    recall: tuple[Recall, ...]
+    no_recall: str
+    """Why there is no recall; empty where there is."""
+
+    def lines(self) -> list[str]:
+        """Returns the result as a person reads it."""
+        report = self.report
+        state = "sealed" if report.sealed else "not sealed"
+        text = [
+            f"{report.path}: {state}, {report.num_shards} shards, {report.num_images:,} images, "
+            f"{report.num_regions:,} regions, {report.num_gt:,} base boxes, "
+            f"{report.num_quarantined} images set aside"
+        ]
+        text += [f"problem: {line}" for line in report.problems]
+        for recall in self.recall:
+            if recall.shares:
+                shares = ", ".join(f"{share:.1%} at {n}" for n, share in recall.shares.items())
+                text.append(f"recall of {recall.group} objects ({recall.num_objects:,}): {shares}")
+        if self.no_recall:
+            text.append(f"no recall: {self.no_recall}")
+        return text if report.problems else [*text, "no problem found"]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the result as plain data."""
+        recall = {each.group: dict(each.shares) for each in self.recall}
+        return {**vars(self.report), "recall": recall, "no_recall": self.no_recall}
+
+    def raise_problems(self) -> None:
+        """Raises CorruptCacheError if there is any problem."""
+        if self.report.problems:
+            raise CorruptCacheError(
+                f"{len(self.report.problems)} problems in {self.report.path}; delete the shards "
+                "named and run the same cache-teacher command again: it makes them anew"
+            )
+
+
+def describe_cache(path: Path) -> CacheDescription:
+    """Returns what a sealed cache holds.
+
+    Raises:
+        CacheError: it is not sealed or damaged.
+    """
+    reader = open_cache(path)
+    is_base = reader.text()[0]["is_base"]
+    names = {"base": sum(is_base), "novel": len(is_base) - sum(is_base)}
+    return CacheDescription(
+        reader.info, names, reader.quarantined, has_neighbors=reader.neighbors() is not None
+    )
+
+
+def verify_and_report(path: Path, data_root: Path) -> CheckedCache:
+    """Returns what is wrong with a cache, and the recall of its proposals.
+
+    Recall needs the split's annotations; where they are not at hand the result says so.
+
+    Raises:
+        CacheError: there is no cache at all.
+    """
+    with progress("verify", 1) as advance:
+        report = verify_cache(path, on_shard=lambda done, total: advance(done, f"of {total}"))
+    if report.problems or not report.sealed:
+        return CheckedCache(report, (), "the cache is not whole")
+    reader = open_cache(path)
+    try:
+        split = load_split(reader.info.split, data_root)
+    except DkdetrError as error:
+        return CheckedCache(report, (), str(error))
+    return CheckedCache(report, cache_recall(reader, split), "")

@@ -1,0 +1,230 @@
+"""Trains the small CLIP that ships with the package, on crops of every name.
+
+    python -m pipeline.pictograms.teacher_training
+
+As CLIP has seen the web, it sees all names and all styles but the held-out one. It writes
+open_clip's own form: a model configuration, a merges file for the tokenizer, and weights.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from dkdetr.progress import progress
+from pipeline.pictograms.captions import caption, merges_file, plain_captions
+from pipeline.pictograms.crop_pool import (
+    CropPool,
+    jittered_windows,
+    make_pool,
+    pool_of_scenes,
+    scaled_windows,
+    soften,
+)
+from pipeline.pictograms.drawings import Drawing, named_drawings
+from pipeline.pictograms.scenes import SpriteBank, render_scene
+from pipeline.pictograms.teacher_assets import (
+    TEACHER_NAME,
+    assets_folder,
+    config_path,
+    merges_path,
+    save_half,
+    weights_path,
+)
+from pipeline.pictograms.worlds import SIZES, plan_world
+
+_IMAGE_SIZE = 64
+_FRESH_SEED = 7001
+_MAX_LOGIT_SCALE = 100.0
+
+
+def main() -> None:
+    """Trains, measures on fresh crops, writes the assets and a log of the measurements."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=assets_folder())
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--crops", type=int, default=45000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(arguments.seed)
+    drawings = named_drawings()
+    model, tokenize = create_teacher(arguments.out, drawings)
+    started = time.process_time()
+    pool = make_pool(
+        drawings, arguments.crops, seed=arguments.seed, held_out_style=False, title="crops"
+    )
+    rendered = time.process_time()
+    train(
+        model, tokenize, pool, [drawing.name for drawing in drawings],
+        steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr,
+        seed=arguments.seed,
+    )  # fmt: skip
+    trained = time.process_time()
+    log = {
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "crops": arguments.crops,
+        "lr": arguments.lr,
+        "seed": arguments.seed,
+        "cpu_seconds": {"crops": round(rendered - started), "steps": round(trained - rendered)},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **measure(model, tokenize, drawings),
+    }
+    save_half(model.state_dict(), weights_path(arguments.out))
+    text = json.dumps(log, indent=2)
+    (arguments.out / "teacher_training.log").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def create_teacher(folder: Path, drawings: tuple[Drawing, ...]) -> tuple[Any, Any]:
+    """Returns a new model and its tokenizer; writes configuration and merges into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = merges_file(drawing.name for drawing in drawings)
+    merges_path(folder).write_bytes(merges)
+    tokenize = open_clip.SimpleTokenizer(bpe_path=str(merges_path(folder)), context_length=20)
+    config = {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "layers": [1, 1, 2, 1], "width": 16, "head_width": 64, "image_size": _IMAGE_SIZE,
+        },
+        "text_cfg": {
+            "context_length": 20,
+            "vocab_size": tokenize.vocab_size,
+            "width": 128,
+            "heads": 4,
+            "layers": 2,
+            "tokenizer_kwargs": {"bpe_path": merges_path(folder).name},
+        },
+    }  # fmt: skip
+    text = json.dumps(config, indent=2) + "\n"
+    config_path(folder).write_text(text, encoding="utf-8")
+    open_clip.add_model_config(config_path(folder))
+    return open_clip.create_model(TEACHER_NAME, load_weights=False), tokenize
+
+
+def train(
+    model: Any, tokenize: Any, pool: CropPool, names: list[str],
+    *, steps: int, batch_size: int, lr: float, seed: int,
+) -> None:  # fmt: skip
+    """Trains in place: a batch holds distinct names, one crop and one caption each."""
+    generator = torch.Generator().manual_seed(seed)
+    words = np.random.default_rng(seed)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    crops_of = [torch.nonzero(pool.labels == n).flatten() for n in range(len(names))]
+    model.train()
+    model.to(memory_format=torch.channels_last)
+    recent = 0.0
+    with progress("teacher", steps) as advance:
+        for step in range(steps):
+            chosen = torch.randperm(len(names), generator=generator)[:batch_size]
+            indices = torch.stack([
+                crops_of[n][torch.randint(len(crops_of[n]), (), generator=generator)]
+                for n in chosen.tolist()
+            ])  # fmt: skip
+            windows = jittered_windows(pool.boxes_xyxy[indices], generator)
+            pixels = soften(pool.cut(indices, windows, _IMAGE_SIZE), generator)
+            texts = tokenize([caption(names[n], words) for n in chosen.tolist()])
+            loss = _contrast(model, pixels, texts)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=float(np.log(_MAX_LOGIT_SCALE)))
+            recent = 0.95 * recent + 0.05 * loss.item() if step else loss.item()
+            advance(step + 1, f"loss {recent:.3f}")
+
+
+def measure(model: Any, tokenize: Any, drawings: tuple[Drawing, ...]) -> dict[str, Any]:
+    """Returns accuracies on scenes that training never saw, crops as the pipeline cuts them."""
+    names = [drawing.name for drawing in drawings]
+    results: dict[str, Any] = {"names": len(names)}
+    for key, held in (("fresh_scenes", False), ("held_out_style", True)):
+        pool = make_pool(drawings, 2500, seed=_FRESH_SEED, held_out_style=held, title=key)
+        results[key] = _accuracy(model, tokenize, pool, names)
+    world = plan_world(SIZES["tiny"], protocol="lvis-like", seed=0)
+    bank = SpriteBank([category.drawing for category in world.categories])
+    scenes = [
+        (render_scene(image.plan, bank), [each.label for each in image.plan.objects])
+        for image in world.images
+        if image.part == "val"
+    ]
+    tiny_names = [category.drawing.name for category in world.categories]
+    results["tiny_val_boxes"] = _accuracy(model, tokenize, pool_of_scenes(scenes), tiny_names)
+    results["mean_text_cosine"] = _mean_cosine(encode_names(model, tokenize, names))
+    return results
+
+
+@torch.inference_mode()
+def encode_names(model: Any, tokenize: Any, names: list[str]) -> Tensor:
+    """Returns unit text embeddings [num_names, embed_dim], averaged over a few sentences."""
+    model.eval()
+    sentences = plain_captions(names)
+    texts = tokenize([sentence for group in sentences for sentence in group])
+    rows = nn.functional.normalize(model.encode_text(texts), dim=-1)
+    return nn.functional.normalize(rows.view(len(names), -1, rows.shape[-1]).mean(1), dim=-1)
+
+
+@torch.inference_mode()
+def encode_boxes(model: Any, pool: CropPool) -> Tensor:
+    """Returns unit embeddings [num, embed_dim]: mean over crops at scales 1.0 and 1.5."""
+    model.eval()
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+    rows: list[Tensor] = []
+    for indices in torch.arange(len(pool.labels)).split(256):
+        features = 0
+        for scale in (1.0, 1.5):
+            windows = scaled_windows(pool.boxes_xyxy[indices], scale)
+            pixels = (pool.cut(indices, windows, _IMAGE_SIZE) - mean) / std
+            features = features + nn.functional.normalize(model.encode_image(pixels), dim=-1)
+        rows.append(nn.functional.normalize(features, dim=-1))
+    return torch.cat(rows)
+
+
+def _contrast(model: Any, pixels: Tensor, texts: Tensor) -> Tensor:
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+    normalised = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+    images = nn.functional.normalize(model.encode_image(normalised), dim=-1)
+    words = nn.functional.normalize(model.encode_text(texts), dim=-1)
+    logits = model.logit_scale.exp() * images @ words.T
+    target = torch.arange(len(logits))
+    return (
+        nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
+    ) / 2
+
+
+def _accuracy(model: Any, tokenize: Any, pool: CropPool, names: list[str]) -> dict[str, float]:
+    similarities = encode_boxes(model, pool) @ encode_names(model, tokenize, names).T
+    ranks = similarities.topk(5, dim=-1).indices == pool.labels[:, None]
+    top1, top5 = ranks[:, 0].float().mean().item(), ranks.any(1).float().mean().item()
+    return {"crops": len(ranks), "top1": round(top1, 3), "top5": round(top5, 3)}
+
+
+def _mean_cosine(embeddings: Tensor) -> float:
+    num = len(embeddings)
+    total = (embeddings @ embeddings.T).sum().item() - num
+    return round(total / (num * (num - 1)), 3)
+
+
+if __name__ == "__main__":
+    main()

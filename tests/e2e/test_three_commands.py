@@ -1,0 +1,146 @@
+"""The three commands, as a user types them, on a few pictures: each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.small_coco import write_coco_folder
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "--set", "optim.epochs=2", "--set", "optim.lr_drop_epochs=[1]", "--set", "data.image_size=96",
+    "--set", "data.batch_size=4", "--set", "student.num_queries=12",
+]  # fmt: skip
+
+
+def dkdetr(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from cli import main; main()", *words]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+
+
+def succeed(*words: str, cwd: Path) -> str:
+    done = dkdetr(*words, cwd=cwd)
+    assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """A folder in which cache-teacher and train have run on generated pictures."""
+    folder = tmp_path_factory.mktemp("trial")
+    train = write_coco_folder(folder, "train2017", num_images=20, seed=1)
+    val = write_coco_folder(folder, "val2017", num_images=6, seed=2)
+    succeed(
+        "cache-teacher", "--split", train, "--out", "cache/trial", "--teacher", "pictograms",
+        "--experiment", "trial", "--fit-epochs", "1", "--keep", "12", "--prompts", "single",
+        *TINY, cwd=folder,
+    )  # fmt: skip
+    words = ("--cache", "cache/trial", "--experiment", "trial", "--run", "runs/a", *TINY)
+    succeed("train", *words, cwd=folder)
+    return folder, train, val, words
+
+
+def test_eval_writes_what_it_prints(trial) -> None:
+    folder, _, val, _ = trial
+    printed = succeed("eval", "runs/a", "--split", val, "--json", "scores.json", cwd=folder)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert {"AP50_novel", "AP50_base", "AP50_all"} <= scores.keys()
+    assert "AP50_novel" in printed
+    for name in ("results", "metrics", "per_category"):
+        assert (folder / scores["files"][name]).is_file()
+
+
+def test_a_finished_run_is_not_trained_again(trial) -> None:
+    folder, _, _, words = trial
+    before = (folder / "runs/a/metrics.jsonl").read_bytes()
+    succeed("train", *words, cwd=folder)
+    assert (folder / "runs/a/metrics.jsonl").read_bytes() == before
+
+
+def test_the_diary_tells_of_distillation(trial) -> None:
+    folder, *_ = trial
+    lines = (folder / "runs/a/metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert {"class", "bbox", "giou", "skd", "rkd_image", "rkd_batch", "kd_margin"} <= last.keys()
+    assert last["kd_regions_per_image"] > 0
+
+
+def test_cache_teacher_again_makes_nothing(trial) -> None:
+    folder, train, _, _ = trial
+    before = (folder / "cache/trial/COMPLETE.json").read_bytes()
+    succeed(
+        "cache-teacher", "--split", train, "--out", "cache/trial", "--teacher", "pictograms",
+        "--experiment", "trial", "--fit-epochs", "1", "--keep", "12", "--prompts", "single",
+        *TINY, cwd=folder,
+    )  # fmt: skip
+    assert (folder / "cache/trial/COMPLETE.json").read_bytes() == before
+
+
+def test_verify_finds_nothing_and_info_names_the_teacher(trial) -> None:
+    folder, *_ = trial
+    assert "no problem found" in succeed("cache", "verify", "cache/trial", cwd=folder)
+    assert "teacher" in succeed("cache", "info", "cache/trial", cwd=folder)
+
+
+def test_other_settings_in_the_same_run_are_refused(trial) -> None:
+    folder, _, _, words = trial
+    refused = dkdetr("train", *words, "--set", "optim.lr=0.1", cwd=folder)
+    assert refused.returncode == 4
+    assert "optim.lr" in refused.stderr
+
+
+def test_a_cache_of_another_teacher_is_refused(trial) -> None:
+    folder, train, _, _ = trial
+    refused = dkdetr(
+        "cache-teacher", "--split", train, "--out", "cache/trial", "--teacher", "RN50:random",
+        "--experiment", "trial", "--fit-epochs", "1", "--keep", "12", "--prompts", "single",
+        *TINY, cwd=folder,
+    )  # fmt: skip
+    assert refused.returncode == 4
+    assert "teacher" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(trial) -> None:
+    """One epoch, then the second: the weights are bitwise those of the uninterrupted run."""
+    import torch
+
+    from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
+
+    folder, *_ = trial
+    words = ("--cache", "cache/trial", "--experiment", "trial", "--run", "runs/b", *TINY)
+    succeed("train", *words, "--set", "checkpoint_every_s=0", cwd=folder)
+    checkpoints = sorted((folder / "runs/b/checkpoints").glob("step_*.pt"))
+    assert len(checkpoints) == 2
+    whole = load_checkpoint(checkpoints[-1])
+    checkpoints[-1].unlink()
+    checkpoints[-1].with_suffix(".json").unlink()
+    succeed("train", *words, "--set", "checkpoint_every_s=0", cwd=folder)
+    again = load_checkpoint(find_checkpoint(folder / "runs/b"))
+    assert again.progress == whole.progress
+    assert all(torch.equal(again.student[name], whole.student[name]) for name in whole.student)
+
+
+@pytest.mark.skipif("DKDETR_TEST_COCO" not in os.environ, reason="names no COCO folder")
+def test_the_three_commands_on_real_photographs(tmp_path) -> None:
+    coco = Path(os.environ["DKDETR_TEST_COCO"])
+    part = {
+        name: f"ovcoco:{coco / name}:{coco / 'annotations' / f'instances_{name}.json'}"
+        for name in ("train2017", "val2017")
+    }
+    succeed(
+        "cache-teacher", "--split", part["train2017"], "--out", "cache/coco", "--teacher",
+        "pictograms", "--experiment", "trial", "--fit-epochs", "1", "--keep", "20", "--prompts",
+        "single", *TINY, cwd=tmp_path,
+    )  # fmt: skip
+    succeed("train", "--cache", "cache/coco", "--experiment", "trial", *TINY, cwd=tmp_path)
+    succeed("eval", "--split", part["val2017"], "--json", "scores.json", cwd=tmp_path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_images"] > 0

@@ -1,0 +1,110 @@
+"""The house's rules that the linters of `make test` do not see."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dkdetr.config import load_experiment, shipped_experiments
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("dkdetr", "pipeline", "cache", "tests")
+MAX_LINES = 350
+FORBIDDEN_NAMES = {"utils", "util", "misc", "common", "helpers", "helper"}
+
+
+def python_files() -> list[Path]:
+    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    # A user's caches may lie in cache/NAME/; they are data.
+    return [
+        p
+        for p in found
+        if p.parent == ROOT / "cache" or "cache" not in p.relative_to(ROOT).parts[:1]
+    ]
+
+
+def tracked_texts() -> list[Path]:
+    kinds = {".py", ".toml", ".md", ".html", ".yml", ".yaml", ".sh", ".txt", ""}
+    folders = [ROOT / name for name in (*PACKAGES, "docker", ".ci") if (ROOT / name).is_dir()]
+    inside = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    above = [path for path in ROOT.iterdir() if path.is_file()]
+    return [
+        path
+        for path in (*inside, *above)
+        if path.suffix in kinds and "__pycache__" not in path.parts and path.name != ".git"
+    ]
+
+
+def test_a_file_holds_one_idea():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in python_files()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert not long, f"longer than {MAX_LINES} lines: {long}"
+
+
+def test_no_file_is_named_for_nothing():
+    named = [p for p in python_files() if {p.stem, *p.relative_to(ROOT).parts} & FORBIDDEN_NAMES]
+    assert not named
+
+
+def test_packages_re_export_nothing():
+    full = [
+        str(path.relative_to(ROOT))
+        for path in python_files()
+        if path.name == "__init__.py" and path.parts[-2] != "dkdetr" and path.read_text().strip()
+    ]
+    assert not full, "an __init__ that imports hides what a package really needs"
+
+
+def test_no_text_names_somebodys_machine():
+    absolute = re.compile(r"(?<![\w.$}/])/(?:home|work|Users|root|mnt|scratch)/\w")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in tracked_texts()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if absolute.search(line) and path != Path(__file__).resolve()
+    ]
+    assert not found
+
+
+def imported_by(code: str, *, suspects: set[str]) -> set[str]:
+    """Which of the suspects are in sys.modules after the code has run in a fresh interpreter."""
+    report = f"import sys\n{code}\nprint(*sorted({suspects!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.skipif(find_spec("dkdetr.engine.train") is None, reason="no engine in this tree")
+def test_training_leaves_clip_dask_and_faiss_alone():
+    suspects = {"open_clip", "dask", "distributed", "faiss"}
+    assert imported_by("import dkdetr.engine.train", suspects=suspects) == set()
+
+
+def test_the_suspects_would_be_noticed():
+    assert imported_by("import dask", suspects={"dask", "faiss"}) == {"dask"}
+
+
+@pytest.mark.skipif(not (ROOT / "cli.py").exists(), reason="no command line in this tree")
+def test_help_is_light():
+    code = (
+        "sys.argv = ['dkdetr', '--help']\n"
+        "import contextlib, io, cli\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    cli.main()"
+    )
+    suspects = {"torch", "zarr", "open_clip", "dask", "faiss", "torchvision", "scipy"}
+    assert imported_by(code, suspects=suspects) == set()
+
+
+@pytest.mark.parametrize("name", shipped_experiments())
+def test_every_shipped_experiment_loads(name: str):
+    resolved = load_experiment(name)
+    assert resolved.config.name == name

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torchvision.ops import nms
 
-from dkdetr.boxes import clip_xyxy, nms_keep, pairwise_iou, visible_fraction
+from dkdetr.boxes import clip_xyxy, pairwise_iou, visible_fraction
 from dkdetr.config import RegionSelectionConfig
 from dkdetr.data.transforms import ViewGeometry
 
@@ -63,6 +64,8 @@ def select_regions(
     indices = eligible.nonzero().squeeze(1)
     ranking = torch.sort(objectness[indices], descending=True, stable=True).indices
     indices = indices[ranking]
-    kept = nms_keep(clipped[indices], objectness[indices], iou_threshold=settings.nms_iou)
-    chosen = indices[kept][:num_regions]
+    # The rank stands for the score, so that no two are equal and the result is a function.
+    falling = -torch.arange(len(indices), dtype=clipped.dtype)
+    kept = nms(clipped[indices], falling, settings.nms_iou)
+    chosen = indices[kept[:num_regions]]
     return SelectedRegions(chosen, geometry.normalise(clipped[chosen]).to(torch.float32))

@@ -58,7 +58,7 @@ class ViewGeometry:
 
 def evaluation_geometry(original_hw: SizeHW, *, image_size: int) -> ViewGeometry:
     """Returns the whole image with its longest side at `image_size`."""
-    resized = _resized(original_hw, longest_side=image_size)
+    resized = _resized(original_hw, longest_side=float(image_size))
     return ViewGeometry(original_hw, resized, 0, 0, resized, flip=False)
 
 
@@ -87,7 +87,7 @@ def draw_geometry(
         geometry = ViewGeometry(original_hw, resized, top, left, view, flip)
         if len(boxes_xyxy) == 0 or bool(visible_boxes(geometry, boxes_xyxy)[1].any()):
             return geometry
-    whole = _resized(original_hw, longest_side=image_size)
+    whole = _resized(original_hw, longest_side=float(image_size))
     return ViewGeometry(original_hw, whole, 0, 0, whole, flip)
 
 

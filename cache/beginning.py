@@ -53,7 +53,14 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
             "Its embeddings would be wrong for this command and nothing would fail. "
             "Name another folder with --out, or delete this one"
         )
-    if load_plan(path).to_dict() != json.loads(json.dumps(plan.to_dict())):
+    try:
+        planned = load_plan(path)
+    except FileNotFoundError:
+        raise CorruptCacheError(
+            f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
+            "Delete this cache, or name another folder with --out"
+        ) from None
+    if planned.to_dict() != json.loads(json.dumps(plan.to_dict())):
         raise StaleCacheError(
             f"{path} was planned with other images or shapes than this command's, though its "
             "parts are the same. Name another folder with --out, or delete this one"

@@ -4,20 +4,17 @@ Order: look at every input, settle the proposals, load the teacher, and only the
 fingerprint; make the missing shards; write the text; seal; build the neighbour lists.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from math import ceil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cache.layout import load_provenance
 from cache.lock import Lease
 from cache.manifest import ShardManifest
-from cache.plan import Plan, make_plan
-from cache.spec import DiskFullError
+from cache.plan import Plan
 from cache.store import open_cache
 from cache.writer import CacheWriter, create_or_resume
 from dkdetr.data.prompts import prompt_set
@@ -31,10 +28,10 @@ from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
 from pipeline.executor import run_shards
 from pipeline.fingerprint import cache_parts, cache_provenance
-from pipeline.fit import fit_plan, fit_proposals
+from pipeline.fit import fit_proposals
 from pipeline.neighbor_stage import add_neighbors
+from pipeline.price import plan_cache, price_of, require_room
 from pipeline.proposal_sources import (
-    NETWORK_FILE,
     ProposalSpec,
     open_source,
     parse_proposals,
@@ -42,7 +39,7 @@ from pipeline.proposal_sources import (
 )
 from pipeline.proposals import FileProposals, ProposalRule, ProposalSource
 from pipeline.recall import cache_recall
-from pipeline.request import CachePrice, CacheRequest, CacheSummary
+from pipeline.request import CacheRequest, CacheSummary
 from pipeline.shard_worker import ShardJob, make_shard
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
@@ -51,23 +48,6 @@ from pipeline.teacher_model import Teacher
 _RECALL_IMAGES = 2000
 
 Say = Callable[[str], None]
-
-
-def price_cache(request: CacheRequest) -> CachePrice:
-    """Returns what a cache would cost; loads no weights and writes nothing.
-
-    Raises:
-        DiskFullError: there is not enough room.
-        DkdetrError: unknown split, teacher or proposals; missing images.
-    """
-    split = load_split(request.split, request.data_root)
-    split.require_images()
-    spec = parse_proposals(request.proposals)
-    embed_dim = teacher_embed_dim(request.teacher)
-    plan = _plan(split, request, embed_dim, crop_batch=0)
-    price = _price(request, split, plan, spec)
-    _require_room(request, price)
-    return price
 
 
 def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSummary:
@@ -86,7 +66,8 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
     for note in split.notes:
         say(f"{split.name}: {note}")
     spec = parse_proposals(request.proposals)
-    _require_room(request, _price(request, split, _plan(split, request, 1, crop_batch=0), spec))
+    embed_dim = teacher_embed_dim(request.teacher)
+    require_room(request, price_of(request, split, spec, embed_dim))
     device = pick_device(request.device)
     teacher = load_teacher(request.teacher, device, precision=request.precision)
     _introduce(teacher, say)
@@ -96,7 +77,7 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
     _check_coverage(source, split, request)
 
     crop_batch = request.crop_batch or (256 if device.type == "cuda" else 64)
-    plan = _plan(split, request, teacher.embed_dim, crop_batch=crop_batch)
+    plan = plan_cache(split, request, teacher.embed_dim, crop_batch=crop_batch)
     parts = cache_parts(request, split, images, source, teacher, plan)
     provenance = cache_provenance(request, teacher, source, pack_canary(canary_embeddings(teacher)))
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
@@ -114,54 +95,6 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
             writer.seal()
     notes = add_neighbors(request.out, plan) if request.neighbors else ()
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
-
-
-def _plan(split: Split, request: CacheRequest, embed_dim: int, *, crop_batch: int) -> Plan:
-    counts = np.diff(split.base_table.offsets)
-    return make_plan(
-        [image.image_id for image in split.images],
-        max_regions=request.keep,
-        embed_dim=embed_dim,
-        max_gt=int(counts.max(initial=0)),
-        storage=request.storage,
-        batch_layout={"crop_batch": crop_batch, "image_batch": request.image_batch},
-    )
-
-
-def _price(request: CacheRequest, split: Split, plan: Plan, spec: ProposalSpec) -> CachePrice:
-    num_base_boxes = len(split.base_table.category_ids)
-    bytes_a_value = 1 if request.storage == "int8" else 2
-    a_region = plan.embed_dim * bytes_a_value + 4 * 4 + 4 + 4 + 4
-    a_truth = plan.embed_dim * 2 + 4 * 4 + 8
-    an_image = plan.max_regions * a_region + plan.max_gt * a_truth + plan.embed_dim * 2 + 64
-    parent = next(folder for folder in (request.out, *request.out.parents) if folder.exists())
-    trains = spec.kind == "fit" and not spec.path and not (request.out / NETWORK_FILE).is_file()
-    scales = len(CropRule().scales)
-    return CachePrice(
-        split=split.name,
-        num_images=plan.num_images,
-        num_base_names=sum(category.is_base for category in split.categories),
-        num_novel_names=sum(not category.is_base for category in split.categories),
-        num_base_boxes=num_base_boxes,
-        max_crops=plan.num_images * (plan.max_regions * scales + 1) + num_base_boxes * scales,
-        num_shards=plan.num_shards,
-        embed_dim=plan.embed_dim,
-        bytes_needed=plan.num_images * an_image,
-        bytes_free=shutil.disk_usage(parent).free,
-        fit_iterations=fit_plan(request, split).num_iterations if trains else 0,
-    )
-
-
-def _require_room(request: CacheRequest, price: CachePrice) -> None:
-    present = sum(
-        file.stat().st_size for file in (request.out / "data.zarr").rglob("*") if file.is_file()
-    )
-    if price.bytes_needed - present > price.bytes_free:
-        raise DiskFullError(
-            f"{request.out} needs {price.bytes_needed / 1e9:.1f} GB and only "
-            f"{price.bytes_free / 1e9:.1f} GB are free: make room, name another disk with "
-            "--out, keep fewer proposals (--keep 100 is a third of the size) or store int8"
-        )
 
 
 def _introduce(teacher: Teacher, say: Say) -> None:

@@ -16,9 +16,11 @@ from cache.store import open_cache
 from dkdetr.data.image_files import read_image
 from dkdetr.errors import DataError, MismatchError, UsageError
 from pipeline import build
-from pipeline.build import cache_teacher, price_cache
+from pipeline import price as price_module
+from pipeline.build import cache_teacher
 from pipeline.crops import CropRule
 from pipeline.executor import Executor
+from pipeline.price import price_cache
 from pipeline.request import CacheRequest
 from pipeline.teacher import load_teacher
 
@@ -240,7 +242,9 @@ def test_the_price_is_known_before_the_purchase(
     assert price.max_crops == NUM_IMAGES * (5 * 2 + 1) + 70 * 2
     summary = cache_teacher(request_)
     assert summary.bytes_on_disk < 3 * price.bytes_needed + 100_000
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(
+        price_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})
+    )
     with pytest.raises(DiskFullError, match="--keep") as caught:
         price_cache(replace(request_, out=request_.out.with_name("other")))
     assert caught.value.exit_code == 6

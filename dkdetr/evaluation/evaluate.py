@@ -14,12 +14,12 @@ import torch
 import xxhash
 from torch import nn
 
+from dkdetr.atomic_file import write_bytes
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import make_evaluation_loader
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError
-from dkdetr.evaluation.atomic import write_bytes
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
 from dkdetr.evaluation.ground_truth import ground_truth_of

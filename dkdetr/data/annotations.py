@@ -104,7 +104,7 @@ class Annotations:
     """What an annotation file says, before any split's rules: `boxes` is aligned with `images`.
 
     `category_records` are the file's own category tables, from which a split derives its groups.
-    `notes` says what was put right in reading: boxes cut at the image's border, empty ones left out.
+    `notes` says what was put right in reading: boxes cut at the border, empty ones left out.
     """
 
     images: tuple[ImageInfo, ...]

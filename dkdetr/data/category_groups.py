@@ -50,7 +50,7 @@ def ovcoco_categories(records: Records, path: Path) -> tuple[Category, ...]:
         bad = [record["id"] for record in records if record.get("split") not in {"base", "novel"}]
         if bad:
             raise DataError(
-                f"{path}: {len(bad)} categories lack \"split\": \"base\" or \"novel\"; first ids: "
+                f'{path}: {len(bad)} categories lack "split": "base" or "novel"; first ids: '
                 f"{', '.join(map(str, bad[:_SHOWN]))}"
             )
         groups = {record["name"]: record["split"] == "base" for record in records}

@@ -45,9 +45,7 @@ def _vild_templates() -> tuple[str, ...]:
     photo_of_kind = tuple(
         f"This is a photo of {who} {kind} {{}}." for kind in _VILD_KINDS for who in ("a", "the")
     )
-    things = tuple(
-        f"This is {who} {thing} {{}}." for thing in _VILD_THINGS for who in ("a", "the")
-    )
+    things = tuple(f"This is {who} {thing} {{}}." for thing in _VILD_THINGS for who in ("a", "the"))
     art = (
         "This is an embroidered {}.",
         "This is the embroidered {}.",

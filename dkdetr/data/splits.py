@@ -8,14 +8,25 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import orjson
 
-from dkdetr.data.annotations import Annotations, Boxes, BoxTable, Category, ImageInfo
-from dkdetr.data.annotations import read_annotations as read_annotation_file
-from dkdetr.data.category_groups import check_groups, coco_categories, lvis_categories, ovcoco_categories
+from dkdetr.data.annotations import (
+    Annotations,
+    Boxes,
+    BoxTable,
+    Category,
+    ImageInfo,
+    read_annotations,
+)
+from dkdetr.data.category_groups import (
+    check_groups,
+    coco_categories,
+    lvis_categories,
+    ovcoco_categories,
+)
 from dkdetr.data.image_files import ImageFolder, check_file_name
 from dkdetr.errors import DataError, UsageError
 
@@ -189,8 +200,8 @@ def load_split(name: str, data_root: Path) -> Split:
     """Returns a split by its name.
 
     A user's own folder is `KIND:IMAGES_DIR:ANNOTATIONS.json`. It is for training unless the json
-    file's name has the word val, test or dev in it and not `train`. OV-COCO files are grouped by the
-    key `split` ("base" or "novel") of their categories, if they have it, else by COCO's names.
+    file's name has the word val, test or dev in it and not `train`. OV-COCO files are grouped by
+    the key `split` ("base" or "novel") of their categories, if they have it, else by COCO's names.
 
     Raises:
         UsageError: unknown name; lists the known ones.
@@ -265,7 +276,7 @@ def _build(
     if not image_root.is_dir():
         raise DataError(f"{name}: no image folder {image_root}")
     style = "lvis" if protocol == "lvis" else "coco"
-    annotations = read_annotation_file(path, style=style)
+    annotations = read_annotations(path, style=style)
     grouped = _GROUPERS[protocol](annotations.category_records, path)
     check_groups(name, grouped, path, is_lvis_v1=is_lvis_v1)
     images, boxes = _keep_images(annotations, grouped, protocol, is_train, all_images)

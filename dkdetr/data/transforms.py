@@ -1,4 +1,4 @@
-"""How an image becomes the student's view of it: large-scale jitter in training, a plain resize else.
+"""How an image becomes the student's view: large-scale jitter in training, else a plain resize.
 
 The geometry is drawn first, as a value. The pixels, the ground truth and the cached regions are
 then moved by that one value, so that they cannot part.
@@ -106,7 +106,7 @@ def visible_boxes(
 def render_view(
     image: UInt8[np.ndarray, "height width 3"], geometry: ViewGeometry, *, image_size: int
 ) -> tuple[Float[Tensor, "3 size size"], Bool[Tensor, "size size"]]:
-    """Returns the normalised view, padded with zeros to image_size squared, and its padding mask."""
+    """Returns the normalised view, zero-padded to image_size squared, and its padding mask."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     resized = F.resize_image(
         pixels,

@@ -148,6 +148,14 @@ def test_a_batch_holds_what_the_structures_promise(world):
     assert any(batch.regions is not None and batch.regions.valid.any() for batch in batches)
 
 
+def test_each_sample_draws_its_own_view(world):
+    settings = config(scale_range=(0.1, 0.9), kd=KDConfig(regions_per_image=0))
+    batches = run(world, settings=settings, cache_path=None)
+    scales = [max(size) for batch in batches for size in batch.images.image_sizes_hw.tolist()]
+    assert len(scales) == 18
+    assert len(set(scales)) >= 12  # of the 77 lengths that a longest side can have
+
+
 def test_epochs_differ_and_each_shows_an_image_once(world):
     batches = run(world)
     epochs = [batches[start : start + 3] for start in (0, 3, 6)]

@@ -39,10 +39,11 @@ from dkdetr.student.detector import ProposingTrunk
 from pipeline.proposal_network import load_network, save_network
 from pipeline.proposal_sources import NETWORK_FILE
 from pipeline.request import CacheRequest
-from pipeline.source_images import ImageCheck, without_images
+from pipeline.source_images import ImageCheck, check_images, without_images
 
 _STATE_FILE = "proposals/fit_state.safetensors"
 _MAX_BATCH = 16
+_MIN_EPOCHS = 2
 _WARMUP_SHARE = 0.1
 _TOKENS_PER_OBJECT = 4
 _QUALITY_FLOOR = 0.3
@@ -68,14 +69,14 @@ class ProposalLosses:
 def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
     """Returns the training that `--proposals fit` means for a split.
 
-    A sixth of the experiment's epochs without distillation, in batches of at most 16 with the
+    A sixth of the experiment's epochs (at least 2) without distillation, in batches of at most 16 with the
     learning rate scaled to them.
     """
     experiment = request.experiment or experiment_of_split(split.name)
     config = load_experiment(experiment, request.overrides).config
     with_boxes = int((np.diff(split.base_table.offsets) > 0).sum())
     batch_size = max(1, min(config.data.batch_size, _MAX_BATCH, with_boxes))
-    epochs = request.fit_epochs or ceil(config.optim.epochs / 6)
+    epochs = request.fit_epochs or max(_MIN_EPOCHS, ceil(config.optim.epochs / 6))
     lr = config.optim.lr * batch_size / config.data.batch_size
     config = replace(
         config,
@@ -119,7 +120,9 @@ def fit_proposals(
         f"proposals: training a network for {plan.num_iterations} steps of "
         f"{plan.config.data.batch_size} images"
     )
-    trunk = _train(plan, without_images(split, images.unreadable), request.out, key, device)
+    # A truncated picture is set aside later, by name; here it must only not stop the training.
+    readable = without_images(split, check_images(split, decode=True).unreadable)
+    trunk = _train(plan, readable, request.out, key, device)
     facts = {
         "key": key,
         "image_size": plan.config.data.image_size,

@@ -2,33 +2,17 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.commands import dkdetr, succeed
 from tests.e2e.small_coco import write_coco_folder
 
-ROOT = Path(__file__).parents[2]
 TINY = [
     "--set", "optim.epochs=2", "--set", "optim.lr_drop_epochs=[1]", "--set", "data.image_size=96",
-    "--set", "data.batch_size=4", "--set", "student.num_queries=12",
+    "--set", "data.batch_size=4", "--set", "student.num_queries=12", "--set", "kd.start_epoch=1",
 ]  # fmt: skip
-
-
-def dkdetr(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from cli import main; main()", *words]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500
-    )
-
-
-def succeed(*words: str, cwd: Path) -> str:
-    done = dkdetr(*words, cwd=cwd)
-    assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""Two gloo ranks train the same student as one process."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
+from tests.e2e.commands import DKDETR, run_command, succeed
+from tests.e2e.small_coco import write_coco_folder
+
+# What a rank computes alone must not depend on the rest of the batch: no batch statistics, no
+# relations across images.
+SETTINGS = [
+    "--experiment", "trial", "--set", "optim.epochs=2", "--set", "optim.lr_drop_epochs=[1]",
+    "--set", "data.image_size=96", "--set", "data.batch_size=4", "--set", "student.num_queries=12",
+    "--set", "kd.start_epoch=1", "--set", "student.backbone.norm=frozen",
+    "--set", "kd.rkd.relations=[\"image\"]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    split = write_coco_folder(folder, "train2017", num_images=12, seed=3)
+    succeed(
+        "cache-teacher", "--split", split, "--out", "c", "--teacher", "pictograms", "--prompts",
+        "single", "--keep", "8", "--fit-epochs", "1", *SETTINGS, cwd=folder,
+    )  # fmt: skip
+    words = ("train", "--cache", "c", *SETTINGS, "--device", "cpu")
+    succeed(*words, "--run", "one", cwd=folder)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--no-python", *DKDETR)  # fmt: skip
+    done = run_command([*torchrun, *words, "--run", "two"], folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_students_are_the_same(two_runs) -> None:
+    one, two = (load_checkpoint(find_checkpoint(two_runs / name)) for name in ("one", "two"))
+    assert one.progress == two.progress
+    for name, weights in one.student.items():
+        torch.testing.assert_close(two.student[name], weights, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_the_first_rank_alone_keeps_the_diary(two_runs) -> None:
+    diaries = [(two_runs / name / "metrics.jsonl").read_text() for name in ("one", "two")]
+    rows = [[json.loads(line) for line in diary.splitlines()] for diary in diaries]
+    assert [row["iteration"] for row in rows[0]] == [row["iteration"] for row in rows[1]]

@@ -1,0 +1,30 @@
+"""Commands as a user types them, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DKDETR = (sys.executable, "-c", "from cli import main; main()")
+
+
+def run_command(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Returns the finished process; it sees this checkout and one thread."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+
+
+def dkdetr(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Returns the finished `dkdetr` command, whatever its exit code."""
+    return run_command([*DKDETR, *words], cwd)
+
+
+def succeed(*words: str, cwd: Path) -> str:
+    """Returns what a `dkdetr` command printed; fails the test if it failed."""
+    done = dkdetr(*words, cwd=cwd)
+    assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout

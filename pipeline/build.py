@@ -71,7 +71,7 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
     device = pick_device(request.device)
     teacher = load_teacher(request.teacher, device, precision=request.precision)
     _introduce(teacher, say)
-    images = check_images(split, decode=spec.kind == "fit" and not spec.path)
+    images = check_images(split, decode=False)
     prepared = _settle_proposals(request, split, spec, images, device, say)
     source = open_source(prepared, device, batch_size=request.image_batch)
     _check_coverage(source, split, request)

@@ -1,8 +1,9 @@
 """`--proposals fit`: trains a proposal network on base boxes; so a first cache needs no student.
 
 What it learns is localisation, not "is it one of the base names": a token's objectness is the IoU
-that its own box reaches with a base box. Tokens that reach no base box may lie on an object that
-nobody marked, so they are pushed towards zero only weakly (`_BACKGROUND_WEIGHT`).
+that its own box reaches with a base box. Tokens that reach none learn zero, but a token's weight
+is the square of what it is wrong by, so that the few that insist on an unmarked object are not
+drowned by the many that see nothing (the design note compares this with other targets).
 """
 
 import hashlib
@@ -39,14 +40,15 @@ from dkdetr.student.detector import ProposingTrunk
 from pipeline.proposal_network import load_network, save_network
 from pipeline.proposal_sources import NETWORK_FILE
 from pipeline.request import CacheRequest
-from pipeline.source_images import ImageCheck, without_images
+from pipeline.source_images import ImageCheck, check_images, without_images
 
 _STATE_FILE = "proposals/fit_state.safetensors"
 _MAX_BATCH = 16
+_MIN_EPOCHS = 2
 _WARMUP_SHARE = 0.1
 _TOKENS_PER_OBJECT = 4
 _QUALITY_FLOOR = 0.3
-_BACKGROUND_WEIGHT = 0.05
+_QUALITY_GAMMA = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class ProposalLosses:
 def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
     """Returns the training that `--proposals fit` means for a split.
 
-    A sixth of the experiment's epochs without distillation, in batches of at most 16 with the
-    learning rate scaled to them.
+    A sixth of the experiment's epochs (at least 2) without distillation, in batches of at most 16
+    with the learning rate scaled to them.
     """
     experiment = request.experiment or experiment_of_split(split.name)
     config = load_experiment(experiment, request.overrides).config
     with_boxes = int((np.diff(split.base_table.offsets) > 0).sum())
     batch_size = max(1, min(config.data.batch_size, _MAX_BATCH, with_boxes))
-    epochs = request.fit_epochs or ceil(config.optim.epochs / 6)
+    epochs = request.fit_epochs or max(_MIN_EPOCHS, ceil(config.optim.epochs / 6))
     lr = config.optim.lr * batch_size / config.data.batch_size
     config = replace(
         config,
@@ -119,7 +121,9 @@ def fit_proposals(
         f"proposals: training a network for {plan.num_iterations} steps of "
         f"{plan.config.data.batch_size} images"
     )
-    trunk = _train(plan, without_images(split, images.unreadable), request.out, key, device)
+    # A truncated picture is set aside later, by name; here it must only not stop the training.
+    readable = without_images(split, check_images(split, decode=True).unreadable)
+    trunk = _train(plan, readable, request.out, key, device)
     facts = {
         "key": key,
         "image_size": plan.config.data.image_size,
@@ -137,14 +141,15 @@ def fit_proposals(
 
 
 def proposal_losses(
-    encoder: EncoderOutput, targets: Sequence[Targets], *, background_weight: float
+    encoder: EncoderOutput, targets: Sequence[Targets], *, gamma: float
 ) -> ProposalLosses:
     """Returns how wrong every token's box and quality are.
 
     Each object trains the boxes of its `_TOKENS_PER_OBJECT` cheapest tokens (L1 5, GIoU 2): one
     token an object, as in the detector, leaves too few boxes near objects to rank. The quality of
-    every valid token is trained towards its box's best IoU with a base box, by binary cross
-    entropy; tokens below `_QUALITY_FLOOR` count as background: target 0, `background_weight`.
+    every valid token is trained towards its box's best IoU with a base box, or 0 where that is
+    below `_QUALITY_FLOOR`, by binary cross entropy times |target - prediction| ** `gamma`
+    (quality focal loss, arXiv 2006.04388, Eq. 5; the factor passes no gradient here).
     """
     boxes_sum = encoder.boxes_cxcywh.sum() * 0.0  # tied to the graph where no box is
     quality_sum = boxes_sum
@@ -155,18 +160,16 @@ def proposal_losses(
         quality = torch.zeros_like(logits)
         if len(target.labels):
             tokens, objects = _cheapest_tokens(boxes.detach(), target.boxes_cxcywh, valid)
-            wanted = target.boxes_cxcywh[objects]
-            pair = 5 * box_l1_loss(boxes[tokens], wanted) + 2 * box_giou_loss(boxes[tokens], wanted)
+            aim = target.boxes_cxcywh[objects]
+            pair = 5 * box_l1_loss(boxes[tokens], aim) + 2 * box_giou_loss(boxes[tokens], aim)
             boxes_sum = boxes_sum + pair * len(target.labels) / max(1, len(tokens))
             overlaps = pairwise_iou(
                 cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(target.boxes_cxcywh)
             )
             quality = overlaps.max(dim=1).values
-        foreground = quality > _QUALITY_FLOOR
-        terms = functional.binary_cross_entropy_with_logits(
-            logits, torch.where(foreground, quality, 0.0), reduction="none"
-        )
-        weights = torch.where(foreground, 1.0, background_weight) * valid
+        wanted = torch.where(quality > _QUALITY_FLOOR, quality, 0.0)
+        terms = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        weights = (wanted - logits.detach().sigmoid()).abs() ** gamma * valid
         quality_sum = quality_sum + (terms * weights).sum()
     return ProposalLosses(boxes_sum, quality_sum)
 
@@ -204,7 +207,7 @@ def _train(
             _set_rate(optimizer, config, iteration / total)
             _, _, encoder = trunk(batch.images.to(device))
             targets = [target.to(device) for target in batch.targets]
-            losses = proposal_losses(encoder, targets, background_weight=_BACKGROUND_WEIGHT)
+            losses = proposal_losses(encoder, targets, gamma=_QUALITY_GAMMA)
             num_boxes = max(1, sum(len(target.labels) for target in targets))
             loss = (losses.boxes + losses.quality) / num_boxes
             if not torch.isfinite(loss):
@@ -255,7 +258,7 @@ def _fit_key(plan: FitPlan, split: Split, images: ImageCheck) -> str:
             "optim": asdict(plan.config.optim),
             "seed": plan.config.seed,
             "images": images.content_xxh3,
-            "loss": [_TOKENS_PER_OBJECT, _QUALITY_FLOOR, _BACKGROUND_WEIGHT],
+            "loss": [_TOKENS_PER_OBJECT, _QUALITY_FLOOR, _QUALITY_GAMMA],
         },
         sort_keys=True,
     )

@@ -40,7 +40,7 @@ class CacheRequest:
     """Whose network `fit` trains; None: the split's."""
     overrides: tuple[str, ...] = ()
     fit_epochs: int | None = None
-    """None: a sixth of the experiment's epochs (12 of LVIS's 70)."""
+    """None: a sixth of the experiment's epochs (12 of LVIS's 70), at least 2."""
     neighbors: bool = True
     command: str = ""
     """As typed; kept in the provenance."""

@@ -154,25 +154,25 @@ def _encoder(boxes: list[list[float]], logits: list[float]) -> EncoderOutput:
     )
 
 
-def test_quality_is_the_overlap_and_unmatched_tokens_weigh_little() -> None:
-    # Token 0 is the object itself, token 1 covers its half, token 2 is elsewhere.
-    encoder = _encoder(
-        [[0.5, 0.5, 0.4, 0.4], [0.4, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1]], [0.0] * 3
-    )
+def test_quality_is_the_overlap_and_the_certain_fade() -> None:
+    # Token 0 is the object itself, token 1 covers its half, tokens 2 and 3 are elsewhere.
+    boxes = [[0.5, 0.5, 0.4, 0.4], [0.4, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1]]
+    encoder = _encoder(boxes, [0.0, 0.0, 0.0, -float(np.log(9))])
     target = Targets(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
+    losses = proposal_losses(encoder, [target], gamma=2.0)
     log2 = float(np.log(2))
-    for weight in (0.0, 0.25):
-        losses = proposal_losses(encoder, [target], background_weight=weight)
-        assert losses.quality.item() == pytest.approx((2 + weight) * log2, abs=1e-5)
+    # (1 - 1/2)^2 log 2, nothing, (1/2)^2 log 2, and (1/10)^2 -log(9/10)
+    expected = 0.25 * log2 + 0.25 * log2 - 0.01 * float(np.log(0.9))
+    assert losses.quality.item() == pytest.approx(expected, abs=1e-5)
     (gradient,) = torch.autograd.grad(losses.quality, encoder.objectness_logits)
-    # d BCE / d logit = sigmoid(0) - target, times the weight.
-    np.testing.assert_allclose(gradient[0], [-0.5, 0.0, 0.125], atol=1e-5)
+    # Weight times (sigmoid(logit) - target).
+    np.testing.assert_allclose(gradient[0], [-0.125, 0.0, 0.125, 0.001], atol=1e-5)
 
 
 def test_a_picture_without_objects_still_has_a_loss_with_a_gradient() -> None:
     encoder = _encoder([[0.5, 0.5, 0.4, 0.4]], [0.0])
     empty = Targets(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
-    losses = proposal_losses(encoder, [empty], background_weight=0.5)
+    losses = proposal_losses(encoder, [empty], gamma=2.0)
     (losses.boxes + losses.quality).backward()
     assert losses.boxes.item() == 0
     assert encoder.objectness_logits.grad is not None

@@ -1,0 +1,135 @@
+"""`--proposals fit` by itself: it learns, resumes bitwise, is reused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dkdetr.data.splits import Split, load_split
+from dkdetr.errors import MismatchError, UsageError
+from pipeline import fit
+from pipeline.fit import fit_plan, fit_proposals
+from pipeline.proposal_network import load_network
+from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
+from pipeline.proposals import ProposalRule, SourceImage, apply_rule
+from pipeline.recall import proposal_recall
+from pipeline.request import CacheRequest
+from pipeline.source_images import check_images
+from tests.e2e.small_coco import write_coco_folder
+
+CPU = torch.device("cpu")
+OVERRIDES = (
+    "student.backbone.weights=random", "student.backbone.width=16", "student.embed_dim=64",
+    "student.num_heads=4", "student.ffn_dim=64", "student.dropout=0.1",
+    "data.image_size=64", "data.batch_size=4", "optim.lr=2e-3",
+)  # fmt: skip
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> CacheRequest:
+    split = write_coco_folder(tmp_path, "train2017", num_images=12, seed=1)
+    return CacheRequest(
+        split=split,
+        out=tmp_path / "cache",
+        experiment="pictograms_tiny",
+        overrides=OVERRIDES,
+        fit_epochs=2,
+        device="cpu",
+    )
+
+
+def _fit(request: CacheRequest) -> tuple[Path, Split]:
+    split = load_split(request.split, request.data_root)
+    images = check_images(split, decode=False)
+    request.out.mkdir(exist_ok=True)
+    return fit_proposals(request, split, images, CPU, lambda _: None), split
+
+
+def test_resume_is_bitwise_and_a_finished_network_is_reused(
+    request_: CacheRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = _fit(request_)
+    whole, facts = load_network(path)
+    assert facts["seen"]["iterations"] == 6
+    written = path.stat().st_mtime_ns
+    _fit(request_)
+    assert path.stat().st_mtime_ns == written
+
+    stopped = replace(request_, out=tmp_path / "stopped")
+    keep = fit._keep
+
+    def keep_and_stop(*args: object) -> None:
+        keep(*args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "_keep", keep_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(stopped)
+    monkeypatch.undo()
+    assert not (stopped.out / "proposals/network.safetensors").exists()
+    resumed, _ = load_network(_fit(stopped)[0])
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert not (stopped.out / "proposals/fit_state.safetensors").exists()
+
+
+def test_another_split_uses_a_network_by_the_cache_it_lies_in(request_: CacheRequest) -> None:
+    path, _ = _fit(request_)
+    prepared = prepare_source(parse_proposals(f"fit:{request_.out}"), Path("unused"))
+    source = open_source(prepared, CPU, batch_size=2)
+    assert source.identity["source"] == "fit"
+    assert source.seen["novel_boxes"].startswith("none")
+    assert prepared.endswith(str(path))
+
+
+def test_other_settings_never_overwrite_the_network_of_a_cache(request_: CacheRequest) -> None:
+    _fit(request_)
+    (request_.out / "CACHE.json").write_text("{}")
+    with pytest.raises(MismatchError, match="trained on other inputs"):
+        _fit(replace(request_, fit_epochs=1))
+
+
+def test_a_broken_picture_does_not_stop_the_training(request_: CacheRequest) -> None:
+    split = load_split(request_.split, request_.data_root)
+    broken = split.image_path(split.images[3])
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert _fit(replace(request_, fit_epochs=1))[0].is_file()
+
+
+def test_the_plan_is_a_sixth_of_the_experiment_in_small_batches(request_: CacheRequest) -> None:
+    split = load_split(request_.split, request_.data_root)
+    plan = fit_plan(
+        replace(request_, experiment="lvis_r50_70e", overrides=(), fit_epochs=None), split
+    )
+    assert plan.config.optim.epochs == 12
+    assert plan.config.data.batch_size == 12  # no more than there are pictures
+    assert plan.config.optim.lr == pytest.approx(8e-4 * 12 / 128)
+    assert not plan.config.kd.enabled
+    with pytest.raises(UsageError, match="--experiment"):
+        fit_plan(replace(request_, experiment=None), replace(split, name="coco:a:b"))
+
+
+def test_training_finds_more_objects_than_chance(request_: CacheRequest) -> None:
+    recalls = []
+    for epochs in (1, 12):
+        out = request_.out.with_name(f"epochs{epochs}")
+        path, split = _fit(replace(request_, out=out, fit_epochs=epochs))
+        source = open_source(f"network:{path}", CPU, batch_size=4)
+        recalls.append(_base_recall(split, source))
+    assert recalls[1] > recalls[0] + 0.1, recalls
+
+
+def _base_recall(split: Split, source) -> float:
+    from dkdetr.data.image_files import read_image
+
+    boxes: dict[int, np.ndarray] = {}
+    for image in split.images:
+        hw = (image.height, image.width)
+        picture = SourceImage(image.image_id, read_image(split.image_path(image), expected_hw=hw))
+        raw = source.propose([picture])[0]
+        kept = apply_rule(raw, ProposalRule(keep=10), height=hw[0], width=hw[1])
+        boxes[image.image_id] = kept.boxes_xyxy
+    base, _ = proposal_recall(split, boxes, boxes.__getitem__, budgets=(10,))
+    return base.shares[10]

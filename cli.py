@@ -143,9 +143,8 @@ def cache_teacher_command(
     verbose: Verbose = False,
 ) -> None:
     """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes."""
-    from pipeline.price import price_cache
-
     from pipeline.build import cache_teacher
+    from pipeline.price import price_cache
     from pipeline.request import CacheRequest, default_out, executor_of
 
     request = CacheRequest(

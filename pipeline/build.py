@@ -4,27 +4,17 @@ Order: look at every input, settle the proposals, load the teacher, and only the
 fingerprint; make the missing shards; write the text; seal; build the neighbour lists.
 """
 
-import multiprocessing
-import platform
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 
 from cache.layout import load_provenance
 from cache.lock import Lease
-from cache.neighbors import build_neighbors
-from cache.plan import Plan, make_plan
-from cache.spec import SCHEMA, CacheError, DiskFullError
+from cache.manifest import ShardManifest
+from cache.plan import Plan
 from cache.store import open_cache
 from cache.writer import CacheWriter, create_or_resume
 from dkdetr.data.prompts import prompt_set
@@ -37,9 +27,11 @@ from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
 from pipeline.executor import run_shards
-from pipeline.fit import fit_plan, fit_proposals
+from pipeline.fingerprint import cache_parts, cache_provenance
+from pipeline.fit import fit_proposals
+from pipeline.neighbor_stage import add_neighbors
+from pipeline.price import plan_cache, price_of, require_room
 from pipeline.proposal_sources import (
-    NETWORK_FILE,
     ProposalSpec,
     open_source,
     parse_proposals,
@@ -47,35 +39,15 @@ from pipeline.proposal_sources import (
 )
 from pipeline.proposals import FileProposals, ProposalRule, ProposalSource
 from pipeline.recall import cache_recall
-from pipeline.request import CachePrice, CacheRequest, CacheSummary
+from pipeline.request import CacheRequest, CacheSummary
 from pipeline.shard_worker import ShardJob, make_shard
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
-from pipeline.vocabularies import text_parts
 
 _RECALL_IMAGES = 2000
-_MAX_NEIGHBOR_REGIONS = 100_000
-_NEIGHBORS_PER_IMAGE = 50
 
 Say = Callable[[str], None]
-
-
-def price_cache(request: CacheRequest) -> CachePrice:
-    """Returns what a cache would cost; loads no weights and writes nothing.
-
-    Raises:
-        DiskFullError: there is not enough room.
-        DkdetrError: unknown split, teacher or proposals; missing images.
-    """
-    split = load_split(request.split, request.data_root)
-    split.require_images()
-    spec = parse_proposals(request.proposals)
-    embed_dim = teacher_embed_dim(request.teacher)
-    plan = _plan(split, request, embed_dim, crop_batch=0)
-    price = _price(request, split, plan, spec)
-    _require_room(request, price)
-    return price
 
 
 def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSummary:
@@ -94,7 +66,8 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
     for note in split.notes:
         say(f"{split.name}: {note}")
     spec = parse_proposals(request.proposals)
-    _require_room(request, _price(request, split, _plan(split, request, 1, crop_batch=0), spec))
+    embed_dim = teacher_embed_dim(request.teacher)
+    require_room(request, price_of(request, split, spec, embed_dim))
     device = pick_device(request.device)
     teacher = load_teacher(request.teacher, device, precision=request.precision)
     _introduce(teacher, say)
@@ -104,15 +77,15 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
     _check_coverage(source, split, request)
 
     crop_batch = request.crop_batch or (256 if device.type == "cuda" else 64)
-    plan = _plan(split, request, teacher.embed_dim, crop_batch=crop_batch)
-    parts = _parts(request, split, images, source, teacher, plan)
-    provenance = _provenance(request, teacher, source, pack_canary(canary_embeddings(teacher)))
+    plan = plan_cache(split, request, teacher.embed_dim, crop_batch=crop_batch)
+    parts = cache_parts(request, split, images, source, teacher, plan)
+    provenance = cache_provenance(request, teacher, source, pack_canary(canary_embeddings(teacher)))
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
         job = _job(request, teacher, canary, prepared, crop_batch)
         made = _make_shards(request, writer, job, say)
-        quarantined = _quarantined(writer)
+        quarantined = _quarantined(request.out, range(plan.num_shards))
         if not writer.text_is_current():
             say(f"embedding {len(split.categories)} names")
             prompts = prompt_set(request.prompts).templates
@@ -120,56 +93,8 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         if not writer.sealed:
             writer.seal()
-    notes = _neighbors(request, plan)
+    notes = add_neighbors(request.out, plan) if request.neighbors else ()
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
-
-
-def _plan(split: Split, request: CacheRequest, embed_dim: int, *, crop_batch: int) -> Plan:
-    counts = np.diff(split.base_table.offsets)
-    return make_plan(
-        [image.image_id for image in split.images],
-        max_regions=request.keep,
-        embed_dim=embed_dim,
-        max_gt=int(counts.max(initial=0)),
-        storage=request.storage,
-        batch_layout={"crop_batch": crop_batch, "image_batch": request.image_batch},
-    )
-
-
-def _price(request: CacheRequest, split: Split, plan: Plan, spec: ProposalSpec) -> CachePrice:
-    num_base_boxes = len(split.base_table.category_ids)
-    bytes_a_value = 1 if request.storage == "int8" else 2
-    a_region = plan.embed_dim * bytes_a_value + 4 * 4 + 4 + 4 + 4
-    a_truth = plan.embed_dim * 2 + 4 * 4 + 8
-    an_image = plan.max_regions * a_region + plan.max_gt * a_truth + plan.embed_dim * 2 + 64
-    parent = next(folder for folder in (request.out, *request.out.parents) if folder.exists())
-    trains = spec.kind == "fit" and not spec.path and not (request.out / NETWORK_FILE).is_file()
-    scales = len(CropRule().scales)
-    return CachePrice(
-        split=split.name,
-        num_images=plan.num_images,
-        num_base_names=sum(category.is_base for category in split.categories),
-        num_novel_names=sum(not category.is_base for category in split.categories),
-        num_base_boxes=num_base_boxes,
-        max_crops=plan.num_images * (plan.max_regions * scales + 1) + num_base_boxes * scales,
-        num_shards=plan.num_shards,
-        embed_dim=plan.embed_dim,
-        bytes_needed=plan.num_images * an_image,
-        bytes_free=shutil.disk_usage(parent).free,
-        fit_iterations=fit_plan(request, split).num_iterations if trains else 0,
-    )
-
-
-def _require_room(request: CacheRequest, price: CachePrice) -> None:
-    present = sum(
-        file.stat().st_size for file in (request.out / "data.zarr").rglob("*") if file.is_file()
-    )
-    if price.bytes_needed - present > price.bytes_free:
-        raise DiskFullError(
-            f"{request.out} needs {price.bytes_needed / 1e9:.1f} GB and {price.bytes_free / 1e9:.1f} "
-            "GB are free: free some, name another disk with --out, keep fewer proposals (--keep "
-            "100 is a third of the size) or store int8"
-        )
 
 
 def _introduce(teacher: Teacher, say: Say) -> None:
@@ -216,62 +141,6 @@ def _check_coverage(source: ProposalSource, split: Split, request: CacheRequest)
         )
 
 
-def _parts(
-    request: CacheRequest,
-    split: Split,
-    images: ImageCheck,
-    source: ProposalSource,
-    teacher: Teacher,
-    plan: Plan,
-) -> dict[str, Any]:
-    """Returns all that decides a byte of the cache; no clock, host or worker count."""
-    return {
-        "schema": SCHEMA,
-        "split": _split_parts(split),
-        "images": images.parts(),
-        "proposals": {**source.identity, **_rule(request).parts()},
-        "crops": CropRule(mode=request.crop_mode).parts(),
-        "teacher": {"name": teacher.identity, **teacher.parts()},
-        "storage": {"region_embeddings": request.storage},
-        "batch_layout": dict(plan.batch_layout),
-        "text": text_parts(split, request.prompts, teacher),
-    }
-
-
-def _split_parts(split: Split) -> dict[str, Any]:
-    table = split.base_table
-    boxes = xxhash.xxh3_128()
-    for array in (table.offsets, table.boxes_xyxy, table.category_ids):
-        boxes.update(np.ascontiguousarray(array).tobytes())
-    ids = np.array([image.image_id for image in split.images], dtype="<i8")
-    base = ",".join(map(str, sorted(split.base_category_ids)))
-    return {
-        "name": split.name,
-        "protocol": split.protocol,
-        "num_images": len(split.images),
-        "image_ids_xxh3_128": xxhash.xxh3_128_hexdigest(ids.tobytes()),
-        "base_category_ids_xxh3_128": xxhash.xxh3_128_hexdigest(base.encode()),
-        "base_boxes_xxh3_128": boxes.hexdigest(),
-    }
-
-
-def _provenance(
-    request: CacheRequest, teacher: Teacher, source: ProposalSource, canary: str
-) -> dict[str, Any]:
-    return {
-        "command": request.command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "torch": torch.__version__,
-        "device": str(teacher.device),
-        "data_root": str(request.data_root.resolve()),
-        "teacher_spec": request.teacher,
-        "proposals": dict(source.seen),
-        "uses_novel_names": source.seen.get("novel_boxes") == "unknown",
-        "canary": canary,
-    }
-
-
 def _rule(request: CacheRequest) -> ProposalRule:
     return ProposalRule(keep=request.keep)
 
@@ -308,7 +177,7 @@ def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say:
         return 0
     num_images = writer.plan.num_images
     done = num_images - sum(len(writer.plan.shard_rows(shard)) for shard in missing)
-    bad = _quarantined(writer)
+    bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
     limit = _max_bad(request, num_images)
     with (
         stop_on_sigterm() as stop,
@@ -335,42 +204,10 @@ def _max_bad(request: CacheRequest, num_images: int) -> int:
     return max(1, ceil(request.max_bad * num_images)) if request.max_bad else 0
 
 
-def _quarantined(writer: CacheWriter) -> dict[int, str]:
-    """Returns the images that committed shards have set aside."""
-    return writer.quarantined()
-
-
-@dataclass(frozen=True)
-class _NeighborTask:
-    path: Path
-    per_image: int
-
-    def run(self) -> None:
-        build_neighbors(self.path, per_image=self.per_image)
-
-
-def _neighbors(request: CacheRequest, plan: Plan) -> tuple[str, ...]:
-    """Returns notes on what was not built; the lists themselves are derived data."""
-    path = request.out.resolve()
-    later = f"dkdetr cache neighbors {request.out}"
-    if not request.neighbors or open_cache(path).neighbors() is not None:
-        return ()
-    per_image = min(
-        _NEIGHBORS_PER_IMAGE, plan.max_regions, _MAX_NEIGHBOR_REGIONS // plan.num_images
-    )
-    if per_image < 1:
-        return (
-            f"no neighbour lists: an exact search over {plan.num_images:,} images takes too long "
-            f"to be done unasked; training needs them only for rkd.neighbor_fraction; {later}",
-        )
-    # Of its own process: faiss's OpenMP and torch's do not share one well.
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            pool.submit(_NeighborTask(path, per_image).run).result()
-    except CacheError as error:
-        return (f"no neighbour lists: {error}; the cache is whole without them; {later}",)
-    return ()
+def _quarantined(path: Path, shards: Iterable[int]) -> dict[int, str]:
+    """Returns the images that these committed shards have set aside, and why."""
+    manifests = (ShardManifest.load(path, shard) for shard in shards)
+    return {int(key): why for each in manifests for key, why in each.quarantined.items()}
 
 
 def _summary(

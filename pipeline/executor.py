@@ -7,9 +7,9 @@ proposer once. The only file that imports Dask.
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import dask
+from dask import config as dask_config
 from distributed import Client, KilledWorker, LocalCluster, as_completed, get_worker
 
 from dkdetr.errors import DkdetrError, UsageError
@@ -113,7 +113,7 @@ def _client(executor: Executor) -> Iterator[Client]:
         "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
         "logging.distributed": "error",
     }
-    with dask.config.set(settings):
+    with dask_config.set(settings):
         if executor.scheduler is not None:
             try:
                 with Client(executor.scheduler, timeout=_CONNECT_TIMEOUT_S) as client:
@@ -130,7 +130,7 @@ def _client(executor: Executor) -> Iterator[Client]:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address=cast("Any", None),  # off
                 # A worker's memory is its teacher's; Dask's guess would pause or kill it.
                 memory_limit=0,
                 silence_logs=40,

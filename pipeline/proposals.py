@@ -185,21 +185,23 @@ def pack_results(path: Path, folder: Path) -> Path:
 def _read_records(records: Any, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not isinstance(records, list) or not records:
         raise DataError(f"proposals '{path}': not a list of COCO results, or an empty one")
-    bad = [i for i, record in enumerate(records) if not _is_result(record)]
-    if not bad:
-        xywh = np.array([record["bbox"] for record in records], dtype=np.float64)
-        scores = np.array([record["score"] for record in records], dtype=np.float32)
-        fine = np.isfinite(xywh).all(axis=1) & (xywh[:, 2:] >= 0).all(axis=1)
-        bad = np.flatnonzero(~(fine & np.isfinite(scores))).tolist()
-    if bad:
-        raise DataError(
-            f"proposals '{path}': {len(bad)} of {len(records):,} records lack a whole image_id, a "
-            "finite bbox [x, y, w, h] or a finite score; first: "
-            + ", ".join(f"/{index}" for index in bad[:_SHOWN])
-        )
+    _refuse([i for i, record in enumerate(records) if not _is_result(record)], path)
+    xywh = np.array([record["bbox"] for record in records], dtype=np.float64)
+    scores = np.array([record["score"] for record in records], dtype=np.float32)
+    fine = np.isfinite(xywh).all(axis=1) & (xywh[:, 2:] >= 0).all(axis=1) & np.isfinite(scores)
+    _refuse(np.flatnonzero(~fine).tolist(), path)
     image_ids = np.array([record["image_id"] for record in records], dtype=np.int64)
     boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
     return image_ids, boxes.astype(np.float32), scores
+
+
+def _refuse(bad: Sequence[int], path: Path) -> None:
+    if bad:
+        raise DataError(
+            f"proposals '{path}': {len(bad)} records lack a whole image_id, a finite bbox "
+            "[x, y, w, h] or a finite score; first: "
+            + ", ".join(f"/{index}" for index in bad[:_SHOWN])
+        )
 
 
 def _is_result(record: Any) -> bool:

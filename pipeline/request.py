@@ -85,6 +85,10 @@ class CachePrice:
             f"{_gigabytes(self.bytes_free)} free",
         ]
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns the price as plain data."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True)
 class CacheSummary:
@@ -137,6 +141,11 @@ class CacheSummary:
                 for recall in self.recall
             },
         }
+
+
+def executor_of(workers: int, scheduler: str | None) -> Executor:
+    """Returns where `--workers` and `--scheduler` put the work."""
+    return Executor(workers=workers, scheduler=scheduler)
 
 
 def default_out(split: str) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import batched
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +133,8 @@ def embed_shard(job: ShardJob, shard: int, tools: ShardTools) -> ShardReport:
     quarantined: dict[int, str] = {}
 
     def stacks() -> Iterator[torch.Tensor]:
-        for chunk in batched(_readable(tools.split, images, quarantined), job.image_batch):
+        readable = _readable(tools.split, images, quarantined)
+        while chunk := list(islice(readable, job.image_batch)):
             raw = tools.source.propose([picture for _, picture in chunk])
             for (image, picture), found in zip(chunk, raw, strict=True):
                 height, width = picture.pixels.shape[:2]

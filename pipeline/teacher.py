@@ -64,6 +64,16 @@ def load_teacher(
     )
 
 
+def teacher_embed_dim(spec: str) -> int:
+    """Returns the length of a teacher's vectors; reads no weights. Raises as `load_teacher`."""
+    source = parse_teacher_spec(spec)
+    if source.model_json is not None:
+        open_clip.add_model_config(source.model_json)
+    config = _model_config(source)
+    _check_activation(source, config)
+    return int(config["embed_dim"])
+
+
 def _model_config(source: TeacherSource) -> dict[str, Any]:
     known = open_clip.get_model_config(source.model)
     if source.folder_config is not None and source.model_json is None:

@@ -62,7 +62,7 @@ class Teacher:
         self.preprocessing = preprocessing
         self.activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
         self.device = device
-        self.precision = precision
+        self.precision: Literal["fp32", "fp16", "bf16"] = precision
         self.note = note
         self._model = model.eval().requires_grad_(requires_grad=False)
         self._tokenize = tokenize

@@ -1,4 +1,4 @@
-"""What a split holds, in numbers: for `dkdetr data check` and `data list`."""
+"""What a split holds, in numbers."""
 
 from dataclasses import dataclass
 

@@ -5,7 +5,6 @@ A novel box reaches nobody who trains: `Split.base_boxes` is all that training a
 
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ import orjson
 
 from dkdetr.data.annotations import Annotations, Boxes, BoxTable, Category, ImageInfo
 from dkdetr.data.annotations import read_annotations as read_annotation_file
-from dkdetr.data.coco_names import OVCOCO_BASE, OVCOCO_NOVEL
+from dkdetr.data.category_groups import check_groups, coco_categories, lvis_categories, ovcoco_categories
 from dkdetr.data.image_files import ImageFolder, check_file_name
 from dkdetr.errors import DataError, UsageError
 
@@ -24,7 +23,7 @@ Protocol = Literal["lvis", "coco", "ovcoco"]
 
 PICTOGRAM_SIZES = ("tiny", "small", "full")
 _KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
-_LVIS_V1_GROUPS = {"f": 405, "c": 461, "r": 337}
+_GROUPERS = {"lvis": lvis_categories, "coco": coco_categories, "ovcoco": ovcoco_categories}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
 _SHOWN = 20
 
@@ -158,6 +157,34 @@ def known_splits() -> tuple[str, ...]:
     return (*_SOURCES, *pictograms, *(f"{kind}:IMAGES_DIR:ANNOTATIONS.json" for kind in _KINDS))
 
 
+def list_splits(data_root: Path) -> dict[str, str]:
+    """Returns every split that has a name of its own, with what is missing; '' if it is there.
+
+    Looks for files and folders only; `load_split` reads and checks them.
+    """
+    found: dict[str, str] = {}
+    for name in known_splits():
+        if ":" in name:
+            continue
+        places, image_root = _places(name, data_root)
+        missing: list[str] = []
+        if not any(place.is_file() for place in places):
+            missing.append(str(places[0]))
+        if not image_root.is_dir():
+            missing.append(f"{image_root}/")
+        found[name] = f"no {' and no '.join(missing)}" if missing else ""
+    return found
+
+
+def _places(name: str, data_root: Path) -> tuple[list[Path], Path]:
+    if name in _SOURCES:
+        source = _SOURCES[name]
+        return [data_root / file for file in source.annotations], data_root / source.image_root
+    _, size, part = name.split("_")
+    root = data_root / "pictograms" / size
+    return [root / "annotations" / f"{part}.json"], root / "images" / part
+
+
 def load_split(name: str, data_root: Path) -> Split:
     """Returns a split by its name.
 
@@ -240,7 +267,7 @@ def _build(
     style = "lvis" if protocol == "lvis" else "coco"
     annotations = read_annotation_file(path, style=style)
     grouped = _GROUPERS[protocol](annotations.category_records, path)
-    _check_groups(name, grouped, path, is_lvis_v1=is_lvis_v1)
+    check_groups(name, grouped, path, is_lvis_v1=is_lvis_v1)
     images, boxes = _keep_images(annotations, grouped, protocol, is_train, all_images)
     if not images:
         raise DataError(f"{name}: no image of {path} holds an object of the split's categories")
@@ -274,65 +301,3 @@ def _keep_images(
     counts = np.diff(table.keep_rows(np.isin(table.category_ids, wanted)).offsets)
     images = tuple(i for i, count in zip(annotations.images, counts, strict=True) if count)
     return images, table.keep_images(counts > 0)
-
-
-def _lvis_categories(records: tuple[dict[str, Any], ...], path: Path) -> tuple[Category, ...]:
-    bad = [record["id"] for record in records if record.get("frequency") not in {"r", "c", "f"}]
-    if bad:
-        raise DataError(
-            f"{path}: {len(bad)} categories have no LVIS frequency r, c or f; first ids: "
-            f"{', '.join(map(str, bad[:_SHOWN]))}. A file without them is a coco: split"
-        )
-    return tuple(
-        Category(record["id"], record["name"], record["frequency"], record["frequency"] != "r")
-        for record in records
-    )
-
-
-def _coco_categories(records: tuple[dict[str, Any], ...], _path: Path) -> tuple[Category, ...]:
-    return tuple(Category(record["id"], record["name"], "", is_base=True) for record in records)
-
-
-def _ovcoco_categories(records: tuple[dict[str, Any], ...], path: Path) -> tuple[Category, ...]:
-    if any("split" in record for record in records):
-        bad = [record["id"] for record in records if record.get("split") not in {"base", "novel"}]
-        if bad:
-            raise DataError(
-                f"{path}: {len(bad)} categories lack \"split\": \"base\" or \"novel\"; first ids: "
-                f"{', '.join(map(str, bad[:_SHOWN]))}"
-            )
-        groups = {record["name"]: record["split"] == "base" for record in records}
-    else:
-        groups = {**dict.fromkeys(OVCOCO_BASE, True), **dict.fromkeys(OVCOCO_NOVEL, False)}
-        missing = sorted(groups.keys() - {record["name"] for record in records})
-        if missing:
-            raise DataError(
-                f"{path} lacks {len(missing)} of the 65 names of OV-COCO: "
-                f"{', '.join(missing[:_SHOWN])}; for names of your own give each category "
-                'the key "split": "base" or "novel"'
-            )
-    return tuple(
-        Category(record["id"], record["name"], "", groups[record["name"]])
-        for record in records
-        if record["name"] in groups
-    )
-
-
-_GROUPERS = {"lvis": _lvis_categories, "coco": _coco_categories, "ovcoco": _ovcoco_categories}
-
-
-def _check_groups(
-    name: str, categories: tuple[Category, ...], path: Path, *, is_lvis_v1: bool
-) -> None:
-    twice = [name for name, n in Counter(each.name for each in categories).items() if n > 1]
-    if twice:
-        raise DataError(f"{path}: categories share a name: {', '.join(twice[:_SHOWN])}")
-    if not any(each.is_base for each in categories):
-        raise DataError(f"{path}: not one of the {len(categories)} categories is a base category")
-    groups = {key: sum(each.frequency == key for each in categories) for key in _LVIS_V1_GROUPS}
-    if is_lvis_v1 and groups != _LVIS_V1_GROUPS:
-        raise DataError(
-            f"{name}: {path} has {groups} categories by frequency, LVIS v1 has {_LVIS_V1_GROUPS} "
-            "(866 base, 337 novel): another version, or rare categories were removed from its "
-            "table; for files of your own use lvis:IMAGES_DIR:ANNOTATIONS.json"
-        )

@@ -14,7 +14,6 @@ from dkdetr.structures import ImageBatch, StudentOutput
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
-@torch.inference_mode()
 def detect(
     student: nn.Module,
     batches: Iterable[ImageBatch],
@@ -35,14 +34,16 @@ def detect(
     try:
         for batch in batches:
             images = batch.to(device)
-            with autocast(precision, device):
+            # Only here: a context held across `yield` would leak into whoever takes the images.
+            with torch.inference_mode(), autocast(precision, device):
                 output: StudentOutput = student(images, text_embeddings)
-            found = postprocess(
-                output.logits[-1],
-                output.detection.boxes_cxcywh[-1],
-                images.original_sizes_hw,
-                max_detections=max_detections,
-            )
+            with torch.inference_mode():
+                found = postprocess(
+                    output.logits[-1],
+                    output.detection.boxes_cxcywh[-1],
+                    images.original_sizes_hw,
+                    max_detections=max_detections,
+                )
             for image_id, detections in zip(batch.image_ids, found, strict=True):
                 yield image_id, _on_cpu(detections)
     finally:

@@ -14,12 +14,12 @@ import torch
 import xxhash
 from torch import nn
 
+from dkdetr.atomic_file import write_bytes
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import make_evaluation_loader
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError
-from dkdetr.evaluation.atomic import write_bytes
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
 from dkdetr.evaluation.ground_truth import ground_truth_of
@@ -67,7 +67,6 @@ def evaluate_student(
     """
     started = time.monotonic()
     name_notes = check_vocabulary(vocabulary, split)
-    _remove_old_metrics(out_dir)
     category_ids = np.array(vocabulary.category_ids, dtype=np.int64)
     found = detect(
         student,
@@ -91,6 +90,7 @@ def evaluate_student(
             )
             advance(writer.num_images, "")
         assert writer.num_images == len(split.images), "the loader left out images"
+        _remove_old_metrics(out_dir)
     # Read back from the file: what is scored is what anybody else can score.
     evaluation = score_predictions(
         results_path, split, out_dir=out_dir, evaluator=evaluator, notes=name_notes
@@ -165,6 +165,7 @@ def per_category_csv(metrics: Metrics) -> str:
 
 
 def _remove_old_metrics(out_dir: Path) -> None:
-    # Metrics of an earlier evaluation must not be found beside this one's results.
+    # Metrics of an earlier evaluation must not be found beside this one's results; until these
+    # are about to take their name, the earlier ones stay: a failure loses nothing.
     for name in ("metrics.json", "per_category.csv"):
         (out_dir / name).unlink(missing_ok=True)

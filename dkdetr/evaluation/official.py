@@ -1,16 +1,21 @@
 """The official packages themselves, `lvis` and `pycocotools` (their one home).
 
-Imported only when asked for: `lvis` brings OpenCV and matplotlib with it. `lvis` 0.5.3, the last
-release, uses `np.float`, which NumPy took out in 1.24; the alias is there while it runs.
+Imported only when asked for. `lvis` 0.5.3, the last release, needs two shims, both here: it uses
+`np.float`, which NumPy took out in 1.24, and its drawing part imports OpenCV, whose windows want
+libraries (libGL) that a server does not have.
 """
 
 import contextlib
+import importlib
 import io
+import logging
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,6 +64,27 @@ def numpy_float_alias() -> Iterator[None]:
             del np.float  # noqa: NPY001  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def import_lvis() -> ModuleType:
+    """Returns the package `lvis` without its drawing part, leaving logging as it was.
+
+    Its import also gives the root logger a handler, which is for programs to decide.
+    """
+    drawing, root = "lvis.vis", logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    placed = drawing not in sys.modules
+    if placed:
+        stand_in = ModuleType(drawing)
+        stand_in.LVISVis = None  # pyright: ignore[reportAttributeAccessIssue]
+        sys.modules[drawing] = stand_in
+    try:
+        return importlib.import_module("lvis")
+    finally:
+        if placed:
+            del sys.modules[drawing]
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
 def _lvis_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict[str, float]]:
     nameless = [c.category_id for c in truth.categories if c.frequency not in ("r", "c", "f")]
     if nameless:
@@ -66,11 +92,11 @@ def _lvis_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict
             f"the official LVIS tool needs the frequency (r, c or f) of every category; missing "
             f"for {len(nameless)} of them, first {nameless[:20]}. `--evaluator fast` does without"
         )
-    from lvis import LVIS, LVISEval, LVISResults
-
+    lvis = import_lvis()
     with _files_of(truth, results) as (annotations, detections):
-        ground_truth = LVIS(annotations)
-        evaluation = LVISEval(ground_truth, LVISResults(ground_truth, detections), "bbox")
+        ground_truth = lvis.LVIS(annotations)
+        found = lvis.LVISResults(ground_truth, detections)
+        evaluation = lvis.LVISEval(ground_truth, found, "bbox")
     with numpy_float_alias():
         evaluation.run()
     keys = (*OVERALL_KEYS, *GROUP_KEYS["lvis"])

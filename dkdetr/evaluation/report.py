@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from dkdetr.atomic_file import write_bytes
 from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split
-from dkdetr.evaluation.atomic import write_bytes
 from dkdetr.evaluation.detection_metrics import Metrics
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.labels import place_labels

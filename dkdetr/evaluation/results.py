@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 import orjson
 
+from dkdetr.atomic_file import atomic_file
 from dkdetr.errors import CorruptArtefactError, DataError
-from dkdetr.evaluation.atomic import atomic_file
 
 _NUM_NAMED = 20
 

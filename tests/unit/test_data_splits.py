@@ -5,7 +5,7 @@ import orjson
 import pytest
 
 from dkdetr.data.coco_names import OVCOCO_BASE, OVCOCO_NOVEL
-from dkdetr.data.splits import known_splits, load_split
+from dkdetr.data.splits import known_splits, list_splits, load_split
 from dkdetr.errors import DataError, UsageError
 from tests.unit.data_world import (
     annotation,
@@ -118,6 +118,8 @@ def test_the_three_ovcoco_splits_and_plain_coco(tmp_path):
     assert counts == {
         "ovcoco_train": 3, "ovcoco_val": 4, "ovcoco_val5k": 5, "coco_train": 5, "coco_val": 5,
     }  # fmt: skip
+    assert {name for name, problem in list_splits(tmp_path).items() if not problem} == set(counts)
+    assert list_splits(tmp_path)["lvis_val"].endswith(f"no {tmp_path}/lvis/lvis_v1_val.json")
     plain = load_split("coco_train", tmp_path)
     assert all(each.is_base for each in plain.categories)
     assert len(plain.categories) == 66

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -142,21 +144,32 @@ def test_a_file_scores_as_the_run_that_wrote_it(split, config, tmp_path):
     ).read_bytes()
 
 
-def test_a_broken_student_leaves_no_numbers_behind(split, config, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "metrics.json").write_text("those of yesterday")
+def test_a_broken_student_leaves_what_was_there(split, config, tmp_path):
+    out_dir = tmp_path / "out"
+    vocabulary = vocabulary_of(NAMES)
+    cpu = torch.device("cpu")
+    evaluate_student(Oracle(split), split, vocabulary, config, device=cpu, out_dir=out_dir)
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
     student = Oracle(split, broken=True).train()
     with pytest.raises(CorruptArtefactError, match="not finite"):
-        evaluate_student(
-            student,
-            split,
-            vocabulary_of(NAMES),
-            config,
-            device=torch.device("cpu"),
-            out_dir=tmp_path / "out",
-        )
-    assert list((tmp_path / "out").iterdir()) == []
+        evaluate_student(student, split, vocabulary, config, device=cpu, out_dir=out_dir)
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
     assert student.training
+
+
+def test_new_results_never_stand_beside_old_metrics(split, config, tmp_path, monkeypatch):
+    out_dir = tmp_path / "out"
+    vocabulary = vocabulary_of(NAMES)
+    cpu = torch.device("cpu")
+    evaluate_student(Oracle(split), split, vocabulary, config, device=cpu, out_dir=out_dir)
+
+    def killed(*_args, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dkdetr.evaluation.evaluate.score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_student(Oracle(split), split, vocabulary, config, device=cpu, out_dir=out_dir)
+    assert [path.name for path in out_dir.iterdir()] == ["results.json"]
 
 
 def test_a_vocabulary_of_another_split_is_refused(split, config, tmp_path):
@@ -212,3 +225,14 @@ def test_detect_gives_images_in_the_order_of_batches(split):
         Oracle(split), batches, torch.eye(16), device=torch.device("cpu"), max_detections=1
     )
     assert [image_id for image_id, _ in found] == [3, 1, 3]
+
+
+def test_evaluation_imports_no_official_tool():
+    program = (
+        "import sys, dkdetr.evaluation.evaluate, dkdetr.evaluation.report\n"
+        "print(sorted({'lvis', 'matplotlib', 'pycocotools'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dkdetr.errors import CorruptArtefactError
 from dkdetr.evaluation.postprocess import postprocess
@@ -59,3 +61,25 @@ def test_nan_is_refused(logit, box):
     with pytest.raises(CorruptArtefactError, match="not finite") as raised:
         run([[logit]], torch.full((1, 4), box))
     assert raised.value.exit_code == 5
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.lists(st.sampled_from([-torch.inf, -2.0, 0.0, 0.5, 3.0, 90.0]), min_size=30, max_size=30),
+)
+def test_equals_a_plain_sort(num_queries, num_classes, max_detections, values):
+    logits = torch.tensor(values[: num_queries * num_classes]).reshape(num_queries, num_classes)
+    pairs = [(q, c) for q in range(num_queries) for c in range(num_classes)]
+    usable = [(q, c) for q, c in pairs if logits[q, c] > -torch.inf]
+    best = sorted(usable, key=lambda pair: -logits[pair])[:max_detections]
+    boxes = (torch.arange(num_queries)[:, None] + 1) / 10 * torch.ones(4)
+    (found,) = postprocess(
+        logits[None], boxes[None], torch.tensor([[100, 100]]), max_detections=max_detections
+    )
+    assert found.labels.tolist() == [c for _, c in best]
+    # Boxes of side s at centre s: the left edge tells the query.
+    lefts = (found.boxes_xyxy[:, 0] / 5).round().int().tolist()
+    assert lefts == [q + 1 for q, _ in best]

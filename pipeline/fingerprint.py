@@ -1,0 +1,76 @@
+"""What a cache is made from, in words and hashes: its fingerprint's parts and its provenance."""
+
+import platform
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from cache.plan import Plan
+from cache.spec import SCHEMA
+from dkdetr.data.splits import Split
+from pipeline.crops import CropRule
+from pipeline.proposals import ProposalRule, ProposalSource
+from pipeline.request import CacheRequest
+from pipeline.source_images import ImageCheck
+from pipeline.teacher_model import Teacher
+from pipeline.vocabularies import text_parts
+
+
+def cache_parts(
+    request: CacheRequest,
+    split: Split,
+    images: ImageCheck,
+    source: ProposalSource,
+    teacher: Teacher,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Returns all that decides a byte of the cache; no clock, host or worker count."""
+    return {
+        "schema": SCHEMA,
+        "split": _split_parts(split),
+        "images": images.parts(),
+        "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
+        "crops": CropRule(mode=request.crop_mode).parts(),
+        "teacher": {"name": teacher.identity, **teacher.parts()},
+        "storage": {"region_embeddings": request.storage},
+        "batch_layout": dict(plan.batch_layout),
+        "text": text_parts(split, request.prompts, teacher),
+    }
+
+
+def _split_parts(split: Split) -> dict[str, Any]:
+    table = split.base_table
+    boxes = xxhash.xxh3_128()
+    for array in (table.offsets, table.boxes_xyxy, table.category_ids):
+        boxes.update(np.ascontiguousarray(array).tobytes())
+    ids = np.array([image.image_id for image in split.images], dtype="<i8")
+    base = ",".join(map(str, sorted(split.base_category_ids)))
+    return {
+        "name": split.name,
+        "protocol": split.protocol,
+        "num_images": len(split.images),
+        "image_ids_xxh3_128": xxhash.xxh3_128_hexdigest(ids.tobytes()),
+        "base_category_ids_xxh3_128": xxhash.xxh3_128_hexdigest(base.encode()),
+        "base_boxes_xxh3_128": boxes.hexdigest(),
+    }
+
+
+def cache_provenance(
+    request: CacheRequest, teacher: Teacher, source: ProposalSource, canary: str
+) -> dict[str, Any]:
+    """Returns what is kept of a cache's making but never compared."""
+    return {
+        "command": request.command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "torch": torch.__version__,
+        "device": str(teacher.device),
+        "data_root": str(request.data_root.resolve()),
+        "teacher_spec": request.teacher,
+        "proposals": dict(source.seen),
+        "uses_novel_names": source.seen.get("novel_boxes") == "unknown",
+        "canary": canary,
+    }

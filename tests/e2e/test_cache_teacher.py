@@ -1,0 +1,297 @@
+"""`cache-teacher` from files on a disk to a sealed cache, with a tiny CLIP and few pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cache.spec import DiskFullError, StaleCacheError
+from cache.store import open_cache
+from dkdetr.data.image_files import read_image
+from dkdetr.errors import DataError, MismatchError, UsageError
+from pipeline import build
+from pipeline import price as price_module
+from pipeline.build import cache_teacher
+from pipeline.crops import CropRule
+from pipeline.executor import Executor
+from pipeline.price import price_cache
+from pipeline.request import CacheRequest
+from pipeline.teacher import load_teacher
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+CATEGORIES = [
+    {"id": 3, "name": "square", "split": "base"},
+    {"id": 5, "name": "disc", "split": "base"},
+    {"id": 9, "name": "cross", "split": "novel"},
+]
+NUM_IMAGES = 35  # three shards: 16, 16, 3
+
+
+@pytest.fixture(scope="module")
+def teacher_spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny-cache-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder / "tiny-cache-clip.json")
+    torch.manual_seed(0)
+    save_file(open_clip.create_model("tiny-cache-clip").state_dict(), folder / "w.safetensors")
+    return f"tiny-cache-clip:{folder}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, OV-COCO annotations, and proposals for all but one picture."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    images, annotations, proposals = [], [], []
+    for number in range(1, NUM_IMAGES + 1):
+        height, width = 60 + number % 5, 80
+        picture = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        name = f"{number:03d}.png"
+        Image.fromarray(picture).save(folder / "images" / name)
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        for offset, category in enumerate(CATEGORIES):
+            box = [5 + 20 * offset, 10 + number % 20, 15, 18]
+            annotations.append(
+                {"id": len(annotations), "image_id": number, "category_id": category["id"],
+                 "bbox": box, "area": 270, "iscrowd": 0}
+            )  # fmt: skip
+            if number != 7:
+                proposals.append({"image_id": number, "bbox": box, "score": 0.9 - 0.1 * offset})
+                shifted = [box[0] + 1, *box[1:]]
+                proposals.append({"image_id": number, "bbox": shifted, "score": 0.3})
+    document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (folder / "train.json").write_text(json.dumps(document))
+    (folder / "proposals.json").write_text(json.dumps(proposals))
+    return folder
+
+
+@pytest.fixture
+def request_(world: Path, teacher_spec: str, tmp_path: Path) -> CacheRequest:
+    return CacheRequest(
+        split=f"ovcoco:{world / 'images'}:{world / 'train.json'}",
+        out=tmp_path / "cache",
+        teacher=teacher_spec,
+        proposals=f"file:{world / 'proposals.json'}",
+        prompts="single",
+        keep=5,
+        device="cpu",
+        crop_batch=16,
+        neighbors=False,
+    )
+
+
+def test_a_sealed_cache_holds_what_the_teacher_says(
+    request_: CacheRequest, teacher_spec: str, world: Path
+) -> None:
+    summary = cache_teacher(replace(request_, neighbors=True))
+    assert summary.num_images == NUM_IMAGES
+    assert summary.num_made == summary.num_shards == 3
+    assert summary.num_regions == 3 * (NUM_IMAGES - 1)  # duplicates go, picture 7 has none
+    assert not summary.random_teacher
+    base, novel = summary.recall
+    assert (base.group, base.num_objects, novel.num_objects) == ("base", 70, 35)
+    assert base.shares[5] == pytest.approx(34 / 35)
+    assert novel.shares[5] == pytest.approx(34 / 35)
+
+    reader = open_cache(request_.out)
+    rows = reader.rows(12)
+    assert rows.objectness.tolist() == pytest.approx([0.9, 0.8, 0.7])
+    # The first two proposals are base objects, the third the novel one.
+    assert rows.max_base_iou.tolist() == pytest.approx([1, 1, 0])
+    assert rows.gt_category_ids.tolist() == [3, 5]
+    teacher = load_teacher(teacher_spec)
+    picture = read_image(world / "images" / "012.png", expected_hw=(62, 80))
+    expected = teacher.encode_regions(picture, rows.boxes_xyxy)
+    cosine = (rows.region_embeddings * expected).sum(1)
+    assert (cosine > 0.999).all()  # stored as float16
+    truth = teacher.encode_regions(picture, rows.gt_boxes_xyxy)
+    assert ((rows.gt_embeddings * truth).sum(1) > 0.999).all()
+    whole = teacher.encode_regions(
+        picture, np.array([[0, 0, 80, 62]], dtype=np.float32), CropRule(scales=(1.0,))
+    )
+    assert float((rows.image_embedding * whole[0]).sum()) > 0.999
+    assert reader.rows(7).num_regions == 0
+
+    metadata, embeddings = reader.text()
+    assert metadata["names"] == ["square", "disc", "cross"]
+    assert metadata["is_base"] == [True, True, False]
+    expected = teacher.encode_texts(
+        ["a photo of a square.", "a photo of a disc.", "a photo of a cross."]
+    )
+    np.testing.assert_allclose(embeddings, expected, atol=1e-4)
+    assert reader.neighbors() is not None
+    assert reader.info.provenance["uses_novel_names"] is True  # nobody knows what made a file
+
+
+def test_workers_and_dask_change_no_byte(request_: CacheRequest, tmp_path: Path) -> None:
+    alone = cache_teacher(request_)
+    two = cache_teacher(replace(request_, out=tmp_path / "two", executor=Executor(workers=2)))
+    assert two.num_made == 3
+    assert two.merkle_root == alone.merkle_root
+    assert two.num_regions == alone.num_regions
+
+
+def test_resume_makes_only_what_is_missing_and_the_same_bytes(
+    request_: CacheRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build.run_shards
+
+    def stop_after_one(*args: object):
+        for count, item in enumerate(made(*args)):  # type: ignore[arg-type]
+            if count == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(build, "run_shards", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(request_)
+    monkeypatch.undo()
+    said: list[str] = []
+    resumed = cache_teacher(request_, said.append)
+    assert 1 <= resumed.num_made <= 2
+    assert any("shards verified" in line for line in said)
+    whole = cache_teacher(replace(request_, out=tmp_path / "whole"))
+    assert whole.merkle_root == resumed.merkle_root
+    again = cache_teacher(request_)
+    assert again.num_made == 0
+    assert again.merkle_root == resumed.merkle_root
+
+
+def test_other_prompts_embed_no_crop_again(request_: CacheRequest) -> None:
+    cache_teacher(request_)
+    changed = cache_teacher(replace(request_, prompts="clip7"))
+    assert changed.num_made == 0
+    metadata, _ = open_cache(request_.out).text()
+    assert len(metadata["prompts"]) == 7
+
+
+def test_another_teacher_or_picture_is_refused_in_words(
+    request_: CacheRequest, tmp_path: Path, world: Path
+) -> None:
+    cache_teacher(request_)
+    with pytest.raises(StaleCacheError, match=r"crops\.mode"):
+        cache_teacher(replace(request_, crop_mode="clip_center"))
+    state = load_teacher(request_.teacher)._model.state_dict()
+    state["visual.proj"][0, 0] += 0.5
+    save_file(state, tmp_path / "w.safetensors")
+    (tmp_path / "tiny-cache-clip.json").write_text(json.dumps(TINY_CLIP))
+    with pytest.raises(StaleCacheError, match=r"teacher\.weights_sha256") as caught:
+        cache_teacher(replace(request_, teacher=f"tiny-cache-clip:{tmp_path}"))
+    assert caught.value.exit_code == 4
+    path = world / "images" / "003.png"
+    before = path.read_bytes()
+    try:
+        with Image.open(path) as picture:
+            changed = picture.copy()
+        changed.putpixel((0, 0), (1, 2, 3))
+        changed.save(path)
+        with pytest.raises(StaleCacheError, match=r"images\.content"):
+            cache_teacher(request_)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_teacher_that_embeds_otherwise_is_caught_by_the_canary(
+    request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_teacher(request_)
+    monkeypatch.setattr(
+        "pipeline.teacher_model.cut_crops",
+        lambda image, windows, size, **_: torch.full((len(windows), 3, *size), 7).byte(),
+    )
+    with pytest.raises(MismatchError, match="canary cosine"):
+        cache_teacher(request_)
+
+
+def test_a_truncated_picture_is_set_aside_and_named(request_: CacheRequest, world: Path) -> None:
+    paths = [world / "images" / f"{number:03d}.png" for number in (20, 33)]
+    before = [path.read_bytes() for path in paths]
+    try:
+        paths[0].write_bytes(before[0][: len(before[0]) // 2])
+        summary = cache_teacher(request_)
+        assert list(summary.quarantined) == [20]
+        assert "020.png" in summary.quarantined[20]
+        assert str(world) not in summary.quarantined[20]
+        assert open_cache(request_.out).rows(20).num_regions == 0
+        paths[1].write_bytes(b"")
+        with pytest.raises(DataError, match=r"020\.png.*033\.png") as caught:
+            cache_teacher(replace(request_, out=request_.out.with_name("other")))
+        assert caught.value.exit_code == 3
+    finally:
+        for path, data in zip(paths, before, strict=True):
+            path.write_bytes(data)
+
+
+def test_the_price_is_known_before_the_purchase(
+    request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    price = price_cache(request_)
+    assert not request_.out.exists()
+    assert price.num_images == NUM_IMAGES
+    assert price.max_crops == NUM_IMAGES * (5 * 2 + 1) + 70 * 2
+    summary = cache_teacher(request_)
+    assert summary.bytes_on_disk < 3 * price.bytes_needed + 100_000
+    monkeypatch.setattr(
+        price_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})
+    )
+    with pytest.raises(DiskFullError, match="--keep") as caught:
+        price_cache(replace(request_, out=request_.out.with_name("other")))
+    assert caught.value.exit_code == 6
+
+
+def test_a_missing_scheduler_or_file_is_one_clear_error(
+    request_: CacheRequest, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.executor._CONNECT_TIMEOUT_S", 1)
+    with pytest.raises(UsageError, match="no Dask scheduler"):
+        cache_teacher(replace(request_, executor=Executor(scheduler="tcp://127.0.0.1:9")))
+    (world / "proposals.json").rename(world / "elsewhere.json")
+    try:
+        with pytest.raises(DataError, match=r"proposals\.json"):
+            cache_teacher(request_)
+    finally:
+        (world / "elsewhere.json").rename(world / "proposals.json")
+
+
+def test_proposals_of_another_split_are_refused(request_: CacheRequest, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.json"
+    path.write_text(json.dumps([{"image_id": 999, "bbox": [1, 1, 5, 5], "score": 0.5}]))
+    with pytest.raises(DataError, match="belongs to another split"):
+        cache_teacher(replace(request_, proposals=f"file:{path}"))
+    with pytest.raises(UsageError, match="none of fit"):
+        cache_teacher(replace(request_, proposals="selective-search"))
+    with pytest.raises(UsageError, match="pickle"):
+        cache_teacher(replace(request_, proposals="file:/tmp/x.pkl"))
+
+
+def test_novel_boxes_change_nothing_in_the_cache(
+    request_: CacheRequest, world: Path, tmp_path: Path
+) -> None:
+    cache_teacher(request_)
+    document = json.loads((world / "train.json").read_text())
+    document["annotations"] = [
+        entry for entry in document["annotations"] if entry["category_id"] != 9
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    split = f"ovcoco:{world / 'images'}:{tmp_path / 'train.json'}"
+    other = replace(request_, split=split, out=tmp_path / "other")
+    cache_teacher(other)
+    first, second = open_cache(request_.out), open_cache(other.out)
+    assert set(first.info.parts["split"]) == set(second.info.parts["split"])
+    for key, value in first.info.parts["split"].items():
+        assert key == "name" or second.info.parts["split"][key] == value
+    for image_id in first.image_ids.tolist():
+        ours, theirs = first.rows(image_id), second.rows(image_id)
+        np.testing.assert_array_equal(ours.region_embeddings, theirs.region_embeddings)
+        np.testing.assert_array_equal(ours.max_base_iou, theirs.max_base_iou)

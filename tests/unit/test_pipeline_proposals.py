@@ -1,0 +1,178 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from dkdetr.config import BackboneConfig, StudentConfig
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.structures import EncoderOutput, Targets
+from dkdetr.student.build import build_trunk
+from pipeline.fit import proposal_losses
+from pipeline.proposal_network import NetworkProposals, load_network, save_network
+from pipeline.proposal_sources import parse_proposals
+from pipeline.proposals import (
+    FileProposals,
+    ProposalRule,
+    Proposals,
+    SourceImage,
+    apply_rule,
+    pack_results,
+)
+
+SMALL = StudentConfig(
+    backbone=BackboneConfig(
+        arch="slim_resnet", weights="random", norm="batch", frozen_stages=0, width=8,
+        stages=(3, 4), extra_levels=0,
+    ),
+    embed_dim=32, num_heads=2, ffn_dim=32, num_encoder_layers=1, dropout=0.0,
+)  # fmt: skip
+
+
+def test_rule_clips_drops_the_small_suppresses_and_sorts() -> None:
+    raw = Proposals(
+        np.array(
+            [[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 23, 40], [-5, 30, 60, 60], [50, 10, 58, 30]],
+            dtype=np.float32,
+        ),
+        np.array([0.2, 0.8, 0.9, 0.5, np.nan], dtype=np.float32),
+    )
+    kept = apply_rule(raw, ProposalRule(keep=10), height=40, width=50)
+    assert kept.boxes_xyxy.tolist() == [[0, 0, 10, 9], [0, 30, 50, 40]]
+    assert kept.objectness.tolist() == pytest.approx([0.8, 0.5])
+    assert len(apply_rule(raw, ProposalRule(keep=1), height=40, width=50).boxes_xyxy) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    boxes=arrays.arrays(np.float32, (30, 4), elements=st.floats(-20, 80, width=32)),
+    seed=st.integers(0, 100),
+)
+def test_rule_keeps_its_promises_for_any_boxes(boxes: np.ndarray, seed: int) -> None:
+    scores = np.random.default_rng(seed).random(30, dtype=np.float32).round(1)
+    rule = ProposalRule(keep=5, nms_iou=0.6, min_side=3.0)
+    kept = apply_rule(Proposals(boxes, scores), rule, height=50, width=60)
+    assert len(kept.boxes_xyxy) <= 5
+    assert (np.diff(kept.objectness) <= 0).all()
+    assert (kept.boxes_xyxy >= 0).all()
+    assert (kept.boxes_xyxy <= [60, 50, 60, 50]).all()
+    assert ((kept.boxes_xyxy[:, 2:] - kept.boxes_xyxy[:, :2]) >= 3).all()
+
+
+def test_results_file_round_trips_by_image(tmp_path: Path) -> None:
+    records = [
+        {"image_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": 1},
+        {"image_id": 4, "bbox": [0, 0, 5, 5], "score": 0.25},
+        {"image_id": 9, "bbox": [2, 2, 6, 6], "score": 0.75},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    packed = pack_results(tmp_path / "r.json", tmp_path / "packed")
+    assert packed == pack_results(tmp_path / "r.json", tmp_path / "packed")
+    source = FileProposals(packed)
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    four, nine, none = source.propose([SourceImage(number, picture) for number in (4, 9, 5)])
+    assert four.boxes_xyxy.tolist() == [[0, 0, 5, 5]]
+    assert nine.boxes_xyxy.tolist() == [[1, 2, 4, 6], [2, 2, 8, 8]]
+    assert nine.objectness.tolist() == [0.5, 0.75]
+    assert len(none.boxes_xyxy) == 0
+    assert source.image_ids == {4, 9}
+    records[0]["score"] = 0.6
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    other = FileProposals(pack_results(tmp_path / "r.json", tmp_path / "packed"))
+    assert other.identity != source.identity
+    packed.write_bytes(b"nonsense")
+    with pytest.raises(CorruptArtefactError):
+        FileProposals(packed)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image_id": 1, "bbox": [1, 2, 3], "score": 0.5},
+        {"image_id": "1", "bbox": [1, 2, 3, 4], "score": 0.5},
+        {"image_id": 1, "bbox": [1, 2, -3, 4], "score": 0.5},
+        {"image_id": 1, "bbox": [1, 2, 3, "4"], "score": 0.5},
+        {"image_id": 1, "bbox": [1, 2, 3, 4]},
+        [1, 2],
+    ],
+)
+def test_bad_records_are_named(record: object, tmp_path: Path) -> None:
+    good = {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    (tmp_path / "r.json").write_text(json.dumps([good, good, record]))
+    with pytest.raises(DataError, match="first: /2"):
+        pack_results(tmp_path / "r.json", tmp_path)
+
+
+def test_forms_of_the_option() -> None:
+    assert parse_proposals("fit").path == ""
+    assert parse_proposals("fit:cache/lvis").path == "cache/lvis"
+    assert parse_proposals("student:runs/a").kind == "student"
+    for wrong in ("student", "file:", "grid", ""):
+        with pytest.raises(UsageError, match="none of fit"):
+            parse_proposals(wrong)
+
+
+def test_network_gives_boxes_in_pixels_and_its_file_gives_it_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trunk = build_trunk(SMALL).eval()
+    path = tmp_path / "network.safetensors"
+    save_network(path, trunk, SMALL, {"image_size": 64, "seen": {}})
+    loaded, facts = load_network(path)
+    assert facts["image_size"] == 64
+    sources = [
+        NetworkProposals(each, image_size=64, batch_size=3, source="fit", seen={})
+        for each in (trunk, loaded)
+    ]
+    assert sources[0].identity == sources[1].identity
+    pictures = [
+        SourceImage(n, np.random.default_rng(n).integers(0, 255, (40, 90, 3), dtype=np.uint8))
+        for n in range(4)
+    ]
+    first, second = sources[0].propose(pictures), sources[1].propose(pictures)
+    for ours, theirs in zip(first, second, strict=True):
+        np.testing.assert_array_equal(ours.boxes_xyxy, theirs.boxes_xyxy)
+        centre = (ours.boxes_xyxy[:, :2] + ours.boxes_xyxy[:, 2:]) / 2
+        assert (centre > 0).all()
+        assert (centre < [90, 40]).all()
+        assert centre[:, 0].max() > 60  # the whole width is covered: no padding is counted
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(CorruptArtefactError, match="network"):
+        load_network(path)
+
+
+def _encoder(boxes: list[list[float]], logits: list[float]) -> EncoderOutput:
+    return EncoderOutput(
+        objectness_logits=torch.tensor([logits], requires_grad=True),
+        boxes_cxcywh=torch.tensor([boxes], requires_grad=True),
+        valid=torch.ones(1, len(boxes), dtype=torch.bool),
+    )
+
+
+def test_quality_is_the_overlap_and_unmatched_tokens_weigh_little() -> None:
+    # Token 0 is the object itself, token 1 covers its half, token 2 is elsewhere.
+    encoder = _encoder(
+        [[0.5, 0.5, 0.4, 0.4], [0.4, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1]], [0.0] * 3
+    )
+    target = Targets(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
+    log2 = float(np.log(2))
+    for weight in (0.0, 0.25):
+        losses = proposal_losses(encoder, [target], background_weight=weight)
+        assert losses.quality.item() == pytest.approx((2 + weight) * log2, abs=1e-5)
+    (gradient,) = torch.autograd.grad(losses.quality, encoder.objectness_logits)
+    # d BCE / d logit = sigmoid(0) - target, times the weight.
+    np.testing.assert_allclose(gradient[0], [-0.5, 0.0, 0.125], atol=1e-5)
+
+
+def test_a_picture_without_objects_still_has_a_loss_with_a_gradient() -> None:
+    encoder = _encoder([[0.5, 0.5, 0.4, 0.4]], [0.0])
+    empty = Targets(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
+    losses = proposal_losses(encoder, [empty], background_weight=0.5)
+    (losses.boxes + losses.quality).backward()
+    assert losses.boxes.item() == 0
+    assert encoder.objectness_logits.grad is not None

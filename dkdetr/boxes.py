@@ -53,13 +53,16 @@ def elementwise_giou(
     boxes_a_xyxy: Float[Tensor, "*#batch 4"], boxes_b_xyxy: Float[Tensor, "*#batch 4"]
 ) -> Float[Tensor, "*batch"]:
     """Returns generalised IoU, in [-1, 1], of boxes paired by position (arXiv 1902.09630)."""
-    top_left = torch.maximum(boxes_a_xyxy[..., :2], boxes_b_xyxy[..., :2])
-    bottom_right = torch.minimum(boxes_a_xyxy[..., 2:], boxes_b_xyxy[..., 2:])
-    shared = box_area(torch.cat((top_left, bottom_right), dim=-1))
+    # One coordinate at a time: several times faster on a CPU than slices of two.
+    left_a, top_a, right_a, bottom_a = boxes_a_xyxy.unbind(-1)
+    left_b, top_b, right_b, bottom_b = boxes_b_xyxy.unbind(-1)
+    shared_w = torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)
+    shared_h = torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)
+    shared = shared_w.clamp(min=0) * shared_h.clamp(min=0)
     union = box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - shared
-    hull_top_left = torch.minimum(boxes_a_xyxy[..., :2], boxes_b_xyxy[..., :2])
-    hull_bottom_right = torch.maximum(boxes_a_xyxy[..., 2:], boxes_b_xyxy[..., 2:])
-    hull = box_area(torch.cat((hull_top_left, hull_bottom_right), dim=-1))
+    hull_w = torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)
+    hull_h = torch.maximum(bottom_a, bottom_b) - torch.minimum(top_a, top_b)
+    hull = hull_w.clamp(min=0) * hull_h.clamp(min=0)
     tiny = torch.finfo(shared.dtype).tiny
     return shared / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 

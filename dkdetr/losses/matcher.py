@@ -118,13 +118,16 @@ def matching_cost(
 
     The class cost is the focal loss of the label said yes minus that of it said no.
     """
-    # Only the labels that occur: LVIS has 866 columns, an image a dozen.
-    probability = at_least_float32(logits[:, target.labels]).sigmoid()
+    # The labels that occur or, if they are fewer, all: LVIS has 866 columns, the encoder one.
+    few_columns = logits.shape[1] < len(target.labels)
+    columns = logits if few_columns else logits[:, target.labels]
+    probability = at_least_float32(columns).sigmoid()
     alpha, gamma = costs.focal_alpha, costs.focal_gamma
     yes = alpha * (1 - probability) ** gamma * -(probability + 1e-12).log()
     no = (1 - alpha) * probability**gamma * -(1 - probability + 1e-12).log()
+    gain = (yes - no)[:, target.labels] if few_columns else yes - no
     boxes = at_least_float32(boxes_cxcywh)
     wanted = target.boxes_cxcywh.to(boxes.dtype)
     distance = torch.cdist(boxes, wanted, p=1)
     overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
-    return costs.cost_class * (yes - no) + costs.cost_bbox * distance - costs.cost_giou * overlap
+    return costs.cost_class * gain + costs.cost_bbox * distance - costs.cost_giou * overlap

@@ -35,6 +35,18 @@ def test_cost_by_hand():
     assert cost == pytest.approx(2 * -0.125 * 0.6931472 + 5 * 0.1 - 2 / 3, rel=1e-5)
 
 
+def test_labels_pick_their_own_column():
+    """Whether there are fewer classes than targets or more."""
+    logits = torch.tensor([[3.0, -3.0, 0.0], [-3.0, 3.0, 0.0]])
+    alone = [
+        matching_cost(logits, at(0.5, 0.6), Targets(torch.tensor([label]), at(0.5)), COSTS)
+        for label in (1, 0, 2, 1)
+    ]
+    target = Targets(torch.tensor([1, 0, 2, 1]), at(0.5, 0.5, 0.5, 0.5))
+    together = matching_cost(logits, at(0.5, 0.6), target, COSTS)
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
+
+
 def test_indices_run_through_the_batch():
     targets = [
         Targets(torch.tensor([0]), at(0.3)),

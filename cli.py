@@ -293,9 +293,10 @@ def data_prepare(
     verbose: Verbose = False,
 ) -> None:
     """Make the embedded data set (needs the extra [demo])."""
-    from pipeline.pictograms.dataset import prepare_named
+    from pipeline.pictograms.dataset import prepare_pictograms
 
-    folder = prepare_named(name, data_root, size=size, protocol=protocol, seed=seed)
+    _one_of("data prepare", name, ("pictograms",))
+    folder = prepare_pictograms(data_root, size=size, protocol=protocol, seed=seed)
     _say(f"ready: {folder}")
 
 

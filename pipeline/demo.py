@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig, load_experiment
@@ -30,7 +29,6 @@ from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.pictures import choose_images
 from dkdetr.evaluation.report import RunForReport, write_report
 from dkdetr.evaluation.results import read_results
-from dkdetr.evaluation.table import metrics_table
 from dkdetr.progress import format_duration, progress
 from pipeline.build import cache_teacher
 from pipeline.pictograms.dataset import prepare_pictograms

@@ -1,13 +1,11 @@
 """Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
 
+import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
@@ -17,7 +15,7 @@ from dkdetr.engine.run_folder import RunFolder, newest_run
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
-from dkdetr.evaluation.table import metrics_table
+from dkdetr.evaluation.table import print_metrics
 
 VocabularyBuilder = Callable[[Split, str], Vocabulary]
 """Builds a split's vocabulary with the teacher that a specification names."""
@@ -51,12 +49,11 @@ class Scored:
 
     def print_table(self) -> None:
         """Prints the metrics by group, remarks and the paths of the files."""
-        console = Console()
-        console.print(metrics_table([(str(self.subject), self.evaluation.metrics)]))
+        print_metrics([(str(self.subject), self.evaluation.metrics)])
         for note in self.evaluation.metrics.notes:
-            console.print(f"note: {note}", markup=False)
+            print(f"note: {note}")
         for name, path in self.evaluation.paths.items():
-            console.print(f"{name}: {path}", markup=False, soft_wrap=True)
+            print(f"{name}: {path}")
 
     def as_json(self) -> dict[str, Any]:
         """Returns the metrics and where the files lie."""
@@ -124,8 +121,12 @@ def validation_split(train_split: str) -> str:
 
 
 def _folder_name(split: str) -> str:
-    """Returns a split's name as a folder's: a user's own has colons and slashes."""
-    return re.sub(r"[^\w.-]+", "_", split).strip("_")
+    """Returns a split's name as a folder's; a user's own is shortened to its file's name."""
+    if ":" not in split:
+        return split
+    kind, _, places = split.partition(":")
+    digest = hashlib.sha256(places.encode()).hexdigest()[:6]
+    return f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}"
 
 
 def _fitting_vocabulary(

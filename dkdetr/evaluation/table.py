@@ -1,13 +1,17 @@
 """The table that `eval` prints: one line a run, one column a metric, in percent."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dkdetr.evaluation.detection_metrics import Metrics
+
+_WIDTH_OF_A_FILE = 160
 
 
 def format_percent(value: float) -> str:
@@ -32,3 +36,9 @@ def metrics_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
     for name, metrics in runs:
         table.add_row(escape(name), *(format_percent(value) for value in metrics.values.values()))
     return table
+
+
+def print_metrics(runs: Sequence[tuple[str, Metrics]]) -> None:
+    """Prints `metrics_table`; whole, too, where the output is no terminal and has no width."""
+    is_terminal = sys.stdout.isatty()
+    Console(width=None if is_terminal else _WIDTH_OF_A_FILE).print(metrics_table(runs))

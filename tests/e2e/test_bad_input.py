@@ -14,10 +14,10 @@ def run(*words: str):
 
 
 def assert_refused(result, code: int, *mentions: str) -> None:
-    message = result.stderr
-    assert result.exit_code == code, message or result.output
-    assert message.startswith(f"error [{code}]: ")
-    assert "Traceback" not in message
+    message = result.stderr.partition("error [")[2]
+    assert result.exit_code == code, result.stderr or result.output
+    assert message.startswith(f"{code}]: ")
+    assert "Traceback" not in result.stderr
     for mention in mentions:
         assert mention in message
 

@@ -102,7 +102,7 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     page = out / "report.html"
     _write_page(page, data_root, scored, seconds)
     clock.lap("page")
-    Console().print(metrics_table([(row.name, each.evaluation.metrics) for row, each in scored]))
+    print_metrics([(row.name, each.evaluation.metrics) for row, each in scored])
     print("APr: the novel names, which no training box ever showed")
     times = ", ".join(f"{part} {format_duration(value)}" for part, value in seconds.items())
     print(f"time: {times}; {format_duration(sum(seconds.values()))} in all")

@@ -164,7 +164,7 @@ def test_unreachable_hub_weights_say_how_to_provide_them(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(teacher_module.open_clip, "download_pretrained", unreachable)
     monkeypatch.setattr(
-        teacher_module, "_build", lambda _: (torch.nn.Identity(), None)
+        teacher_module, "_build", lambda *_: (torch.nn.Identity(), None)
     )  # the 150 million weights are not the point
     with pytest.raises(DataError, match=r"ViT-B-32-quickgelu:/path/to/weights.*:random"):
         load_teacher("ViT-B-32-quickgelu:openai")

@@ -5,8 +5,11 @@ distillation and one without. Every figure in the table comes from this run.
 """
 
 import multiprocessing
+import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -87,7 +90,7 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
             teacher="pictograms",
             proposals="fit",
             prompts="single",
-            keep=30,
+            keep=16,
             device=device,
             command="demo",
         ),
@@ -145,6 +148,7 @@ def _num_iterations(config: ExperimentConfig, cache: Path, data_root: Path) -> i
 def _train_and_score(request: TrainRequest) -> Scored:
     """Runs in a process of its own, one thread: the rows share the machine's cores."""
     torch.set_num_threads(1)
+    threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     request.run.mkdir(parents=True, exist_ok=True)
     with (request.run / "log.txt").open("a", encoding="utf-8") as log:
         sys.stderr = log
@@ -158,6 +162,13 @@ def _train_and_score(request: TrainRequest) -> Scored:
                 device=request.device,
             )
         )
+
+
+def _stop_with_parent(parent: int) -> None:
+    """Sends SIGTERM to this process once its parent is gone: the row saves itself and ends."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _watch(waiting: Sequence[Future[Scored]], folders: Sequence[Path], total: int) -> None:

@@ -215,7 +215,7 @@ def train_command(
 ) -> None:
     """Train a student from a cache; the same command resumes. CLIP is not loaded.
 
-    Several GPUs: torchrun --nproc-per-node N --no-python dkdetr train ...
+    Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     """
     from dkdetr.engine.start import start_training
 

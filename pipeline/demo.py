@@ -25,6 +25,7 @@ from dkdetr.config import ExperimentConfig, load_experiment
 from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import from_metadata
+from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.evaluate_run import EvalRequest, Scored, evaluate_run
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.train import TrainRequest, train
@@ -34,6 +35,7 @@ from dkdetr.evaluation.report import RunForReport, write_report
 from dkdetr.evaluation.results import read_results
 from dkdetr.progress import format_duration, progress
 from pipeline.build import cache_teacher
+from pipeline.executor import Executor
 from pipeline.pictograms.dataset import prepare_pictograms
 from pipeline.request import CacheRequest
 
@@ -75,6 +77,9 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     Raises:
         UsageError: the extra [demo] is missing.
     """
+    # One thread a process, several processes: on a small or busy machine OpenMP's threads wait
+    # for each other longer than they work.
+    torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     data_root, cache = out / "data", out / "cache"
@@ -91,6 +96,7 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
             proposals="fit",
             prompts="single",
             keep=16,
+            executor=Executor(workers=_num_workers(device)),
             device=device,
             command="demo",
         ),
@@ -112,6 +118,12 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     print(f"pictures of the detections: {page.resolve()}")
     metrics = {row.name: each.evaluation.metrics.as_json() for row, each in scored}
     return DemoSummary(page=page, metrics=metrics, seconds=seconds)
+
+
+def _num_workers(device: str) -> int:
+    """Processes that embed: two where only the CPU can, none beside this one with a GPU."""
+    on_cpu = pick_device(device).type == "cpu"
+    return min(2, multiprocessing.cpu_count()) if on_cpu else 0
 
 
 class _Clock:

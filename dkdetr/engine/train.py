@@ -96,12 +96,11 @@ class _Run:
             precision=choose_precision(config.optim.precision, ranks.device),
         )
         self.progress = self._restore()
-        cache_path = request.cache if config.kd.enabled else None
         self.loader: BatchStream[TrainingBatch] = make_training_loader(
             split,
             self.vocabulary,
             config,
-            cache_path=cache_path,
+            cache_path=request.cache,
             rank=ranks.rank,
             world_size=ranks.world_size,
             start_epoch=self.progress.epoch,

@@ -33,6 +33,7 @@ from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.pictures import choose_images
 from dkdetr.evaluation.report import RunForReport, write_report
 from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.table import print_metrics
 from dkdetr.progress import format_duration, progress
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor

@@ -106,7 +106,9 @@ class _Run:
             start_epoch=self.progress.epoch,
             start_batch=self.progress.batch,
         )
-        self.epoch_length = batches_per_epoch(split, self.vocabulary, config, cache_path=cache_path)
+        self.epoch_length = batches_per_epoch(
+            split, self.vocabulary, config, cache_path=request.cache
+        )
 
     def go(self) -> TrainSummary:
         started = last_saved = time.monotonic()

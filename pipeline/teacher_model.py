@@ -68,7 +68,8 @@ class Teacher:
         self._tokenize = tokenize
         self._architecture = json.loads(json.dumps(config))
         self._weights_sha256 = tensors_sha256(model)
-        self._model.to(device)
+        # Channels last: a third faster for convolutional towers, no matter for the others.
+        self._model.to(device).to(memory_format=torch.channels_last)
         mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
         std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
         # (x / 255 - mean) / std as one multiplication and one subtraction.
@@ -106,7 +107,8 @@ class Teacher:
         self, crops: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[np.ndarray, "batch embed_dim"]:
         """Returns float32 unit vectors of crops that already have the teacher's size."""
-        pixels = crops.to(self.device).float() * self._scale - self._shift
+        pixels = crops.to(self.device, memory_format=torch.channels_last).float()
+        pixels = pixels * self._scale - self._shift
         with self._autocast():
             features = cast("Tensor", self._model.encode_image(pixels))  # pyright: ignore[reportCallIssue]
         return _unit_rows(features)

@@ -20,6 +20,7 @@ from cache.writer import CacheWriter, create_or_resume
 from dkdetr.data.prompts import prompt_set
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import build_vocabulary
+from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.errors import DataError, PreemptedError, UsageError
@@ -62,6 +63,7 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
             command goes on from there.
     """
     started = time.monotonic()
+    keep_freed_memory()
     split = load_split(request.split, request.data_root)
     for note in split.notes:
         say(f"{split.name}: {note}")

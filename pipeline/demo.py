@@ -95,6 +95,7 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
             data_root=data_root,
             teacher="pictograms",
             proposals="fit",
+            fit_epochs=1,
             prompts="single",
             keep=16,
             executor=Executor(workers=_num_workers(device)),

@@ -24,6 +24,7 @@ from dkdetr.boxes import pairwise_iou
 from dkdetr.data.annotations import Boxes, ImageInfo
 from dkdetr.data.image_files import UnreadableImageError, read_image
 from dkdetr.data.splits import Split, load_split
+from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
 from dkdetr.errors import MismatchError
 from pipeline.canary import check_canary
@@ -98,6 +99,7 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
     Raises:
         MismatchError: this machine's teacher is not the one the cache was planned with.
     """
+    keep_freed_memory()
     if job.threads:
         torch.set_num_threads(job.threads)
     device = worker_device(job.device, worker_number)

@@ -16,6 +16,7 @@ from dkdetr.config import ExperimentConfig, config_hash
 from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
+from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.checkpoint import (
     Checkpoint,
     Progress,
@@ -70,6 +71,7 @@ def train(request: TrainRequest) -> TrainSummary:
         NonFiniteLossError: training broke; the last checkpoint stands.
         PreemptedError: SIGTERM came; everything is saved.
     """
+    keep_freed_memory()
     with join_ranks(request.device) as ranks, stop_on_sigterm() as stop:
         return _Run(request, ranks, stop).go()
 

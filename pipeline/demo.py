@@ -179,10 +179,12 @@ def _train_and_score(request: TrainRequest) -> Scored:
 
 
 def _stop_with_parent(parent: int) -> None:
-    """Sends SIGTERM to this process once its parent is gone: the row saves itself and ends."""
+    """Sends SIGTERM once the parent is gone: the row saves itself, and a second one ends it."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10.0)
 
 
 def _watch(waiting: Sequence[Future[Scored]], folders: Sequence[Path], total: int) -> None:

@@ -199,6 +199,19 @@ def cache_verify(
     report.raise_problems()
 
 
+@_command(cache_app, "neighbors")
+def cache_neighbors(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    per_image: Annotated[int, typer.Option(help="Best regions of an image that take part")] = 50,
+    verbose: Verbose = False,
+) -> None:
+    """Build the neighbour lists of a cache anew (exact search; quadratic in regions)."""
+    from pipeline.neighbor_stage import rebuild_neighbors
+
+    rebuild_neighbors(path, per_image=per_image)
+    _say(f"neighbour lists of {path} are ready")
+
+
 @_command(app, "train")
 def train_command(
     cache: Annotated[Path, typer.Option(help="A sealed teacher cache")],
@@ -215,7 +228,7 @@ def train_command(
 ) -> None:
     """Train a student from a cache; the same command resumes. CLIP is not loaded.
 
-    Several GPUs: torchrun --nproc-per-node N --no-python dkdetr train ...
+    Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     """
     from dkdetr.engine.start import start_training
 
@@ -281,6 +294,24 @@ def data_list(data_root: DataRoot = Path("data"), json_out: Json = None) -> None
     for name, problem in found.items():
         print(f"{name:26s} {problem or 'there'}")
     _report(dict(found), json_out)
+
+
+@_command(data_app, "check")
+def data_check(
+    split: Annotated[str, typer.Argument(help="A split's name")],
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Read a split, check its records and files, and print its numbers."""
+    from dataclasses import asdict
+
+    from dkdetr.data.check import summarise_split
+    from dkdetr.data.splits import load_split
+
+    summary = summarise_split(load_split(split, data_root))
+    print("\n".join(summary.lines()))
+    _report(asdict(summary), json_out)
 
 
 @_command(data_app, "prepare")

@@ -5,8 +5,11 @@ distillation and one without. Every figure in the table comes from this run.
 """
 
 import multiprocessing
+import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +25,7 @@ from dkdetr.config import ExperimentConfig, load_experiment
 from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import from_metadata
+from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.evaluate_run import EvalRequest, Scored, evaluate_run
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.train import TrainRequest, train
@@ -29,8 +33,10 @@ from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.pictures import choose_images
 from dkdetr.evaluation.report import RunForReport, write_report
 from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.table import print_metrics
 from dkdetr.progress import format_duration, progress
 from pipeline.build import cache_teacher
+from pipeline.executor import Executor
 from pipeline.pictograms.dataset import prepare_pictograms
 from pipeline.request import CacheRequest
 
@@ -72,6 +78,9 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     Raises:
         UsageError: the extra [demo] is missing.
     """
+    # One thread a process, several processes: on a small or busy machine OpenMP's threads wait
+    # for each other longer than they work.
+    torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     data_root, cache = out / "data", out / "cache"
@@ -87,7 +96,8 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
             teacher="pictograms",
             proposals="fit",
             prompts="single",
-            keep=30,
+            keep=16,
+            executor=Executor(workers=_num_workers(device)),
             device=device,
             command="demo",
         ),
@@ -109,6 +119,12 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     print(f"pictures of the detections: {page.resolve()}")
     metrics = {row.name: each.evaluation.metrics.as_json() for row, each in scored}
     return DemoSummary(page=page, metrics=metrics, seconds=seconds)
+
+
+def _num_workers(device: str) -> int:
+    """Processes that embed: two where only the CPU can, none beside this one with a GPU."""
+    on_cpu = pick_device(device).type == "cpu"
+    return min(2, multiprocessing.cpu_count()) if on_cpu else 0
 
 
 class _Clock:
@@ -145,6 +161,7 @@ def _num_iterations(config: ExperimentConfig, cache: Path, data_root: Path) -> i
 def _train_and_score(request: TrainRequest) -> Scored:
     """Runs in a process of its own, one thread: the rows share the machine's cores."""
     torch.set_num_threads(1)
+    threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     request.run.mkdir(parents=True, exist_ok=True)
     with (request.run / "log.txt").open("a", encoding="utf-8") as log:
         sys.stderr = log
@@ -158,6 +175,13 @@ def _train_and_score(request: TrainRequest) -> Scored:
                 device=request.device,
             )
         )
+
+
+def _stop_with_parent(parent: int) -> None:
+    """Sends SIGTERM to this process once its parent is gone: the row saves itself and ends."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _watch(waiting: Sequence[Future[Scored]], folders: Sequence[Path], total: int) -> None:

@@ -34,11 +34,20 @@ def add_neighbors(path: Path, plan: Plan) -> tuple[str, ...]:
             f"no neighbour lists: an exact search over {plan.num_images:,} images takes too long "
             f"to be done unasked; training needs them only for rkd.neighbor_fraction; {later}",
         )
-    # Of its own process: faiss's OpenMP and torch's do not share one well.
-    context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            pool.submit(_NeighborTask(path.resolve(), per_image).run).result()
+        rebuild_neighbors(path, per_image=per_image)
     except CacheError as error:
         return (f"no neighbour lists: {error}; the cache is whole without them; {later}",)
     return ()
+
+
+def rebuild_neighbors(path: Path, *, per_image: int = _PER_IMAGE) -> None:
+    """Builds the lists of a sealed cache anew, over the best `per_image` regions of an image.
+
+    Raises:
+        CacheError: the cache is unsealed or damaged, or faiss is not installed.
+    """
+    # Of its own process: faiss's OpenMP and torch's do not share one well.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool.submit(_NeighborTask(path.resolve(), per_image).run).result()

@@ -33,6 +33,20 @@ class SplitSummary:
     groups: tuple[GroupCount, ...]
     notes: tuple[str, ...]
 
+    def lines(self) -> list[str]:
+        """Returns the numbers as a person reads them."""
+        use = "for training" if self.is_train else "for scoring"
+        text = [
+            f"{self.name}: {self.protocol} protocol, {use}, {self.num_images:,} images, "
+            f"{self.num_trainable_images:,} with a base box, {self.num_crowds:,} crowd boxes"
+        ]
+        text += [
+            f"{each.group:6s} {each.num_categories:,} categories, "
+            f"{each.num_categories_with_boxes:,} of them with boxes, {each.num_boxes:,} boxes"
+            for each in self.groups
+        ]
+        return text + [f"note: {note}" for note in self.notes]
+
 
 def summarise_split(split: Split) -> SplitSummary:
     """Returns the counts of a split, after making sure that every image file is there.

@@ -96,18 +96,19 @@ class _Run:
             precision=choose_precision(config.optim.precision, ranks.device),
         )
         self.progress = self._restore()
-        cache_path = request.cache if config.kd.enabled else None
         self.loader: BatchStream[TrainingBatch] = make_training_loader(
             split,
             self.vocabulary,
             config,
-            cache_path=cache_path,
+            cache_path=request.cache,
             rank=ranks.rank,
             world_size=ranks.world_size,
             start_epoch=self.progress.epoch,
             start_batch=self.progress.batch,
         )
-        self.epoch_length = batches_per_epoch(split, self.vocabulary, config, cache_path=cache_path)
+        self.epoch_length = batches_per_epoch(
+            split, self.vocabulary, config, cache_path=request.cache
+        )
 
     def go(self) -> TrainSummary:
         started = last_saved = time.monotonic()

@@ -50,11 +50,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=backbone_weights_path())
     parser.add_argument("--log", type=Path, default=assets_folder() / "backbone_training.log")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--crops", type=int, default=32000)
+    parser.add_argument("--crops", type=int, default=48000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="faster where the processor has it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
@@ -74,7 +75,7 @@ def main() -> None:
     rendered = time.process_time()
     train(
         model, pool, steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr,
-        seed=arguments.seed,
+        seed=arguments.seed, bf16=arguments.bf16,
     )  # fmt: skip
     trained = time.process_time()
     fresh = make_pool(drawings, 2000, seed=_FRESH_SEED, held_out_style=False, title="fresh crops")
@@ -84,6 +85,7 @@ def main() -> None:
         "crops": arguments.crops,
         "lr": arguments.lr,
         "seed": arguments.seed,
+        "bf16": arguments.bf16,
         "cpu_seconds": {"crops": round(rendered - started), "steps": round(trained - rendered)},
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "drawings": len(drawings),
@@ -96,8 +98,9 @@ def main() -> None:
 
 
 def train(
-    model: Classifier, pool: CropPool, *, steps: int, batch_size: int, lr: float, seed: int
-) -> None:
+    model: Classifier, pool: CropPool,
+    *, steps: int, batch_size: int, lr: float, seed: int, bf16: bool,
+) -> None:  # fmt: skip
     """Trains in place, with one crop size a batch."""
     generator = torch.Generator().manual_seed(seed)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -117,10 +120,9 @@ def train(
             size = _CROP_SIZES[step % len(_CROP_SIZES)]
             pixels = soften(pool.cut(indices, windows, size), generator)
             labels = pool.labels[indices]
-            losses = [
-                nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-                for logits in model(_normalised(pixels))
-            ]
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                by_stage = model(_normalised(pixels))
+            losses = [nn.functional.cross_entropy(each.float(), labels) for each in by_stage]
             loss = torch.stack(losses).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -69,7 +69,7 @@ class Scene:
     @property
     def pixels(self) -> np.ndarray:
         """The decoded picture [size, size, 3] uint8."""
-        return np.asarray(Image.open(io.BytesIO(self.jpeg)))
+        return np.array(Image.open(io.BytesIO(self.jpeg)))
 
     @property
     def boxes_xyxy(self) -> np.ndarray:

@@ -46,3 +46,4 @@ def save_half(state: dict[str, Tensor], path: Path) -> None:
         for key, value in state.items()
     }
     save_file(halved, path)
+    path.chmod(0o644)  # safetensors makes it readable for its owner only

@@ -31,7 +31,7 @@ def two_runs(tmp_path_factory):
     words = ("train", "--cache", "c", *SETTINGS, "--device", "cpu")
     succeed(*words, "--run", "one", cwd=folder)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--no-python", *DKDETR)  # fmt: skip
+                "--no-python", "--", *DKDETR)  # fmt: skip
     done = run_command([*torchrun, *words, "--run", "two"], folder)
     assert done.returncode == 0, done.stderr
     return folder

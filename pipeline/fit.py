@@ -1,9 +1,9 @@
 """`--proposals fit`: trains a proposal network on base boxes; so a first cache needs no student.
 
-What it learns is localisation, not "is it one of the base names": a token's objectness is the IoU
-that its own box reaches with a base box. Tokens that reach none learn zero, but a token's weight
-is the square of what it is wrong by, so that the few that insist on an unmarked object are not
-drowned by the many that see nothing (the design note compares this with other targets).
+It learns what the student's own first stage learns, class-agnostic: each base object teaches one
+token, by focal loss and box losses. That one-to-one rule is what keeps duplicates out of the first
+ranks; targets that grade every token by its overlap were measured and found fewer objects, novel
+ones too (README.md).
 """
 
 import hashlib
@@ -20,19 +20,18 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cache.layout import CACHE_FILE
 from dkdetr.atomic_file import write_bytes
-from dkdetr.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou
-from dkdetr.config import ExperimentConfig, load_experiment
+from dkdetr.config import DetectionLossConfig, ExperimentConfig, load_experiment
 from dkdetr.data.loader import make_training_loader
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError, NonFiniteLossError
-from dkdetr.losses.detection import box_giou_loss, box_l1_loss
+from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
+from dkdetr.losses.matcher import MatchingCosts, match
 from dkdetr.progress import progress
 from dkdetr.structures import EncoderOutput, Targets
 from dkdetr.student.build import build_trunk
@@ -46,9 +45,7 @@ _STATE_FILE = "proposals/fit_state.safetensors"
 _MAX_BATCH = 16
 _MIN_EPOCHS = 2
 _WARMUP_SHARE = 0.1
-_TOKENS_PER_OBJECT = 4
-_QUALITY_FLOOR = 0.3
-_QUALITY_GAMMA = 2.0
+_LR_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
@@ -59,26 +56,19 @@ class FitPlan:
     num_iterations: int
 
 
-@dataclass(frozen=True)
-class ProposalLosses:
-    """Sums over a batch, to be divided by its number of boxes."""
-
-    boxes: Float[Tensor, ""]
-    quality: Float[Tensor, ""]
-
-
 def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
     """Returns the training that `--proposals fit` means for a split.
 
     A sixth of the experiment's epochs (at least 2) without distillation, in batches of at most 16
-    with the learning rate scaled to them.
+    with the learning rate scaled to them, times 2.5: without a decoder and over so few steps the
+    network bears it and needs it (README.md).
     """
     experiment = request.experiment or experiment_of_split(split.name)
     config = load_experiment(experiment, request.overrides).config
     with_boxes = int((np.diff(split.base_table.offsets) > 0).sum())
     batch_size = max(1, min(config.data.batch_size, _MAX_BATCH, with_boxes))
     epochs = request.fit_epochs or max(_MIN_EPOCHS, ceil(config.optim.epochs / 6))
-    lr = config.optim.lr * batch_size / config.data.batch_size
+    lr = _LR_FACTOR * config.optim.lr * batch_size / config.data.batch_size
     config = replace(
         config,
         kd=replace(config.kd, regions_per_image=0),
@@ -140,49 +130,41 @@ def fit_proposals(
     return path
 
 
-def proposal_losses(
-    encoder: EncoderOutput, targets: Sequence[Targets], *, gamma: float
-) -> ProposalLosses:
-    """Returns how wrong every token's box and quality are.
+def proposal_loss(
+    encoder: EncoderOutput, targets: Sequence[Targets], settings: DetectionLossConfig
+) -> Float[Tensor, ""]:
+    """Returns the loss of a batch, divided by its number of objects: the detector's first stage.
 
-    Each object trains the boxes of its `_TOKENS_PER_OBJECT` cheapest tokens (L1 5, GIoU 2): one
-    token an object, as in the detector, leaves too few boxes near objects to rank. The quality of
-    every valid token is trained towards its box's best IoU with a base box, or 0 where that is
-    below `_QUALITY_FLOOR`, by binary cross entropy times |target - prediction| ** `gamma`
-    (quality focal loss, arXiv 2006.04388, Eq. 5; the factor passes no gradient here).
+    Each object takes the token that is cheapest overall (Hungarian, method A.3); every other valid
+    token is background, which the focal loss lets fade once it is easy.
     """
-    boxes_sum = encoder.boxes_cxcywh.sum() * 0.0  # tied to the graph where no box is
-    quality_sum = boxes_sum
-    for index, target in enumerate(targets):
-        boxes = encoder.boxes_cxcywh[index]
-        logits = encoder.objectness_logits[index].float()
-        valid = encoder.valid[index]
-        quality = torch.zeros_like(logits)
-        if len(target.labels):
-            tokens, objects = _cheapest_tokens(boxes.detach(), target.boxes_cxcywh, valid)
-            aim = target.boxes_cxcywh[objects]
-            pair = 5 * box_l1_loss(boxes[tokens], aim) + 2 * box_giou_loss(boxes[tokens], aim)
-            boxes_sum = boxes_sum + pair * len(target.labels) / max(1, len(tokens))
-            overlaps = pairwise_iou(
-                cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(target.boxes_cxcywh)
-            )
-            quality = overlaps.max(dim=1).values
-        wanted = torch.where(quality > _QUALITY_FLOOR, quality, 0.0)
-        terms = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        weights = (wanted - logits.detach().sigmoid()).abs() ** gamma * valid
-        quality_sum = quality_sum + (terms * weights).sum()
-    return ProposalLosses(boxes_sum, quality_sum)
-
-
-def _cheapest_tokens(boxes: Tensor, objects: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (token, object) pairs: each object's cheapest valid tokens by L1 and GIoU."""
-    cost = 5 * torch.cdist(boxes.float(), objects.float(), p=1)
-    cost = cost - 2 * pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
-    cost = cost.masked_fill(~valid[:, None], torch.inf)
-    count = min(_TOKENS_PER_OBJECT, int(valid.sum()))
-    chosen = cost.topk(count, dim=0, largest=False).indices
-    numbers = torch.arange(len(objects), device=boxes.device).expand(count, -1)
-    return chosen.flatten(), numbers.flatten()
+    objects = [Targets(torch.zeros_like(each.labels), each.boxes_cxcywh) for each in targets]
+    costs = MatchingCosts(
+        cost_class=settings.cost_class,
+        cost_bbox=settings.cost_bbox,
+        cost_giou=settings.cost_giou,
+        focal_alpha=settings.focal_alpha,
+        focal_gamma=settings.focal_gamma,
+    )
+    logits = encoder.objectness_logits
+    pairs = match(logits[..., None], encoder.boxes_cxcywh, objects, costs, valid=encoder.valid)
+    wanted = torch.zeros_like(logits)
+    wanted[pairs.image_index, pairs.query_index] = 1.0
+    objectness = focal_loss(
+        logits.float(),
+        wanted,
+        alpha=settings.focal_alpha,
+        gamma=settings.focal_gamma,
+        weights=encoder.valid.float(),
+    )
+    boxes = encoder.boxes_cxcywh[pairs.image_index, pairs.query_index]
+    aims = torch.cat([each.boxes_cxcywh for each in targets])[pairs.target_index]
+    total = (
+        settings.weight_class * objectness
+        + settings.weight_bbox * box_l1_loss(boxes, aims)
+        + settings.weight_giou * box_giou_loss(boxes, aims)
+    )
+    return total / max(1, sum(len(each.labels) for each in targets))
 
 
 def _train(
@@ -207,9 +189,7 @@ def _train(
             _set_rate(optimizer, config, iteration / total)
             _, _, encoder = trunk(batch.images.to(device))
             targets = [target.to(device) for target in batch.targets]
-            losses = proposal_losses(encoder, targets, gamma=_QUALITY_GAMMA)
-            num_boxes = max(1, sum(len(target.labels) for target in targets))
-            loss = (losses.boxes + losses.quality) / num_boxes
+            loss = proposal_loss(encoder, targets, config.detection)
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(
                     f"the proposal network's loss is not finite at step {iteration}: lower "
@@ -258,7 +238,7 @@ def _fit_key(plan: FitPlan, split: Split, images: ImageCheck) -> str:
             "optim": asdict(plan.config.optim),
             "seed": plan.config.seed,
             "images": images.content_xxh3,
-            "loss": [_TOKENS_PER_OBJECT, _QUALITY_FLOOR, _QUALITY_GAMMA],
+            "loss": asdict(plan.config.detection),
         },
         sort_keys=True,
     )

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 OVERRIDES = (
     "student.backbone.weights=random", "student.backbone.width=16", "student.embed_dim=64",
     "student.num_heads=4", "student.ffn_dim=64", "student.dropout=0.1",
-    "data.image_size=64", "data.batch_size=4", "optim.lr=2e-3",
+    "data.image_size=64", "data.batch_size=4", "optim.lr=8e-4",
 )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_the_plan_is_a_sixth_of_the_experiment_in_small_batches(request_: CacheR
     )
     assert plan.config.optim.epochs == 12
     assert plan.config.data.batch_size == 12  # no more than there are pictures
-    assert plan.config.optim.lr == pytest.approx(8e-4 * 12 / 128)
+    assert plan.config.optim.lr == pytest.approx(2.5 * 8e-4 * 12 / 128)
     assert not plan.config.kd.enabled
     with pytest.raises(UsageError, match="--experiment"):
         fit_plan(replace(request_, experiment=None), replace(split, name="coco:a:b"))

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dkdetr.config import BackboneConfig, StudentConfig
+from dkdetr.config import BackboneConfig, DetectionLossConfig, StudentConfig
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.structures import EncoderOutput, Targets
 from dkdetr.student.build import build_trunk
-from pipeline.fit import proposal_losses
+from pipeline.fit import proposal_loss
 from pipeline.proposal_network import NetworkProposals, load_network, save_network
 from pipeline.proposal_sources import parse_proposals
 from pipeline.proposals import (
@@ -154,25 +154,22 @@ def _encoder(boxes: list[list[float]], logits: list[float]) -> EncoderOutput:
     )
 
 
-def test_quality_is_the_overlap_and_the_certain_fade() -> None:
-    # Token 0 is the object itself, token 1 covers its half, tokens 2 and 3 are elsewhere.
-    boxes = [[0.5, 0.5, 0.4, 0.4], [0.4, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1]]
-    encoder = _encoder(boxes, [0.0, 0.0, 0.0, -float(np.log(9))])
-    target = Targets(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
-    losses = proposal_losses(encoder, [target], gamma=2.0)
-    log2 = float(np.log(2))
-    # (1 - 1/2)^2 log 2, nothing, (1/2)^2 log 2, and (1/10)^2 -log(9/10)
-    expected = 0.25 * log2 + 0.25 * log2 - 0.01 * float(np.log(0.9))
-    assert losses.quality.item() == pytest.approx(expected, abs=1e-5)
-    (gradient,) = torch.autograd.grad(losses.quality, encoder.objectness_logits)
-    # Weight times (sigmoid(logit) - target).
-    np.testing.assert_allclose(gradient[0], [-0.125, 0.0, 0.125, 0.001], atol=1e-5)
+def test_an_object_teaches_one_token_and_the_others_are_background() -> None:
+    # Tokens 0 and 1 lie on the object, 1 exactly; token 2 is elsewhere.
+    boxes = [[0.5, 0.5, 0.3, 0.4], [0.5, 0.5, 0.4, 0.4], [0.9, 0.9, 0.1, 0.1]]
+    encoder = _encoder(boxes, [0.0, 0.0, 0.0])
+    target = Targets(torch.tensor([7]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
+    loss = proposal_loss(encoder, [target], DetectionLossConfig())
+    # Focal at p = 1/2: alpha 1/4 log 2 for the object's token, 3/4 1/4 log 2 for each other.
+    focal = (0.25 + 2 * 0.75) * 0.25 * float(np.log(2))
+    assert loss.item() == pytest.approx(2 * focal, abs=1e-5)
+    signs = torch.autograd.grad(loss, encoder.objectness_logits)[0].sign()[0]
+    assert signs.tolist() == [1, -1, 1]  # a step against it raises token 1 alone
 
 
 def test_a_picture_without_objects_still_has_a_loss_with_a_gradient() -> None:
     encoder = _encoder([[0.5, 0.5, 0.4, 0.4]], [0.0])
     empty = Targets(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
-    losses = proposal_losses(encoder, [empty], gamma=2.0)
-    (losses.boxes + losses.quality).backward()
-    assert losses.boxes.item() == 0
+    proposal_loss(encoder, [empty], DetectionLossConfig()).backward()
     assert encoder.objectness_logits.grad is not None
+    assert encoder.boxes_cxcywh.grad is not None

@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit bench faults faults-cache faults-train clean
+.PHONY: demo test check unit faults-cache clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -23,6 +23,10 @@ check: $(INSTALLED)
 
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+# The long fault tests: 200 kills, 1,000 flipped bits.
+faults-cache: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

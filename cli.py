@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,10 @@ Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting: a.b=c (repeatable)")
+    list[str] | None,
+    typer.Option(
+        "--set", help="Override a setting: a.b=c (repeatable); in cache-teacher, of `fit`'s network"
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
@@ -83,7 +86,7 @@ def _sentence(error: Exception, code: int) -> str:
     if code == 9:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]}; lower data.batch_size, "
-            "data.image_size or eval.batch_size with --set"
+            "data.image_size or (training anew) eval.batch_size with --set"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
@@ -92,6 +95,11 @@ def _sentence(error: Exception, code: int) -> str:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _tell(lines: Sequence[str], json_out: str | None) -> None:
+    """Prints for people; out of the way where stdout is to hold JSON alone."""
+    print("\n".join(lines), file=sys.stderr if json_out == "-" else sys.stdout)
 
 
 def _report(result: dict[str, Any], destination: str | None) -> None:
@@ -130,9 +138,14 @@ def cache_teacher_command(
     keep: Annotated[int, typer.Option(help="Proposals kept of an image")] = 300,
     storage: Annotated[str, typer.Option(help="fp16 or int8")] = "fp16",
     crop_mode: Annotated[str, typer.Option(help="squash or clip_center")] = "squash",
-    prompts: Annotated[str, typer.Option(help="Prompt set of the text embeddings")] = "vild63",
+    prompts: Annotated[
+        str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
+    ] = "vild63",
     workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Join a Dask scheduler: HOST:PORT")] = None,
+    max_bad: Annotated[
+        float, typer.Option(help="Share of unreadable images that is set aside")
+    ] = 0.001,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs")] = False,
     experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
     fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
@@ -162,10 +175,11 @@ def cache_teacher_command(
         experiment=experiment,
         overrides=tuple(overrides or ()),
         fit_epochs=fit_epochs,
+        max_bad=max_bad,
         command=" ".join(sys.argv[1:]),
     )
     result = price_cache(request) if dry_run else cache_teacher(request, _say)
-    print("\n".join(result.lines()))
+    _tell(result.lines(), json_out)
     _report(result.as_json(), json_out)
 
 
@@ -179,7 +193,7 @@ def cache_info(
     from pipeline.inspect import describe_cache
 
     described = describe_cache(path)
-    print("\n".join(described.lines()))
+    _tell(described.lines(), json_out)
     _report(described.as_json(), json_out)
 
 
@@ -194,7 +208,7 @@ def cache_verify(
     from pipeline.inspect import verify_and_report
 
     report = verify_and_report(path, data_root)
-    print("\n".join(report.lines()))
+    _tell(report.lines(), json_out)
     _report(report.as_json(), json_out)
     report.raise_problems()
 
@@ -275,24 +289,26 @@ def eval_command(
     else:
         scored = evaluate_run(request, _build_vocabulary)
     _say(f"{scored.subject} on {scored.split}, {scored.evaluation.seconds:.0f} s")
-    scored.print_table()
+    if json_out != "-":
+        scored.print_table()
     _report(scored.as_json(), json_out)
 
 
-def _build_vocabulary(split: Any, teacher: str) -> Any:
+def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> Any:
     from pipeline.vocabularies import build_split_vocabulary
 
-    return build_split_vocabulary(split, teacher)
+    return build_split_vocabulary(split, teacher, templates)
 
 
 @_command(data_app, "list")
-def data_list(data_root: DataRoot = Path("data"), json_out: Json = None) -> None:
+def data_list(
+    data_root: DataRoot = Path("data"), json_out: Json = None, verbose: Verbose = False
+) -> None:
     """List the splits by name and whether their files are there."""
     from dkdetr.data.splits import list_splits
 
     found = list_splits(data_root)
-    for name, problem in found.items():
-        print(f"{name:26s} {problem or 'there'}")
+    _tell([f"{name:26s} {problem or 'there'}" for name, problem in found.items()], json_out)
     _report(dict(found), json_out)
 
 
@@ -310,7 +326,7 @@ def data_check(
     from dkdetr.data.splits import load_split
 
     summary = summarise_split(load_split(split, data_root))
-    print("\n".join(summary.lines()))
+    _tell(summary.lines(), json_out)
     _report(asdict(summary), json_out)
 
 
@@ -343,10 +359,11 @@ def config_show(
 
     resolved = load_experiment(experiment, overrides or ())
     table = config_to_dict(resolved.config)
-    for key, value in flatten(table).items():
-        origin = resolved.origins.get(key)
-        print(f"{key} = {value!r}" + (f"    # {origin}" if origin else ""))
-    print(f"# hash {config_hash(resolved.config)}")
+    lines = [
+        f"{key} = {value!r}" + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
+        for key, value in flatten(table).items()
+    ]
+    _tell([*lines, f"# hash {config_hash(resolved.config)}"], json_out)
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)
 
 

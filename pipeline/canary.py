@@ -41,7 +41,7 @@ def canary_embeddings(encoder: _Encoder) -> Float[np.ndarray, "num_canaries embe
     if not np.isfinite(embeddings).all():
         raise MismatchError(
             "the teacher's embeddings are not finite: its weights do not bear this precision; "
-            "try --teacher-precision bf16 or fp32"
+            "half precision may not suit these weights: try --device cpu"
         )
     return embeddings
 

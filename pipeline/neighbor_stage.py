@@ -32,7 +32,7 @@ def add_neighbors(path: Path, plan: Plan) -> tuple[str, ...]:
     if per_image < 1:
         return (
             f"no neighbour lists: an exact search over {plan.num_images:,} images takes too long "
-            f"to be done unasked; training needs them only for rkd.neighbor_fraction; {later}",
+            f"to be done unasked, and training does without them; {later}",
         )
     try:
         rebuild_neighbors(path, per_image=per_image)

@@ -14,7 +14,7 @@ DEFAULT_PROMPTS = "vild63"
 
 
 def build_split_vocabulary(
-    split: Split, teacher_spec: str, *, prompts: str = DEFAULT_PROMPTS, device: str = "cpu"
+    split: Split, teacher_spec: str, templates: tuple[str, ...], *, device: str = "cpu"
 ) -> Vocabulary:
     """Returns the vocabulary of all of a split's categories, in their order.
 
@@ -22,7 +22,7 @@ def build_split_vocabulary(
         DkdetrError: see `load_teacher` and `build_vocabulary`.
     """
     teacher = load_teacher(teacher_spec, device)
-    return build_vocabulary(split.categories, prompt_set(prompts).templates, teacher)
+    return build_vocabulary(split.categories, templates, teacher)
 
 
 def text_parts(split: Split, prompts: str, teacher: Teacher) -> dict[str, Any]:

@@ -76,9 +76,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         "iteration": checkpoint.progress.iteration,
     }
     write_text(_marker_of(path), json.dumps(marker))
-    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
-        _marker_of(old).unlink(missing_ok=True)
-        old.unlink()
+    # Files of later iterations are leftovers of a run that was set back: they count for nothing.
+    files = sorted(folder.glob("step_*.pt"))
+    kept = [file for file in files if file <= path][-keep:]
+    for old in files:
+        if old not in kept:
+            _marker_of(old).unlink(missing_ok=True)
+            old.unlink()
     return path
 
 
@@ -130,6 +134,8 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
         if not run_or_checkpoint.is_file():
             raise DataError(f"no checkpoint '{run_or_checkpoint}'")
         return run_or_checkpoint
+    if not run_or_checkpoint.is_dir():
+        raise DataError(f"no run folder '{run_or_checkpoint}'")
     latest = latest_checkpoint(run_or_checkpoint / "checkpoints")
     if latest is None:
         raise DataError(

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,8 @@ from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
 from dkdetr.evaluation.table import print_metrics
 
-VocabularyBuilder = Callable[[Split, str], Vocabulary]
-"""Builds a split's vocabulary with the teacher that a specification names."""
+VocabularyBuilder = Callable[[Split, str, tuple[str, ...]], Vocabulary]
+"""Builds a split's vocabulary with a teacher (its specification) and prompt templates."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
     Raises:
         MismatchError: no vocabulary fits the split.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("eval runs in one process: start it without torchrun")
     run = request.run or newest_run(request.runs)
     if run is None:
         raise DataError(
@@ -83,6 +87,8 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
     split = load_split(request.split or validation_split(checkpoint.cache_split), request.data_root)
     vocabulary = _fitting_vocabulary(request, checkpoint, path, split, build_vocabulary)
     device = pick_device(request.device)
+    if _provenance(path).get("random_teacher"):
+        print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     evaluation = evaluate_student(
         load_student(checkpoint).to(device),
         split,
@@ -155,7 +161,7 @@ def _fitting_vocabulary(
             f"the checkpoint's {len(own)} names are not those of '{split.name}'; give a vocabulary "
             f"of {teacher} with --vocab"
         )
-    built = build_vocabulary(split, spec)
+    built = build_vocabulary(split, spec, own.prompts)
     if built.teacher != teacher:
         raise MismatchError(
             f"the student learned from {teacher}, but '{spec}' is now {built.teacher}; give a "
@@ -165,7 +171,10 @@ def _fitting_vocabulary(
 
 
 def _teacher_spec(checkpoint: Path) -> str | None:
-    provenance = RunFolder(checkpoint.parent.parent).provenance
-    if not provenance.is_file():
-        return None
-    return json.loads(provenance.read_text(encoding="utf-8")).get("teacher_spec")
+    return _provenance(checkpoint).get("teacher_spec")
+
+
+def _provenance(checkpoint: Path) -> dict[str, Any]:
+    """Returns what the checkpoint's run folder says of its origin; nothing for a lone file."""
+    path = RunFolder(checkpoint.parent.parent).provenance
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

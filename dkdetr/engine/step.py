@@ -78,7 +78,11 @@ class TrainingStep:
         # Dropout is a function of the iteration, so that a resumed run draws the same.
         torch.manual_seed(hash((self._config.seed, iteration, self._ranks.rank)) % 2**63)
         output = self._forward(batch)
-        report = self._criterion(output, batch.targets, batch.regions, self._normalisers(batch))
+        try:
+            normalisers = self._normalisers(batch)
+            report = self._criterion(output, batch.targets, batch.regions, normalisers)
+        except NonFiniteLossError:
+            raise NonFiniteLossError(self._explain({}, output, batch)) from None
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(report.total).backward()
         self.scaler.unscale_(self.optimizer)

@@ -1,10 +1,12 @@
 """The training loop: streams the cache, steps the student, and can be stopped at any time."""
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +87,11 @@ class _Run:
         self.vocabulary: Vocabulary = from_metadata(*reader.text())
         split = load_split(self.cache.split, request.data_root)
         _refuse_impossible(config, ranks)
+        if self.cache.random_teacher and ranks.is_first:
+            print(
+                f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
+                file=sys.stderr,
+            )
         self.folder = self._open_folder()
         torch.manual_seed(config.seed)
         self.student = build_student(config, text_dim=self.vocabulary.embed_dim).to(ranks.device)
@@ -97,6 +104,7 @@ class _Run:
             ranks,
             precision=choose_precision(config.optim.precision, ranks.device),
         )
+        self._saved_at = -1
         self.progress = self._restore()
         self.loader: BatchStream[TrainingBatch] = make_training_loader(
             split,
@@ -113,11 +121,32 @@ class _Run:
         )
 
     def go(self) -> TrainSummary:
-        started = last_saved = time.monotonic()
-        log = MetricLog(self.folder.metrics, after_iteration=self.progress.iteration)
-        recent = _Recent()
+        """Returns how the run ended, after its last epoch."""
+        started = time.monotonic()
         total = self.epoch_length * self.config.optim.epochs
+        recent = _Recent()
+        log = None
+        if self.ranks.is_first:
+            log = MetricLog(self.folder.metrics, after_iteration=self.progress.iteration)
+        try:
+            self._train(total, recent, log)
+        except (RuntimeError, EOFError, OSError):
+            # A SIGTERM for the whole group ends the loader's processes too.
+            if not self.stop.is_set or self.ranks.world_size > 1:
+                raise
+            self._stop()
+        finally:
+            if log is not None:
+                log.close()
+        path = self._save()
+        seconds = time.monotonic() - started
+        return TrainSummary(self.request.run, path, total, seconds, recent.last)
+
+    def _train(self, total: int, recent: "_Recent", log: MetricLog | None) -> None:
+        last_saved = time.monotonic()
         quiet = not self.ranks.is_first
+        if self.ranks.any(self.stop.is_set):
+            self._stop()
         with progress("train", total, done=self.progress.iteration, quiet=quiet) as advance:
             for batch, wait in _timed(self.loader):
                 self._enter_epoch()
@@ -130,18 +159,17 @@ class _Run:
                     self._log(log, recent)
                     advance(done, recent.note())
                 if self.ranks.any(self.stop.is_set):
-                    path = self._save()
-                    raise PreemptedError(
-                        f"stopped by SIGTERM at iteration {done}; saved {path}; "
-                        "the same command goes on from there"
-                    )
+                    self._stop()
                 if self._due(last_saved):
                     self._save()
                     last_saved = time.monotonic()
+
+    def _stop(self) -> NoReturn:
         path = self._save()
-        log.close()
-        seconds = time.monotonic() - started
-        return TrainSummary(self.request.run, path, total, seconds, recent.last)
+        raise PreemptedError(
+            f"stopped by SIGTERM at iteration {self.progress.iteration}; saved {path}; "
+            "the same command goes on from there"
+        )
 
     def _open_folder(self) -> RunFolder:
         provenance = {
@@ -170,6 +198,7 @@ class _Run:
         self.student.load_state_dict(dict(checkpoint.student))
         self.optimizer.load_state_dict(dict(checkpoint.optimizer))
         self.step.scaler.load_state_dict(dict(checkpoint.scaler))
+        self._saved_at = checkpoint.progress.iteration
         return checkpoint.progress
 
     def _enter_epoch(self) -> None:
@@ -201,6 +230,9 @@ class _Run:
 
     def _save(self) -> Path:
         path = self.folder.checkpoints / f"step_{self.progress.iteration:08d}.pt"
+        if self._saved_at == self.progress.iteration:
+            return path
+        self._saved_at = self.progress.iteration
         if self.ranks.is_first:
             path = save_checkpoint(
                 self.folder.checkpoints,
@@ -218,12 +250,12 @@ class _Run:
         self.ranks.wait()
         return path
 
-    def _log(self, log: MetricLog, recent: "_Recent") -> None:
+    def _log(self, log: MetricLog | None, recent: "_Recent") -> None:
         values = recent.means()
         if self.ranks.device.type == "cuda":
             values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         values["epoch"] = self.progress.epoch
-        if self.ranks.is_first:
+        if log is not None:
             log.write("train", self.progress.iteration, values)
 
 
@@ -288,6 +320,15 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
         raise UsageError(
             f"data.batch_size={config.data.batch_size} does not divide by {ranks.world_size} ranks"
         )
+    kd = config.kd
+    if kd.enabled and kd.start_epoch >= config.optim.epochs:
+        raise UsageError(
+            f"kd.start_epoch={kd.start_epoch} lies behind the last of the {config.optim.epochs} "
+            "epochs: nothing would be distilled. Set it lower, or switch distillation off with "
+            "kd.regions_per_image=0"
+        )
+    if config.optim.lr <= 0 or config.optim.epochs < 1 or min(kd.skd.weight, kd.rkd.weight) < 0:
+        raise UsageError("optim.lr and optim.epochs must be above 0, kd weights not below")
     sync = config.student.backbone.norm == "sync_batch"
     if sync and ranks.world_size > 1 and ranks.device.type == "cpu":
         raise UsageError(

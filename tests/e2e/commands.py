@@ -12,9 +12,16 @@ DKDETR = (sys.executable, "-c", "from cli import main; main()")
 
 def run_command(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Returns the finished process; it sees this checkout and one thread."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=500
+        command, cwd=cwd, env=_environment(), capture_output=True, text=True, check=False,
+        timeout=500,
+    )  # fmt: skip
+
+
+def start_dkdetr(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """Returns a `dkdetr` command that is still running."""
+    return subprocess.Popen(
+        [*DKDETR, *words], cwd=cwd, env=_environment(), stderr=subprocess.PIPE, text=True
     )
 
 
@@ -28,3 +35,7 @@ def succeed(*words: str, cwd: Path) -> str:
     done = dkdetr(*words, cwd=cwd)
     assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.e2e.commands import dkdetr, succeed
+from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
+from tests.e2e.commands import dkdetr, start_dkdetr, succeed
 from tests.e2e.small_coco import write_coco_folder
 
 TINY = [
@@ -92,24 +96,55 @@ def test_a_cache_of_another_teacher_is_refused(trial) -> None:
     assert "Traceback" not in refused.stderr
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped(trial) -> None:
-    """One epoch, then the second: the weights are bitwise those of the uninterrupted run."""
-    import torch
-
-    from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
-
+def test_a_run_stopped_by_sigterm_equals_one_that_was_never_stopped(trial) -> None:
+    """Stopped in the burn-in epoch, with dropout on: weights and optimiser end bitwise equal."""
     folder, *_ = trial
-    words = ("--cache", "cache/trial", "--experiment", "trial", "--run", "runs/b", *TINY)
-    succeed("train", *words, "--set", "checkpoint_every_s=0", cwd=folder)
-    checkpoints = sorted((folder / "runs/b/checkpoints").glob("step_*.pt"))
-    assert len(checkpoints) == 2
-    whole = load_checkpoint(checkpoints[-1])
-    checkpoints[-1].unlink()
-    checkpoints[-1].with_suffix(".json").unlink()
-    succeed("train", *words, "--set", "checkpoint_every_s=0", cwd=folder)
-    again = load_checkpoint(find_checkpoint(folder / "runs/b"))
-    assert again.progress == whole.progress
-    assert all(torch.equal(again.student[name], whole.student[name]) for name in whole.student)
+    words = ("--cache", "cache/trial", "--experiment", "trial", *TINY, "--set",
+             "student.dropout=0.1", "--set", "checkpoint_every_s=0")  # fmt: skip
+    succeed("train", *words, "--run", "runs/whole", cwd=folder)
+    command = start_dkdetr("train", *words, "--run", "runs/cut", cwd=folder)
+    while not list((folder / "runs/cut").glob("checkpoints/*.json")):
+        assert command.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.02)
+    command.terminate()
+    _, message = command.communicate(timeout=120)
+    assert command.returncode == 75, message
+    cut = load_checkpoint(find_checkpoint(folder / "runs/cut"))
+    assert f"iteration {cut.progress.iteration}" in message
+    succeed("train", *words, "--run", "runs/cut", cwd=folder)
+    whole, resumed = (
+        load_checkpoint(find_checkpoint(folder / "runs" / name)) for name in ("whole", "cut")
+    )
+    assert cut.progress.iteration < whole.progress.iteration == resumed.progress.iteration
+    assert all(torch.equal(resumed.student[name], whole.student[name]) for name in whole.student)
+    for index, state in whole.optimizer["state"].items():
+        for name, value in state.items():
+            assert torch.equal(resumed.optimizer["state"][index][name], value)
+
+
+def test_an_unsealed_cache_is_refused(trial, tmp_path) -> None:
+    folder, *_ = trial
+    shutil.copytree(folder / "cache/trial", tmp_path / "c")
+    (tmp_path / "c" / "COMPLETE.json").unlink()
+    refused = dkdetr("train", "--cache", str(tmp_path / "c"), "--experiment", "trial", cwd=tmp_path)
+    assert refused.returncode == 4
+    assert "cache-teacher" in refused.stderr
+
+
+def test_a_random_teacher_is_named_by_every_reader(trial, tmp_path) -> None:
+    folder, train, val, _ = trial
+    # The shipped small model's architecture with random weights.
+    words = ("cache-teacher", "--split", train, "--out", "random", "--teacher", "RN50:random",
+             "--proposals", "fit:cache/trial", "--keep", "2", "--prompts", "single")  # fmt: skip
+    assert "RANDOM" in succeed(*words, cwd=folder)
+    assert "RANDOM" in succeed("cache", "info", "random", cwd=folder)
+    done = dkdetr("train", "--cache", "random", "--experiment", "trial", "--run", "runs/random",
+                  *TINY, cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "RANDOM TEACHER" in done.stderr
+    scored = dkdetr("eval", "runs/random", "--split", val, cwd=folder)
+    assert scored.returncode == 0, scored.stderr
+    assert "RANDOM TEACHER" in scored.stderr
 
 
 @pytest.mark.skipif("DKDETR_TEST_COCO" not in os.environ, reason="names no COCO folder")

@@ -66,6 +66,16 @@ def test_only_the_newest_are_kept(tmp_path) -> None:
     ]
 
 
+def test_leftovers_of_later_iterations_never_push_out_what_is_whole(tmp_path) -> None:
+    for iteration in (1, 8, 9):
+        save_checkpoint(tmp_path, checkpoint(iteration), keep=9)
+    for iteration in (8, 9):
+        (tmp_path / f"step_{iteration:08d}.json").unlink()
+    saved = save_checkpoint(tmp_path, checkpoint(2))
+    assert latest_checkpoint(tmp_path) == saved
+    assert len(list(tmp_path.glob("*.pt"))) == 2
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "no marker", "bad marker"])
 def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path, damage) -> None:
     good, bad = (save_checkpoint(tmp_path, checkpoint(i)) for i in (1, 2))

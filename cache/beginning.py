@@ -32,11 +32,12 @@ def refuse_foreign_folder(path: Path) -> None:
         raise CacheError(f"{path} is a file, not a folder for a cache")
     if not path.exists() or (path / CACHE_FILE).exists():
         return
-    ours = {PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text", "proposals"}
-    names = sorted(entry.name for entry in path.iterdir())
-    foreign = [
-        name for name in names if name not in ours and not name.startswith((LOCK_FILE, *ours))
-    ]
+    # Prefixes: a kill leaves NAME.*.partial of any of them, of CACHE.json too.
+    ours = (
+        LOCK_FILE, CACHE_FILE, PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text",
+        "proposals",
+    )  # fmt: skip
+    foreign = sorted(e.name for e in path.iterdir() if not e.name.startswith(ours))
     if foreign:
         raise CacheError(
             f"{path} is not a cache and not empty (it holds '{foreign[0]}'): name another folder"

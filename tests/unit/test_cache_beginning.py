@@ -15,5 +15,5 @@ def test_what_a_kill_left_of_the_first_files_is_ours(tmp_path, name: str) -> Non
 
 def test_anything_else_is_foreign_and_named(tmp_path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(CacheError, match="holiday.jpg"):
+    with pytest.raises(CacheError, match=r"holiday\.jpg"):
         refuse_foreign_folder(tmp_path)

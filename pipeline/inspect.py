@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.layout import PLAN_FILE, load_plan
 from cache.spec import CorruptCacheError
 from cache.store import CacheInfo, open_cache
 from cache.verify import VerifyReport, verify_cache
@@ -121,8 +122,9 @@ def verify_and_report(path: Path, data_root: Path) -> CheckedCache:
     Raises:
         CacheError: there is no cache at all.
     """
-    with progress("verify", 1) as advance:
-        report = verify_cache(path, on_shard=lambda done, total: advance(done, f"of {total}"))
+    num_shards = load_plan(path).num_shards if (path / PLAN_FILE).is_file() else 0
+    with progress("verify", num_shards) as advance:
+        report = verify_cache(path, on_shard=lambda done, _total: advance(done, ""))
     if report.problems or not report.sealed:
         return CheckedCache(report, (), "the cache is not whole")
     reader = open_cache(path)

@@ -155,7 +155,7 @@ def _fitting_vocabulary(
     wanted = {category.category_id: category.name for category in split.categories}
     if wanted == dict(zip(own.category_ids, own.names, strict=True)):
         return own
-    spec = _teacher_spec(path)
+    spec = _provenance(path).get("teacher_spec")
     if build_vocabulary is None or spec is None:
         raise MismatchError(
             f"the checkpoint's {len(own)} names are not those of '{split.name}'; give a vocabulary "
@@ -168,10 +168,6 @@ def _fitting_vocabulary(
             "vocabulary of the first with --vocab"
         )
     return built
-
-
-def _teacher_spec(checkpoint: Path) -> str | None:
-    return _provenance(checkpoint).get("teacher_spec")
 
 
 def _provenance(checkpoint: Path) -> dict[str, Any]:

@@ -355,7 +355,7 @@ def config_show(
     verbose: Verbose = False,
 ) -> None:
     """Print the resolved settings, and who set each that is not the default."""
-    from dkdetr.config import config_hash, config_to_dict, flatten, load_experiment
+    from dkdetr.experiment_file import config_hash, config_to_dict, flatten, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
     table = config_to_dict(resolved.config)

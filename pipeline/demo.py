@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cache.store import open_cache
-from dkdetr.config import ExperimentConfig, load_experiment
+from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import from_metadata
@@ -34,6 +34,7 @@ from dkdetr.evaluation.pictures import choose_images
 from dkdetr.evaluation.report import RunForReport, write_report
 from dkdetr.evaluation.results import read_results
 from dkdetr.evaluation.table import print_metrics
+from dkdetr.experiment_file import load_experiment
 from dkdetr.progress import format_duration, progress
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor

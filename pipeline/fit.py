@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from cache.layout import CACHE_FILE
 from dkdetr.atomic_file import write_bytes
-from dkdetr.config import DetectionLossConfig, ExperimentConfig, load_experiment
+from dkdetr.config import DetectionLossConfig, ExperimentConfig
 from dkdetr.data.loader import make_training_loader
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError, NonFiniteLossError
+from dkdetr.experiment_file import load_experiment
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.matcher import MatchingCosts, match
 from dkdetr.progress import progress

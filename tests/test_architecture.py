@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dkdetr.config import load_experiment, shipped_experiments
+from dkdetr.experiment_file import load_experiment, shipped_experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dkdetr", "pipeline", "cache", "tests")

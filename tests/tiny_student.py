@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dkdetr.config import ExperimentConfig, config_from_dict
+from dkdetr.config import ExperimentConfig
+from dkdetr.experiment_file import config_from_dict
 from dkdetr.losses.criterion import Criterion, LossReport, Normalisers, count_boxes, count_regions
 from dkdetr.structures import ImageBatch, StudentOutput, Targets, TeacherRegions
 from dkdetr.student.build import build_student

@@ -17,9 +17,10 @@ import torch
 import xxhash
 
 from dkdetr.atomic_file import atomic_file, write_text
-from dkdetr.config import ExperimentConfig, config_from_dict, config_to_dict
+from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.experiment_file import config_from_dict, config_to_dict
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from dkdetr.atomic_file import write_text
-from dkdetr.config import ExperimentConfig, config_to_dict, dump_toml, flatten
+from dkdetr.config import ExperimentConfig
 from dkdetr.errors import CorruptArtefactError, MismatchError
+from dkdetr.experiment_file import config_to_dict, dump_toml, flatten
 
 
 @dataclass(frozen=True)

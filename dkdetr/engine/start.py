@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.store import open_cache
-from dkdetr.config import config_hash, load_experiment, shipped_experiments
 from dkdetr.engine.train import TrainRequest, TrainSummary, train
 from dkdetr.errors import UsageError
+from dkdetr.experiment_file import config_hash, load_experiment, shipped_experiments
 
 _BY_SPLIT = {"lvis": "lvis_r50_70e", "ovcoco": "ovcoco_r50"}
 

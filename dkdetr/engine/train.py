@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from cache.store import open_cache
-from dkdetr.config import ExperimentConfig, config_hash
+from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
@@ -33,6 +33,7 @@ from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
 from dkdetr.errors import PreemptedError, UsageError
+from dkdetr.experiment_file import config_hash
 from dkdetr.progress import progress
 from dkdetr.structures import TrainingBatch
 from dkdetr.student.build import build_student

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tiny_student import image_batch, unit_rows
 from torch import Tensor, nn
 
-from dkdetr.config import ExperimentConfig, config_from_dict
+from dkdetr.config import ExperimentConfig
+from dkdetr.experiment_file import config_from_dict
 from dkdetr.inference.convert import ConversionReport, convert
 from dkdetr.structures import ImageBatch
 from dkdetr.student.build import build_student

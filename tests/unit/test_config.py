@@ -2,7 +2,7 @@
 
 import pytest
 
-from dkdetr.config import (
+from dkdetr.experiment_file import (
     ConfigError,
     config_from_dict,
     config_hash,

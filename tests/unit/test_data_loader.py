@@ -11,7 +11,13 @@ from cache.rows import ImageRows
 from cache.spec import PART_NAMES, UnsealedCacheError
 from cache.writer import create_or_resume
 from dkdetr.boxes import cxcywh_to_xyxy
-from dkdetr.config import DataConfig, EvalConfig, ExperimentConfig, KDConfig, OptimConfig
+from dkdetr.config import (
+    DataConfig,
+    EvalConfig,
+    ExperimentConfig,
+    KDConfig,
+    OptimConfig,
+)
 from dkdetr.data.image_files import UnreadableImageError
 from dkdetr.data.loader import batches_per_epoch, make_evaluation_loader, make_training_loader
 from dkdetr.data.splits import Split, load_split

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dkdetr.config import config_from_dict
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import (
     Checkpoint,
@@ -21,6 +20,7 @@ from dkdetr.engine.checkpoint import (
 from dkdetr.engine.metric_log import MetricLog, read_metrics
 from dkdetr.engine.run_folder import open_run
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
+from dkdetr.experiment_file import config_from_dict
 
 CONFIG = config_from_dict({"name": "x"})
 

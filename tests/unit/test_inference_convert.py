@@ -10,8 +10,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dkdetr.config import config_from_dict
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
+from dkdetr.experiment_file import config_from_dict
 from dkdetr.inference.convert import convert, read_tensors
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR

@@ -1,0 +1,166 @@
+"""The one way to load, override and dump an experiment's settings.
+
+Order: dataclass default < the file an experiment `extends` < the experiment file < `--set a.b=c`.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from dkdetr.config import ExperimentConfig
+from dkdetr.errors import UsageError
+
+
+class ConfigError(UsageError):
+    """A setting is unknown, missing or has an impossible value; names its dotted path."""
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration and, for every dotted key that a file or `--set` gave, who gave it."""
+
+    config: ExperimentConfig
+    origins: Mapping[str, str]
+
+
+_ADAPTER = TypeAdapter(ExperimentConfig)
+
+
+def shipped_experiments() -> list[str]:
+    """Returns the names of the experiment files that come with the package."""
+    entries = files("dkdetr.experiments").iterdir()
+    return sorted(entry.name[:-5] for entry in entries if entry.name.endswith(".toml"))
+
+
+def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """Returns the resolved configuration of a shipped name or a TOML file, with `a.b=c` overrides.
+
+    Raises:
+        ConfigError: unknown experiment or key, or an impossible value; names the dotted path.
+    """
+    tables = _read_chain(experiment, seen=())
+    merged, origins = dict[str, Any](), dict[str, str]()
+    for source, table in tables:
+        _merge(merged, table, origins, source, prefix="")
+    for override in overrides:
+        _merge(merged, _parse_override(override), origins, "--set", prefix="")
+    merged.setdefault("name", Path(experiment).stem)
+    return ResolvedConfig(config=config_from_dict(merged), origins=origins)
+
+
+def config_from_dict(table: Mapping[str, Any]) -> ExperimentConfig:
+    """Returns the configuration of a plain table; raises ConfigError with the dotted path."""
+    try:
+        return _ADAPTER.validate_python(dict(table))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise ConfigError(f"unknown setting '{path}'{_nearest_keys(path)}") from None
+        raise ConfigError(f"setting '{path}': {first['msg']}, got {first['input']!r}") from None
+
+
+def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns a plain table that `config_from_dict` reads back; absent options are left out."""
+    return _without_none(asdict(config))
+
+
+def dump_toml(config: ExperimentConfig) -> str:
+    """Returns the whole configuration as TOML."""
+    return tomli_w.dumps(config_to_dict(config))
+
+
+def config_hash(config: ExperimentConfig) -> str:
+    """Returns 8 hex digits that change with any setting."""
+    canonical = json.dumps(config_to_dict(config), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns `{"a.b": value}` for nested tables."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_chain(experiment: str, seen: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    if experiment in seen:
+        raise ConfigError(f"experiment '{experiment}' extends itself: {' -> '.join(seen)}")
+    path = Path(experiment)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"no experiment file '{experiment}'")
+        text = path.read_text(encoding="utf-8")
+    elif experiment in shipped_experiments():
+        text = (files("dkdetr.experiments") / f"{experiment}.toml").read_text(encoding="utf-8")
+    else:
+        known = ", ".join(shipped_experiments())
+        raise ConfigError(f"unknown experiment '{experiment}'; shipped: {known}, or a .toml file")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"experiment '{experiment}' is not TOML: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return [(experiment, table)]
+    if str(parent).endswith(".toml"):
+        parent = str(path.parent / str(parent))
+    return [*_read_chain(str(parent), (*seen, experiment)), (experiment, table)]
+
+
+def _merge(
+    into: dict[str, Any],
+    table: Mapping[str, Any],
+    origins: dict[str, str],
+    source: str,
+    prefix: str,
+) -> None:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            inner = cast("Mapping[str, Any]", value)
+            _merge(into.setdefault(key, {}), inner, origins, source, f"{prefix}{key}.")
+        else:
+            into[key] = value
+            origins[f"{prefix}{key}"] = source
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set wants KEY=VALUE, got '{override}'")
+    try:
+        nested: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        nested = text
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def _nearest_keys(path: str) -> str:
+    parent: Any = ExperimentConfig
+    for part in path.split(".")[:-1]:
+        parent = next((f.type for f in fields(parent) if f.name == part), None)
+        if not is_dataclass(parent):
+            return ""
+    return "; known here: " + ", ".join(f.name for f in fields(parent))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(cast("dict[str, Any]", value)) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -228,7 +228,7 @@ def cache_neighbors(
 
 @_command(app, "train")
 def train_command(
-    cache: Annotated[Path, typer.Option(help="A sealed teacher cache")],
+    cache: Annotated[str, typer.Option(help="A sealed cache: a folder, an export, a URL")],
     experiment: Annotated[
         str | None, typer.Option(help="A shipped name or a TOML file; default: by the split")
     ] = None,
@@ -244,10 +244,11 @@ def train_command(
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     """
+    from cache.location import cache_path
     from dkdetr.engine.start import start_training
 
     settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-    summary = start_training(cache, experiment, settings, run, data_root, device)
+    summary = start_training(cache_path(cache), experiment, settings, run, data_root, device)
     _say(
         f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
         f"next: dkdetr eval {summary.run}"

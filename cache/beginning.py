@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.durable import dump_checked_json, sync_folder, write_atomic
+from cache.exported import refuse_export
 from cache.faults import fault_point
 from cache.layout import (
     CACHE_FILE,
@@ -30,6 +31,7 @@ def refuse_foreign_folder(path: Path) -> None:
     """Returns if `path` is free, or a cache begun or finished; else raises CacheError."""
     if path.exists() and not path.is_dir():
         raise CacheError(f"{path} is a file, not a folder for a cache")
+    refuse_export(path)
     if not path.exists() or (path / CACHE_FILE).exists():
         return
     # Prefixes: a kill leaves NAME.*.partial of any of them, of CACHE.json too.
@@ -52,7 +54,7 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
         raise StaleCacheError(
             f"{path} was made from other inputs:\n  {lines}\n"
             "Its embeddings would be wrong for this command and nothing would fail. "
-            "Name another folder with --out, or delete this one"
+            "next: the same command with another --out, or delete this cache first"
         )
     try:
         planned = load_plan(path)
@@ -61,10 +63,12 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
             f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
             "Delete this cache, or name another folder with --out"
         ) from None
-    if planned.to_dict() != json.loads(json.dumps(plan.to_dict())):
+    wanted = json.loads(json.dumps(plan.to_dict()))
+    if planned.to_dict() != wanted:
+        lines = "\n  ".join(diff_parts(planned.to_dict(), wanted))
         raise StaleCacheError(
-            f"{path} was planned with other images or shapes than this command's, though its "
-            "parts are the same. Name another folder with --out, or delete this one"
+            f"{path} was planned with other images or shapes, though its parts are the same:\n"
+            f"  {lines}\nnext: the same command with another --out, or delete this cache first"
         )
 
 

@@ -29,6 +29,8 @@ class Plan:
     max_gt: int
     storage: Storage
     batch_layout: Mapping[str, Any] = field(hash=False)
+    image_embeddings: bool = True
+    """False where nobody embedded the whole images: some imported caches."""
 
     def __post_init__(self) -> None:
         if not self.image_ids:
@@ -82,6 +84,7 @@ class Plan:
             "max_gt": self.max_gt,
             "storage": self.storage,
             "batch_layout": dict(self.batch_layout),
+            "image_embeddings": self.image_embeddings,
         }
 
     @classmethod
@@ -99,6 +102,7 @@ def make_plan(
     max_gt: int,
     storage: Storage,
     batch_layout: Mapping[str, Any],
+    image_embeddings: bool = True,
 ) -> Plan:
     """Returns a plan over the sorted ids, in shards of min(512, max(16, ceil(n / 16))) images.
 
@@ -106,9 +110,10 @@ def make_plan(
         image_ids: in any order.
         max_regions: regions kept of an image; the arrays are that long.
         embed_dim: length of an embedding.
-        max_gt: the most base ground-truth boxes any of these images has.
+        max_gt: the most base ground-truth boxes that an image may have; costs no room.
         storage: how region embeddings are stored; `int8` halves them, at a cosine of 0.9999.
         batch_layout: how the teacher's batches are composed.
+        image_embeddings: whether whole images are embedded too.
     """
     ordered = tuple(sorted(int(image_id) for image_id in image_ids))
     return Plan(
@@ -119,4 +124,5 @@ def make_plan(
         max_gt=max_gt,
         storage=storage,
         batch_layout=batch_layout,
+        image_embeddings=image_embeddings,
     )

@@ -36,7 +36,7 @@ class ImageRows:
     region_embeddings: Floats
     """[n, embed_dim], unit norm."""
     image_embedding: Floats
-    """[embed_dim], unit norm."""
+    """[embed_dim], unit norm; NaN where the plan has no embeddings of whole images."""
     gt_boxes_xyxy: Floats
     """[m, 4]"""
     gt_category_ids: NDArray[np.int64]
@@ -95,6 +95,8 @@ def rows_problem(rows: ImageRows, plan: Plan) -> str | None:
         array = getattr(rows, name)
         if array.shape != shape:
             return f"{name} has shape {array.shape} instead of {shape}"
+        if name == "image_embedding" and not plan.image_embeddings:
+            continue
         if not np.isfinite(array).all():
             return f"{name} has a value that is not finite"
     if n > plan.max_regions:
@@ -109,7 +111,11 @@ def rows_problem(rows: ImageRows, plan: Plan) -> str | None:
         or _box_problem("gt_boxes_xyxy", rows.gt_boxes_xyxy, height, width, _GT_TOLERANCE)
         or _score_problem(rows)
         or norm_problem("region_embeddings", rows.region_embeddings)
-        or norm_problem("image_embedding", rows.image_embedding[None])
+        or (
+            norm_problem("image_embedding", rows.image_embedding[None])
+            if plan.image_embeddings
+            else None
+        )
         or norm_problem("gt_embeddings", rows.gt_embeddings)
     )
 

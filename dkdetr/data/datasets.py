@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cache.rows import ImageRows
-from cache.store import CacheReader
+from cache.regions import RegionRows, RegionSource
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.image_files import ImageFolder, read_image
@@ -110,15 +109,15 @@ class TrainingBatches:
     Args:
         images: what may be trained on.
         config: sizes, augmentation, selection and the seed.
-        reader: the cache whose regions are handed out from `kd.start_epoch` on; None: never.
+        regions: the cached regions, handed out from `kd.start_epoch` on; None: never.
     """
 
     def __init__(
-        self, images: TrainingImages, config: ExperimentConfig, reader: CacheReader | None
+        self, images: TrainingImages, config: ExperimentConfig, regions: RegionSource | None
     ) -> None:
         self._images = images
         self._config = config
-        self._reader = reader
+        self._source = regions
 
     def __call__(self, keys: Sequence[SampleKey]) -> TrainingBatch:
         """Returns the batch; it depends on the seed and the keys alone."""
@@ -129,8 +128,8 @@ class TrainingBatches:
             view, target = self._view_of(key)
             views.append(view)
             targets.append(target)
-            if self._reader is not None and key.epoch >= self._config.kd.start_epoch:
-                rows = self._reader.rows(view.image_id)
+            if self._source is not None and key.epoch >= self._config.kd.start_epoch:
+                rows = self._source.regions(view.image_id)
                 regions.append(self._regions_of(rows, key.image_index, view.geometry))
         return TrainingBatch(
             images=_collate_views(views),
@@ -162,7 +161,7 @@ class TrainingBatches:
         )
         return _load_view(self._images.folder, image, geometry, settings.image_size), targets
 
-    def _regions_of(self, rows: ImageRows, image_index: int, geometry: ViewGeometry) -> _Regions:
+    def _regions_of(self, rows: RegionRows, image_index: int, geometry: ViewGeometry) -> _Regions:
         if tuple(rows.image_size_hw) != geometry.original_hw:
             raise MismatchError(
                 f"the cache saw image {rows.image_id} with size {tuple(rows.image_size_hw)}, the "
@@ -182,8 +181,8 @@ class TrainingBatches:
         # Places left empty get an anchor that every later formula survives: the whole view.
         boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
         boxes[:count] = chosen.boxes_cxcywh
-        embeddings = torch.zeros(kd.regions_per_image, rows.region_embeddings.shape[1])
-        embeddings[:count] = torch.from_numpy(rows.region_embeddings[chosen.indices.numpy()])
+        embeddings = torch.zeros(kd.regions_per_image, rows.embed_dim)
+        embeddings[:count] = torch.from_numpy(rows.embeddings(chosen.indices.numpy()))
         return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
 
 

@@ -1,0 +1,65 @@
+"""What training reads of an image: its regions, with their embeddings still as they are stored."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.codec import dequantize
+from cache.rows import Floats, norm_problem
+from cache.spec import CorruptCacheError
+
+
+@dataclass(frozen=True, eq=False)
+class RegionRows:
+    """The regions of an image, best first; arrays may be read-only. Embeddings come on demand.
+
+    A view distils twenty of three hundred regions: only theirs are converted and checked.
+    """
+
+    image_id: int
+    image_size_hw: tuple[int, int]
+    boxes_xyxy: Floats
+    """[n, 4], pixels of the original file."""
+    objectness: Floats
+    """[n]"""
+    max_base_iou: Floats
+    """[n]"""
+    stored: NDArray[Any]
+    """[n, embed_dim], half floats or int8 levels."""
+    scale: NDArray[Any] | None
+    """[n], the scale of the levels."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Returns the length of an embedding."""
+        return self.stored.shape[1]
+
+    def embeddings(self, regions: NDArray[Any] | slice) -> Floats:
+        """Returns the embeddings of some regions, float32 [k, embed_dim], of unit norm.
+
+        Raises:
+            CorruptCacheError: one is not.
+        """
+        scale = None if self.scale is None else self.scale[regions]
+        embeddings = dequantize(self.stored[regions], scale)
+        problem = norm_problem("region_embeddings", embeddings)
+        if problem is not None:
+            raise CorruptCacheError(f"image {self.image_id}: {problem}")
+        return embeddings
+
+
+@runtime_checkable
+class RegionSource(Protocol):
+    """Whatever hands out regions by image id; it pickles, for the loader's processes."""
+
+    def regions(self, image_id: int) -> RegionRows:
+        """Returns the regions of an image; raises KeyError, CorruptCacheError."""
+        ...
+
+
+def size_hw(stored: NDArray[np.int32]) -> tuple[int, int]:
+    """Returns (height, width) of a stored pair."""
+    height, width = stored.tolist()
+    return height, width

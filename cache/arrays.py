@@ -21,6 +21,12 @@ DATA_FOLDER = "data.zarr"
 GT_CHUNK_ROWS = 64
 """Ground-truth boxes of one chunk: small enough to be read for one image's sake."""
 
+REGION_VIEWS = (
+    ("region_embeddings", "embedding_scale"),
+    ("flipped_embeddings", "flipped_scale"),
+)
+"""The arrays of a region's vectors, and those of their scales where they are stored as int8."""
+
 GT_FIELDS: Mapping[str, str] = {
     "gt/boxes_xyxy": "gt_boxes_xyxy",
     "gt/category_ids": "gt_category_ids",
@@ -58,14 +64,12 @@ class ArraySpec:
 def array_specs(plan: Plan) -> tuple[ArraySpec, ...]:
     """Returns the arrays of a cache, in the order in which they are written."""
     regions, dim, nan = plan.max_regions, plan.embed_dim, float("nan")
-    embeddings = (
-        (ArraySpec("region_embeddings", (regions, dim), "float16", nan),)
-        if plan.storage == "fp16"
-        else (
-            ArraySpec("region_embeddings", (regions, dim), "int8", 0),
-            ArraySpec("embedding_scale", (regions,), "float16", nan),
-        )
-    )
+    views = region_views(plan)
+    stored = "float16" if plan.storage == "fp16" else "int8"
+    empty = nan if plan.storage == "fp16" else 0
+    embeddings = [ArraySpec(name, (regions, dim), stored, empty) for name, _ in views]
+    if plan.storage == "int8":
+        embeddings += [ArraySpec(scale, (regions,), "float16", nan) for _, scale in views]
     whole_images = (
         (ArraySpec("image_embedding", (dim,), "float16", nan),) if plan.image_embeddings else ()
     )
@@ -84,6 +88,11 @@ def array_specs(plan: Plan) -> tuple[ArraySpec, ...]:
         ArraySpec("gt/category_ids", (), "int64", -1, ragged=True),
         ArraySpec("gt/embeddings", (dim,), "float16", nan, ragged=True),
     )
+
+
+def region_views(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """Returns the vectors and scales that a region has: of its crop, and of the mirrored one."""
+    return REGION_VIEWS if plan.flipped else REGION_VIEWS[:1]
 
 
 def gt_rows_of_shard(plan: Plan) -> int:
@@ -119,10 +128,9 @@ def blocks_of(images: Sequence[ImageRows], plan: Plan) -> dict[str, NDArray[Any]
             blocks["image_embedding"][at] = rows.image_embedding
         for name, field in GT_FIELDS.items():
             blocks[name][first_row[at] : first_row[at + 1]] = getattr(rows, field)
-        if plan.storage == "fp16":
-            blocks["region_embeddings"][at, :n] = rows.region_embeddings
-        else:
-            levels, scale = quantize(rows.region_embeddings)
-            blocks["region_embeddings"][at, :n] = levels
-            blocks["embedding_scale"][at, :n] = scale
+        for name, scale in region_views(plan):
+            if plan.storage == "fp16":
+                blocks[name][at, :n] = getattr(rows, name)
+            else:
+                blocks[name][at, :n], blocks[scale][at, :n] = quantize(getattr(rows, name))
     return blocks

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.durable import dump_checked_json, sync_folder, write_atomic
+from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
 from cache.exported import refuse_export
 from cache.faults import fault_point
 from cache.layout import (
@@ -13,6 +13,8 @@ from cache.layout import (
     COMPLETE_FILE,
     PLAN_FILE,
     PROVENANCE_FILE,
+    QUARANTINE_FILE,
+    REPAIR_NOTE,
     Head,
     Seal,
     load_plan,
@@ -22,6 +24,7 @@ from cache.layout import (
 )
 from cache.lock import LOCK_FILE
 from cache.manifest import MANIFEST_FOLDER
+from cache.neighbor_lists import NEIGHBORS_FOLDER
 from cache.plan import Plan
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, diff_parts
 from cache.zarr_files import metadata_files
@@ -37,7 +40,7 @@ def refuse_foreign_folder(path: Path) -> None:
     # Prefixes: a kill leaves NAME.*.partial of any of them, of CACHE.json too.
     ours = (
         LOCK_FILE, CACHE_FILE, PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text",
-        "proposals",
+        "proposals", REPAIR_NOTE, QUARANTINE_FILE, COMPLETE_FILE, NEIGHBORS_FOLDER,
     )  # fmt: skip
     foreign = sorted(e.name for e in path.iterdir() if not e.name.startswith(ours))
     if foreign:
@@ -59,9 +62,11 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
     try:
         planned = load_plan(path)
     except FileNotFoundError:
+        if (path / REPAIR_NOTE).is_file():
+            return  # taken out by `cache repair`; the seal's root says whether it comes back
         raise CorruptCacheError(
             f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
-            "Delete this cache, or name another folder with --out"
+            f"next: dkdetr cache repair {path}"
         ) from None
     wanted = json.loads(json.dumps(plan.to_dict()))
     if planned.to_dict() != wanted:
@@ -69,6 +74,20 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
         raise StaleCacheError(
             f"{path} was planned with other images or shapes, though its parts are the same:\n"
             f"  {lines}\nnext: the same command with another --out, or delete this cache first"
+        )
+
+
+def check_repair_goal(path: Path, head: Head) -> None:
+    """Returns if `head` is what a repair without a CACHE.json is to arrive at, or there is none."""
+    try:
+        goal = load_checked_json(path / REPAIR_NOTE)["fingerprint"]
+    except (FileNotFoundError, CorruptCacheError):
+        return
+    if goal != head.fingerprint:
+        raise StaleCacheError(
+            f"{path} is being repaired, and was made from other inputs (its CACHE.json, which "
+            f"would tell which, was damaged):\n  fingerprint  cache: {goal}  wanted: "
+            f"{head.fingerprint}\nnext: give the pictures, proposals and teacher it was made from"
         )
 
 

@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.arrays import DATA_FOLDER
 from cache.beginning import break_bad_seal
-from cache.durable import load_checked_json, sync_folder
+from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
 from cache.exported import refuse_export
 from cache.layout import (
     CACHE_FILE,
     COMPLETE_FILE,
     PLAN_FILE,
-    QUARANTINE_FILE,
+    REPAIR_NOTE,
     TEXT_MANIFEST,
     Head,
     Seal,
@@ -33,7 +32,7 @@ from cache.spec import CacheError, CorruptCacheError
 
 @dataclass(frozen=True)
 class Damage:
-    """What is not as it was committed. `old_root` is the seal's, where the seal can be read."""
+    """What is not as it was committed; root and fingerprint are the seal's, if it can be read."""
 
     path: Path
     files: tuple[str, ...]
@@ -41,6 +40,7 @@ class Damage:
     shards: tuple[int, ...]
     neighbors: bool
     old_root: str | None
+    fingerprint: str | None
 
     @property
     def any(self) -> bool:
@@ -86,9 +86,11 @@ def find_damage(
         if _is_bad(path, shard, seal):
             bad.append(shard)
         on_shard(done, len(wanted))
-    old_root = seal.merkle_root if seal else None
+    goal = _noted_goal(path)
+    old_root = seal.merkle_root if seal else goal.get("merkle_root")
+    made_from = seal.fingerprint if seal else goal.get("fingerprint")
     neighbors = everything and _bad_neighbors(path, seal)
-    return Damage(path, tuple(files), tuple(bad), neighbors, old_root)
+    return Damage(path, tuple(files), tuple(bad), neighbors, old_root, made_from)
 
 
 def uncommit(damage: Damage) -> None:
@@ -99,6 +101,11 @@ def uncommit(damage: Damage) -> None:
     """
     path = damage.path
     with Lease(path):
+        if damage.old_root is not None:
+            # A repair that is cut short must still know what it has to arrive at.
+            goal = {"merkle_root": damage.old_root, "fingerprint": damage.fingerprint}
+            note = dump_checked_json(goal)
+            write_atomic(path / REPAIR_NOTE, note)
         for name in damage.files:
             (path / name).unlink(missing_ok=True)
         for shard in damage.shards:
@@ -109,6 +116,29 @@ def uncommit(damage: Damage) -> None:
             if folder.is_dir():
                 sync_folder(folder)
         break_bad_seal(path)
+
+
+def finish_repair(damage: Damage, new_root: str) -> None:
+    """Forgets the repair if it has restored the bytes that were sealed before.
+
+    Raises:
+        CorruptCacheError: it has made others.
+    """
+    (damage.path / REPAIR_NOTE).unlink(missing_ok=True)
+    if damage.old_root not in (None, new_root):
+        raise CorruptCacheError(
+            f"{damage.path} was repaired, but not to the same bytes: its root was "
+            f"{damage.old_root} and is {new_root}. The device or a library rounds otherwise than "
+            "where the cache was made. The cache is sealed and whole; runs made from the old one "
+            "are not its runs; next: dkdetr cache diff with a copy tells how far they differ"
+        )
+
+
+def _noted_goal(path: Path) -> dict[str, str]:
+    try:
+        return load_checked_json(path / REPAIR_NOTE)
+    except (FileNotFoundError, CorruptCacheError):
+        return {}
 
 
 def _load_seal(path: Path) -> Seal | None:
@@ -142,15 +172,8 @@ def _bad_files(path: Path, seal: Seal | None) -> list[str]:
     whole_text = seal is None or not leaf_problem(path, TEXT_MANIFEST, seal.leaves[TEXT_MANIFEST])
     if not whole_text or ((path / TEXT_MANIFEST).exists() and text_problems(path)):
         bad.append(TEXT_MANIFEST)
-    # The quarantine is merged from the manifests, and zarr.json written from the plan, each time.
-    return [name for name in bad if (path / name).exists() or name in _MADE_ANEW or _is_zarr(name)]
-
-
-_MADE_ANEW = (CACHE_FILE, PLAN_FILE, QUARANTINE_FILE, TEXT_MANIFEST)
-
-
-def _is_zarr(name: str) -> bool:
-    return name.startswith(f"{DATA_FOLDER}/")
+    # All of these are written anew from the request, the manifests and the plan.
+    return bad
 
 
 def _checks_itself(file: Path) -> bool:
@@ -168,12 +191,19 @@ def _is_bad(path: Path, shard: int, seal: Seal | None) -> bool:
             return True
     try:
         manifest = ShardManifest.load(path, shard)
-        head = Head.load(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, CorruptCacheError):
         return True
-    except CorruptCacheError:
-        return seal is None or _checks_itself(path / CACHE_FILE)
-    return manifest.fingerprint != head.fingerprint or bool(manifest.problems(path))
+    return manifest.fingerprint != _fingerprint(path, seal, manifest) or bool(
+        manifest.problems(path)
+    )
+
+
+def _fingerprint(path: Path, seal: Seal | None, manifest: ShardManifest) -> str:
+    """Returns the cache's fingerprint; the manifest's own, if the cache has forgotten it."""
+    try:
+        return seal.fingerprint if seal else Head.load(path).fingerprint
+    except (FileNotFoundError, CorruptCacheError):
+        return manifest.fingerprint
 
 
 def _bad_neighbors(path: Path, seal: Seal | None) -> bool:

@@ -12,7 +12,7 @@ from cache.spec import diff_parts
 from cache.store import CacheReader
 
 _ARRAYS = ("boxes_xyxy", "objectness", "max_base_iou", "gt_boxes_xyxy", "gt_category_ids")
-_EMBEDDINGS = ("region_embeddings", "image_embedding", "gt_embeddings")
+_EMBEDDINGS = ("region_embeddings", "image_embedding", "gt_embeddings", "flipped_embeddings")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ class _Tally:
         self._worst: list[float] = []
 
     def add(self, image_id: int, first: ImageRows, second: ImageRows) -> None:
-        a, b = np.atleast_1d(getattr(first, self._name)), np.atleast_1d(getattr(second, self._name))
+        a, b = getattr(first, self._name), getattr(second, self._name)
+        if a is None or b is None:
+            return  # the plans differ, and say so
         if np.array_equal(a, b, equal_nan=True):
             return
         self.images.append(image_id)
@@ -147,4 +149,6 @@ def _shape_of(reader: CacheReader) -> dict[str, Any]:
 
 
 def _first_second(lines: list[str]) -> list[str]:
-    return [line.replace("  cache: ", "  first: ").replace("  wanted: ", "  second: ") for line in lines]
+    return [
+        line.replace("  cache: ", "  first: ").replace("  wanted: ", "  second: ") for line in lines
+    ]

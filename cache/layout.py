@@ -31,6 +31,7 @@ PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 TEXT_MANIFEST = "text/manifest.json"
+REPAIR_NOTE = "repair.json"
 _VOCABULARY_FILE = "text/vocabulary.json"
 _EMBEDDINGS_FILE = "text/embeddings.npy"
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from cache.arrays import GT_FIELDS
+from cache.arrays import GT_FIELDS, REGION_VIEWS, region_views
 from cache.durable import PARTIAL_SUFFIX, disk_errors, hash_bytes, sync_folder
 from cache.plan import Plan
 from cache.regions import RegionRows, size_hw
@@ -46,7 +46,10 @@ class FlatArray:
 def flat_arrays(plan: Plan, *, regions_only: bool) -> tuple[FlatArray, ...]:
     """Returns the files of a cache, or of its regions alone, in the order they are written."""
     stored = "<f2" if plan.storage == "fp16" else "|i1"
-    scale = () if plan.storage == "fp16" else (FlatArray("embedding_scale", "regions", (), "<f2"),)
+    views = region_views(plan)
+    vectors = [FlatArray(name, "regions", (plan.embed_dim,), stored) for name, _ in views]
+    if plan.storage == "int8":
+        vectors += [FlatArray(scale, "regions", (), "<f2") for _, scale in views]
     regions = (
         FlatArray("image_id", "images", (), "<i8"),
         FlatArray("image_size_hw", "images", (2,), "<i4"),
@@ -54,14 +57,14 @@ def flat_arrays(plan: Plan, *, regions_only: bool) -> tuple[FlatArray, ...]:
         FlatArray("boxes_xyxy", "regions", (4,), "<f4"),
         FlatArray("objectness", "regions", (), "<f4"),
         FlatArray("max_base_iou", "regions", (), "<f4"),
-        FlatArray("region_embeddings", "regions", (plan.embed_dim,), stored),
-        *scale,
+        *vectors,
     )
     if regions_only:
         return regions
+    whole = FlatArray("image_embedding", "images", (plan.embed_dim,), "<f2")
     return (
         *regions,
-        FlatArray("image_embedding", "images", (plan.embed_dim,), "<f2"),
+        *((whole,) if plan.image_embeddings else ()),
         FlatArray("gt_offsets", "offsets", (), "<i8"),
         FlatArray("gt/boxes_xyxy", "gt", (4,), "<f4"),
         FlatArray("gt/category_ids", "gt", (), "<i8"),
@@ -171,11 +174,9 @@ def _flat_block(
         "boxes_xyxy": np.concatenate([each.boxes_xyxy[kept] for each, kept in pairs]),
         "objectness": np.concatenate([each.objectness[kept] for each, kept in pairs]),
         "max_base_iou": np.concatenate([each.max_base_iou[kept] for each, kept in pairs]),
-        "region_embeddings": np.concatenate([each.stored[kept] for each, kept in pairs]),
     }
-    scales = [each.scale[kept] for each, kept in pairs if each.scale is not None]
-    if scales:
-        block["embedding_scale"] = np.concatenate(scales)
+    for name in found[0].vectors:
+        block[name] = np.concatenate([each.vectors[name][kept] for each, kept in pairs])
     lengths = [len(each.objectness[kept]) for each, kept in pairs]
     block["region_offsets"] = _offsets(lengths, written, "regions")
     if max_base_iou is None:
@@ -206,6 +207,8 @@ class FlatReader:
         self._folder, self._record, self._plan = folder, record, plan
         self._arrays = flat_arrays(plan, regions_only=bool(record["regions_only"]))
         self._maps = {array.name: self._map(array) for array in self._arrays}
+        names = [name for pair in REGION_VIEWS for name in pair]
+        self._vectors = [name for name in names if name in self._maps]
         self._good: set[int] = set()
 
     def _map(self, array: FlatArray) -> NDArray[Any]:
@@ -235,8 +238,7 @@ class FlatReader:
             boxes_xyxy=maps["boxes_xyxy"][start:stop],
             objectness=maps["objectness"][start:stop],
             max_base_iou=maps["max_base_iou"][start:stop],
-            stored=maps["region_embeddings"][start:stop],
-            scale=maps["embedding_scale"][start:stop] if "embedding_scale" in maps else None,
+            vectors={name: maps[name][start:stop] for name in self._vectors},
         )
 
     def rows(self, row: int) -> ImageRows:
@@ -247,6 +249,8 @@ class FlatReader:
     def image_embedding(self, row: int) -> NDArray[Any]:
         """Returns the embedding of the whole image at `row`; raises CorruptCacheError."""
         self._check(row // self._plan.shard_size)
+        if not self._plan.image_embeddings:
+            return np.full(self._plan.embed_dim, np.nan, np.float16)
         return self._maps["image_embedding"][row]
 
     def ground_truth(self, row: int) -> dict[str, NDArray[Any]]:

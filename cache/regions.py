@@ -1,11 +1,13 @@
 """What training reads of an image: its regions, with their embeddings still as they are stored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.arrays import REGION_VIEWS
 from cache.codec import dequantize
 from cache.rows import Floats, norm_problem
 from cache.spec import CorruptCacheError
@@ -26,25 +28,35 @@ class RegionRows:
     """[n]"""
     max_base_iou: Floats
     """[n]"""
-    stored: NDArray[Any]
-    """[n, embed_dim], half floats or int8 levels."""
-    scale: NDArray[Any] | None
-    """[n], the scale of the levels."""
+    vectors: Mapping[str, NDArray[Any]]
+    """`region_embeddings` and perhaps `flipped_embeddings`, [n, embed_dim], half floats or int8
+    levels; of levels also `embedding_scale` and `flipped_scale`, [n]."""
+
+    @property
+    def has_flipped(self) -> bool:
+        """Returns True if the mirrored crops have embeddings of their own."""
+        return REGION_VIEWS[1][0] in self.vectors
 
     @property
     def embed_dim(self) -> int:
         """Returns the length of an embedding."""
-        return self.stored.shape[1]
+        return self.vectors[REGION_VIEWS[0][0]].shape[1]
 
-    def embeddings(self, regions: NDArray[Any] | slice) -> Floats:
+    def embeddings(self, regions: NDArray[Any] | slice, *, flipped: bool = False) -> Floats:
         """Returns the embeddings of some regions, float32 [k, embed_dim], of unit norm.
+
+        Args:
+            regions: which.
+            flipped: of their mirrored crops.
 
         Raises:
             CorruptCacheError: one is not.
         """
-        scale = None if self.scale is None else self.scale[regions]
-        embeddings = dequantize(self.stored[regions], scale)
-        problem = norm_problem("region_embeddings", embeddings)
+        name, scale_name = REGION_VIEWS[flipped]
+        scale = self.vectors.get(scale_name)
+        stored = self.vectors[name][regions]
+        embeddings = dequantize(stored, None if scale is None else scale[regions])
+        problem = norm_problem(name, embeddings)
         if problem is not None:
             raise CorruptCacheError(f"image {self.image_id}: {problem}")
         return embeddings

@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.arrays import GT_FIELDS, ArraySpec, array_specs, gt_rows_of_shard
+from cache.arrays import GT_FIELDS, REGION_VIEWS, ArraySpec, array_specs, gt_rows_of_shard
 from cache.codec import dequantize
 from cache.location import CachePath, file_size, read_range
 from cache.plan import Plan
@@ -104,21 +104,21 @@ class Shard:
             )
             for spec in array_specs(plan)
         }
+        names = [name for pair in REGION_VIEWS for name in pair]
+        self._vectors = [name for name in names if name in self._readers]
         self._first_gt = shard_index * gt_rows
         self._embed_dim = plan.embed_dim
 
     def regions(self, place: int) -> RegionRows:
         """Returns the regions of the image at `place`; raises CorruptCacheError."""
         n = int(self._read("num_regions", place))
-        scaled = "embedding_scale" in self._readers
         return RegionRows(
             image_id=int(self._read("image_id", place)),
             image_size_hw=size_hw(self._read("image_size_hw", place)),
             boxes_xyxy=self._read("boxes_xyxy", place)[:n],
             objectness=self._read("objectness", place)[:n],
             max_base_iou=self._read("max_base_iou", place)[:n],
-            stored=self._read("region_embeddings", place)[:n],
-            scale=self._read("embedding_scale", place)[:n] if scaled else None,
+            vectors={name: self._read(name, place)[:n] for name in self._vectors},
         )
 
     def image_embedding(self, place: int) -> NDArray[Any]:
@@ -152,9 +152,14 @@ def image_rows(
         boxes_xyxy=found.boxes_xyxy.copy(),
         objectness=found.objectness.copy(),
         max_base_iou=found.max_base_iou.copy(),
-        region_embeddings=dequantize(found.stored, found.scale),
+        region_embeddings=_decoded(found, *REGION_VIEWS[0]),
         image_embedding=image_embedding.astype(np.float32),
         gt_boxes_xyxy=truth["gt/boxes_xyxy"].copy(),
         gt_category_ids=truth["gt/category_ids"].copy(),
         gt_embeddings=truth["gt/embeddings"].astype(np.float32),
+        flipped_embeddings=_decoded(found, *REGION_VIEWS[1]) if found.has_flipped else None,
     )
+
+
+def _decoded(found: RegionRows, name: str, scale: str) -> NDArray[np.float32]:
+    return dequantize(found.vectors[name], found.vectors.get(scale))

@@ -26,7 +26,7 @@ from cache.location import CachePath, cache_path, total_size
 from cache.manifest import MANIFEST_FOLDER, ShardManifest, manifest_file
 from cache.neighbor_lists import NeighborLists, load_neighbors
 from cache.regions import RegionRows
-from cache.rows import ImageRows, norm_problem
+from cache.rows import ImageRows, flipped_problem, norm_problem
 from cache.spec import CacheError, CorruptCacheError, UnsealedCacheError
 from cache.zarr_rows import RowSource, ZarrRows
 
@@ -153,7 +153,19 @@ class CacheReader:
         problem = norm_problem("region_embeddings", rows.region_embeddings)
         if problem is None and self.plan.image_embeddings:
             problem = norm_problem("image_embedding", rows.image_embedding[None])
-        return problem
+        return problem or flipped_problem(rows)
+
+    def storage_error(self) -> tuple[float, float]:
+        """Returns mean and greatest 1 - cosine that storing cost region embeddings, as measured
+        when they were written; NaN where there are no regions."""
+        shards = [self.manifest(shard) for shard in range(self.plan.num_shards)]
+        used = [each for each in shards if each.num_regions]
+        if not used:
+            return float("nan"), float("nan")
+        statistics = [each.statistics["region_embeddings"] for each in used]
+        means = [each["mean_cosine_error"] for each in statistics]
+        mean = np.average(means, weights=[each.num_regions for each in used])
+        return float(mean), max(each["max_cosine_error"] for each in statistics)
 
     def _check_leaf(self, name: str, prefix: str = "") -> None:
         problem = leaf_problem(self.path, name, self._seal.leaves.get(name, ""))
@@ -161,14 +173,16 @@ class CacheReader:
             raise CorruptCacheError(f"{prefix}{problem}; next: dkdetr cache verify {self.path}")
 
     def _make_info(self) -> CacheInfo:
+        provenance = load_provenance(self.path)
         parts = {**self._head.parts, "text": load_text_manifest(self.path)["parts"]}
         return CacheInfo(
             path=self.path,
-            split=_part_name(parts["split"]),
+            # Where the pictures lie is provenance; the parts know what they are.
+            split=str(provenance.get("split") or _part_name(parts["split"])),
             fingerprint=self._head.fingerprint,
             merkle_root=self._seal.merkle_root,
             parts=parts,
-            provenance=load_provenance(self.path),
+            provenance=provenance,
             num_images=self.plan.num_images,
             num_regions=self._seal.num_regions,
             max_regions=self.plan.max_regions,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import PLAN_FILE, load_plan
+from cache.location import CachePath
 from cache.spec import CorruptCacheError
 from cache.store import CacheInfo, open_cache
 from cache.verify import VerifyReport, verify_cache
@@ -25,13 +26,17 @@ class CacheDescription:
     names: Mapping[str, int]
     quarantined: Mapping[int, str]
     has_neighbors: bool
+    storage_error: tuple[float, float]
+    """Mean and greatest 1 - cosine of what storing did to region embeddings."""
 
     def lines(self) -> list[str]:
         """Returns the description as a person reads it."""
         info = self.info
         random = "  RANDOM WEIGHTS: for trials only" if info.random_teacher else ""
         provenance = [
-            f"  {key}: {value}" for key, value in info.provenance.items() if key != "canary"
+            f"  {key}: {value}"
+            for key, value in info.provenance.items()
+            if key not in ("canary", "request")
         ]
         return [
             f"cache      {info.path}, sealed, {info.bytes_on_disk / 1e6:.1f} MB",
@@ -39,6 +44,8 @@ class CacheDescription:
             f"{len(self.quarantined)} set aside",
             f"regions    {info.num_regions:,}, at most {info.max_regions} an image, "
             f"{info.embed_dim} dimensions, {info.parts['storage']}",
+            "storage    turns a region's embedding by 1 - cosine = {:.1e} in the mean, {:.1e} at "
+            "most (measured when written)".format(*self.storage_error),
             f"teacher    {info.teacher}{random}",
             f"names      {self.names['base']} base, {self.names['novel']} novel",
             f"neighbours {'listed' if self.has_neighbors else 'none'}",
@@ -56,6 +63,7 @@ class CacheDescription:
             "names": dict(self.names),
             "quarantined": {str(number): why for number, why in self.quarantined.items()},
             "has_neighbors": self.has_neighbors,
+            "storage_error": dict(zip(("mean", "max"), self.storage_error, strict=True)),
         }
 
 
@@ -95,12 +103,12 @@ class CheckedCache:
         """Raises CorruptCacheError if there is any problem."""
         if self.report.problems:
             raise CorruptCacheError(
-                f"{len(self.report.problems)} problems in {self.report.path}; delete the shards "
-                "named and run the same cache-teacher command again: it makes them anew"
+                f"{len(self.report.problems)} problems in {self.report.path}; "
+                f"next: dkdetr cache repair {self.report.path}"
             )
 
 
-def describe_cache(path: Path) -> CacheDescription:
+def describe_cache(path: CachePath) -> CacheDescription:
     """Returns what a sealed cache holds.
 
     Raises:
@@ -110,11 +118,15 @@ def describe_cache(path: Path) -> CacheDescription:
     is_base = reader.text()[0]["is_base"]
     names = {"base": sum(is_base), "novel": len(is_base) - sum(is_base)}
     return CacheDescription(
-        reader.info, names, reader.quarantined, has_neighbors=reader.neighbors() is not None
+        reader.info,
+        names,
+        reader.quarantined,
+        has_neighbors=reader.neighbors() is not None,
+        storage_error=reader.storage_error(),
     )
 
 
-def verify_and_report(path: Path, data_root: Path) -> CheckedCache:
+def verify_and_report(path: CachePath, data_root: Path) -> CheckedCache:
     """Returns what is wrong with a cache, and the recall of its proposals.
 
     Recall needs the split's annotations; where they are not at hand the result says so.

@@ -182,7 +182,9 @@ class TrainingBatches:
         boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
         boxes[:count] = chosen.boxes_cxcywh
         embeddings = torch.zeros(kd.regions_per_image, rows.embed_dim)
-        embeddings[:count] = torch.from_numpy(rows.embeddings(chosen.indices.numpy()))
+        # A mirrored view learns from the mirrored crops, where the cache has them.
+        cached = rows.embeddings(chosen.indices.numpy(), flipped=geometry.flip and rows.has_flipped)
+        embeddings[:count] = torch.from_numpy(cached)
         return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
 
 

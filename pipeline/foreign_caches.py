@@ -75,10 +75,10 @@ class PthFiles:
         for name in sorted(self._names.values()):
             if self._zip is not None:
                 info = self._zip.getinfo(name)
-                digest.update(f"{PurePosixPath(name).name} {info.file_size} {info.CRC}\n")
+                digest.update(f"{PurePosixPath(name).name} {info.file_size} {info.CRC}\n".encode())
             else:
                 size = (self.path / name).stat().st_size
-                digest.update(f"{PurePosixPath(name).name} {size}\n")
+                digest.update(f"{PurePosixPath(name).name} {size}\n".encode())
         return digest.hexdigest()
 
     def load(self, stem: str) -> Any:
@@ -147,21 +147,17 @@ def read_boxes(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         records = orjson.loads(path.read_bytes())
         grouped: dict[int, list[list[float]]] = {}
         for record in records:
-            row = [*(float(side) for side in record["bbox"]), float(record["score"])]
+            left, top, width, height = (float(side) for side in record["bbox"])
+            row = [left, top, left + width, top + height, float(record["score"])]
             grouped.setdefault(int(record["image_id"]), []).append(row)
         tables = {image_id: np.array(rows, np.float64) for image_id, rows in grouped.items()}
-        if not all(each.ndim == 2 and each.shape[1] == 5 for each in tables.values()):
-            raise ValueError("a bbox has not four numbers")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no COCO results json: {error}") from None
     return {
-        image_id: (
-            np.concatenate([t[:, :2], t[:, :2] + t[:, 2:4]], axis=1).astype(np.float32),
-            t[:, 4].astype(np.float32),
-        )
-        for image_id, t in tables.items()
+        image_id: (table[:, :4].astype(np.float32), table[:, 4].astype(np.float32))
+        for image_id, table in tables.items()
     }
 
 

@@ -33,6 +33,7 @@ from pipeline.shard_worker import max_base_iou
 from pipeline.text_bank import Background, import_vocabulary
 
 _MIN_SIDE = 1.0
+_ABSENT = "not in the imported cache"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_student import unit_rows
 
-from dkdetr.losses.relational_kd import as_one_group, relational_loss
+from dkdetr.losses.relational_kd import batch_relational_loss, lay_end_to_end, relational_loss
 
 TAU = 0.2
 
@@ -95,7 +95,9 @@ def test_groups_are_apart_and_one_group_is_together():
     apart = sum(rkd(student[i : i + 1], teacher[i : i + 1]) for i in range(3))
     torch.testing.assert_close(rkd(student, teacher), apart)
     together = rkd(student.reshape(1, 12, 16), teacher.reshape(1, 12, 16))
-    torch.testing.assert_close(rkd(as_one_group(student), as_one_group(teacher)), together)
+    laid = lay_end_to_end(student, teacher, everything_valid(student))
+    as_one = batch_relational_loss(laid, laid, first_column=0, temperature=TAU)
+    torch.testing.assert_close(as_one, together)
     assert not torch.isclose(together, torch.as_tensor(apart))
 
 

@@ -18,7 +18,7 @@ def rows(*shape: int, seed: int) -> torch.Tensor:
 
 def skd(student: torch.Tensor, teacher: torch.Tensor, bias: float = 0.0) -> torch.Tensor:
     valid = torch.ones(student.shape[:2], dtype=torch.bool)
-    return semantic_bce_loss(student, teacher, valid, temperature=TAU, bias=bias)
+    return semantic_bce_loss(student, teacher, valid, scale=1 / TAU, bias=bias)
 
 
 def softplus(x: float) -> float:
@@ -80,7 +80,7 @@ def test_l1_by_hand():
 def test_empty_places_change_nothing():
     teacher, student = rows(2, 5, 16, seed=1), rows(2, 5, 16, seed=2).requires_grad_()
     valid = torch.tensor([[True, False, True, False, True], [False] * 5])
-    loss = semantic_bce_loss(student, teacher, valid, temperature=TAU)
+    loss = semantic_bce_loss(student, teacher, valid, scale=1 / TAU)
     torch.testing.assert_close(loss, skd(student[:1, valid[0]], teacher[:1, valid[0]]))
     loss.backward()
     assert student.grad is not None
@@ -91,7 +91,7 @@ def test_empty_places_change_nothing():
 def test_without_regions_the_loss_is_a_zero_tied_to_the_graph(places: int):
     valid = torch.zeros(2, places, dtype=torch.bool)
     for loss_function in (
-        lambda f, v: semantic_bce_loss(f, v, valid, temperature=TAU),
+        lambda f, v: semantic_bce_loss(f, v, valid, scale=1 / TAU),
         lambda f, v: semantic_l1_loss(f, v, valid),
     ):
         student = rows(2, places, 16, seed=2).requires_grad_()

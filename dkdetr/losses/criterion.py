@@ -151,7 +151,7 @@ class Criterion:
             wanted,
             alpha=settings.focal_alpha,
             gamma=settings.focal_gamma,
-            weights=weights,
+            weights=None if weights is None else weights.expand_as(logits),
         )
         parts[f"class{suffix}"] = settings.weight_class * scale * class_loss
         parts[f"bbox{suffix}"] = (

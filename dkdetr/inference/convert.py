@@ -159,6 +159,11 @@ def _rename(
                     "--set student.neck_bias=true"
                 )
         elif ours in state:
+            if not torch.equal(foreign[key] if rows is None else foreign[key][rows], state[ours]):
+                raise CorruptArtefactError(
+                    f"'{used[ours]}' and '{key}' are copies of one tensor in every release of this "
+                    "layout; here they differ, and nobody can say which one counts"
+                )
             ignored[key] = f"a copy of '{used[ours]}'"
         else:
             state[ours] = foreign[key] if rows is None else foreign[key][rows]

@@ -102,7 +102,7 @@ def _randomise(model: nn.Module) -> None:
             norm_bias,
         )
         first_stage[0] -= 0.5 * zero_token / zero_token.norm()
-    # transformers 5.23 holds untied heads twice (5.17 once); a trained model's two copies are equal.
+    # transformers 5.23 holds untied heads twice, 5.17 once; a trained model's copies are equal.
     model.model.decoder.class_embed.load_state_dict(model.class_embed.state_dict())
     model.model.decoder.bbox_embed.load_state_dict(model.bbox_embed.state_dict())
 

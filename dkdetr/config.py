@@ -53,6 +53,10 @@ class StudentConfig:
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     num_queries: int = 300
+    denoising: Count = 0
+    """Groups of denoising queries in training (DN-DETR); 0 = the paper."""
+    denoising_box_noise: Fraction = 0.4
+    denoising_label_noise: Fraction = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,18 @@ class TrainingBatch(_Movable):
 
 
 @dataclass(frozen=True)
+class DenoisingQueries(_Movable):
+    """Base objects with noise, and what they were; group after group along the second axis."""
+
+    boxes_cxcywh: Float[Tensor, "batch num_queries 4"]
+    labels: Int[Tensor, "batch num_queries"]
+    valid: Bool[Tensor, "batch num_queries"]
+    wanted_boxes_cxcywh: Float[Tensor, "batch num_queries 4"]
+    wanted_labels: Int[Tensor, "batch num_queries"]
+    num_groups: int
+
+
+@dataclass(frozen=True)
 class QueryOutput:
     """What a group of decoder queries says after every decoder layer."""
 
@@ -149,6 +161,7 @@ class StudentOutput:
     """KD queries: those anchored at cached boxes, then those at the student's own anchors."""
     calibration: SkdCalibration | None = None
     hybrid: ExtraDetections | None = None
+    denoised: ExtraDetections | None = None
 
 
 @runtime_checkable

@@ -49,6 +49,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "extra queries": {"hybrid_queries": 6},
     "extra queries alone": {"hybrid_queries": 6, "regions_per_image": 0},
     "fed": {"loss_class": "fed"},
+    "denoising": {"denoising": 2},
+    "everything extra": {"denoising": 1, "hybrid_queries": 6},
 }
 
 
@@ -83,9 +85,10 @@ class OptionStep:
 def option_config(name: str, *, all_base: bool = False) -> ExperimentConfig:
     kd = {"regions_per_image": 4, "candidates_per_image": 6, "align_iou": 0.01, **OPTIONS[name]}
     loss_class = kd.pop("loss_class", "focal")
+    denoising = kd.pop("denoising", 0)
     # Own anchors of an untrained student overlap everything a little.
     kd["selection"] = {"max_base_iou": 0.0 if all_base else 0.9, "min_side": 1.0}
-    table = config_to_dict(tiny_config())
+    table = config_to_dict(tiny_config(denoising=denoising))
     table |= {"kd": kd, "detection": {"loss_class": loss_class, "fed_classes": 3}}
     table["optim"] = {"lr": 1e-3, "weight_decay": 0.01}
     return config_from_dict(table)

@@ -15,9 +15,10 @@ from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
 from dkdetr.errors import NonFiniteLossError, UsageError
 from dkdetr.losses.alignment import Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
+from dkdetr.losses.denoising import make_denoising
 from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.losses.federated import draw_classes
-from dkdetr.structures import StudentOutput, TeacherRegions, TrainingBatch
+from dkdetr.structures import DenoisingQueries, StudentOutput, TeacherRegions, TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class TrainingStep:
         learning_rate = set_learning_rate(self.optimizer, config, factor)
         # Dropout is a function of the iteration, so that a resumed run draws the same.
         torch.manual_seed(hash((self._config.seed, iteration, self._ranks.rank)) % 2**63)
-        output = self._forward(batch, epoch)
+        denoising = self._make_denoising(batch, iteration)
+        output = self._forward(batch, epoch, denoising)
         regions = None
         try:
             pairs = pair_with_teacher(
@@ -98,6 +100,7 @@ class TrainingStep:
                 regions,
                 self._normalisers(batch, regions),
                 drawn_classes=self._draw_classes(batch, iteration),
+                denoising=denoising,
             )
         except NonFiniteLossError:
             raise NonFiniteLossError(self._explain({}, output, batch)) from None
@@ -117,24 +120,45 @@ class TrainingStep:
         parts["total"] = report.total.detach()
         return StepResult(parts, statistics, learning_rate, skipped)
 
-    def _forward(self, batch: TrainingBatch, epoch: int) -> StudentOutput:
+    def _forward(
+        self, batch: TrainingBatch, epoch: int, denoising: DenoisingQueries | None
+    ) -> StudentOutput:
         kd = self._config.kd
         hybrid = kd.hybrid_queries > 0 and epoch >= kd.start_epoch
         regions = batch.regions if kd.auxiliary_queries else None
         enabled = self._precision is not torch.float32
         device = self._ranks.device.type
         with torch.autocast(device, dtype=self._precision, enabled=enabled):
-            return self.student(batch.images, self._text_embeddings, regions, hybrid=hybrid)
+            return self.student(
+                batch.images, self._text_embeddings, regions, hybrid=hybrid, denoising=denoising
+            )
 
     def _draw_classes(self, batch: TrainingBatch, iteration: int) -> Tensor | None:
         weights = self._teacher.class_weights
         if weights is None:
             return None
-        seed = hash((self._config.seed, iteration, self._ranks.rank, 1)) % 2**63
-        generator = torch.Generator().manual_seed(seed)
         number = self._config.detection.fed_classes
-        drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=generator)
+        chance = self._generator(iteration, 1)
+        drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
         return drawn.to(self._ranks.device)
+
+    def _make_denoising(self, batch: TrainingBatch, iteration: int) -> DenoisingQueries | None:
+        student = self._config.student
+        if student.denoising == 0:
+            return None
+        return make_denoising(
+            batch.targets,
+            len(self._text_embeddings),
+            num_groups=student.denoising,
+            box_noise=student.denoising_box_noise,
+            label_noise=student.denoising_label_noise,
+            generator=self._generator(iteration, 2),
+        )
+
+    def _generator(self, iteration: int, purpose: int) -> torch.Generator:
+        """Returns chance for one purpose, a function of the iteration, for resumed runs."""
+        seed = hash((self._config.seed, iteration, self._ranks.rank, purpose)) % 2**63
+        return torch.Generator().manual_seed(seed)
 
     def _normalisers(self, batch: TrainingBatch, regions: TeacherRegions | None) -> Normalisers:
         device = self._ranks.device

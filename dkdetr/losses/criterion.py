@@ -10,12 +10,20 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from dkdetr.config import DetectionLossConfig, KDConfig
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.distillation import AcrossRanks, Distillation
 from dkdetr.losses.matcher import Matches, MatchingCosts, match
-from dkdetr.structures import ExtraDetections, QueryOutput, StudentOutput, Targets, TeacherRegions
+from dkdetr.structures import (
+    DenoisingQueries,
+    ExtraDetections,
+    QueryOutput,
+    StudentOutput,
+    Targets,
+    TeacherRegions,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Criterion:
         normalisers: Normalisers,
         *,
         drawn_classes: Bool[Tensor, "num_classes"] | None = None,
+        denoising: DenoisingQueries | None = None,
     ) -> LossReport:
         """Returns the loss of one rank's batch.
 
@@ -83,6 +92,7 @@ class Criterion:
             regions: what the teacher says.
             normalisers: divisors.
             drawn_classes: the classes that the decoder's class loss looks at; all, if left out.
+            denoising: what the student was given to clean.
 
         Raises:
             NonFiniteLossError: a matching cost is not finite.
@@ -100,6 +110,8 @@ class Criterion:
         )
         if output.hybrid is not None:
             self._detect_hybrid(parts, output.hybrid, targets, scale, weights)
+        if output.denoised is not None and denoising is not None:
+            self._denoise(parts, output.denoised, denoising, scale, weights)
         if regions is not None:
             parts |= self._distil(output, regions, normalisers.num_regions)
         return LossReport(total=torch.stack(list(parts.values())).sum(), parts=parts)
@@ -126,6 +138,25 @@ class Criterion:
             name = f".hybrid{suffix}"
             self._detect(parts, name, logits, boxes, wanted, scale / repeats, weights=weights)
 
+    def _denoise(
+        self,
+        parts: dict[str, Tensor],
+        denoised: ExtraDetections,
+        denoising: DenoisingQueries,
+        scale: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        """Adds the denoising queries' losses: each knows which object it was."""
+        valid = denoising.valid
+        wanted = functional.one_hot(denoising.wanted_labels[valid], denoised.logits.shape[-1])
+        target_boxes = denoising.wanted_boxes_cxcywh[valid]
+        for suffix, logits, boxes in _by_layer(denoised.logits, denoised.queries):
+            said = logits[valid]
+            self._judge(
+                parts, f".denoising{suffix}", said, wanted.to(said.dtype),
+                boxes[valid], target_boxes, scale / denoising.num_groups, weights,
+            )  # fmt: skip
+
     def _detect(
         self,
         parts: dict[str, Tensor],
@@ -138,7 +169,6 @@ class Criterion:
         valid: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> None:
-        settings = self._detection
         if valid is not None:
             weights = valid[..., None].to(logits.dtype)
         matches = match(logits, boxes_cxcywh, targets, self._costs, valid=valid)
@@ -146,6 +176,20 @@ class Criterion:
         wanted = torch.zeros_like(logits)
         wanted[matches.image_index, matches.query_index, labels] = 1.0
         matched_boxes = boxes_cxcywh[matches.image_index, matches.query_index]
+        self._judge(parts, suffix, logits, wanted, matched_boxes, target_boxes, scale, weights)
+
+    def _judge(
+        self,
+        parts: dict[str, Tensor],
+        suffix: str,
+        logits: Tensor,
+        wanted: Tensor,
+        boxes_cxcywh: Tensor,
+        target_boxes: Tensor,
+        scale: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        settings = self._detection
         class_loss = focal_loss(
             logits,
             wanted,
@@ -153,13 +197,13 @@ class Criterion:
             gamma=settings.focal_gamma,
             weights=None if weights is None else weights.expand_as(logits),
         )
+        l1, giou = (
+            box_l1_loss(boxes_cxcywh, target_boxes),
+            box_giou_loss(boxes_cxcywh, target_boxes),
+        )
         parts[f"class{suffix}"] = settings.weight_class * scale * class_loss
-        parts[f"bbox{suffix}"] = (
-            settings.weight_bbox * scale * box_l1_loss(matched_boxes, target_boxes)
-        )
-        parts[f"giou{suffix}"] = (
-            settings.weight_giou * scale * box_giou_loss(matched_boxes, target_boxes)
-        )
+        parts[f"bbox{suffix}"] = settings.weight_bbox * scale * l1
+        parts[f"giou{suffix}"] = settings.weight_giou * scale * giou
 
 
 def count_regions(regions: TeacherRegions | None, device: torch.device) -> Float[Tensor, ""]:

@@ -38,6 +38,7 @@ def build_student(config: ExperimentConfig, *, text_dim: int, load_weights: bool
         kd=_kd_queries(config),
         calibration=_calibration(config),
         num_hybrid=config.kd.hybrid_queries,
+        denoising_content=nn.Linear(text_dim, student.embed_dim) if student.denoising else None,
     )
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dkdetr.structures import (
+    DenoisingQueries,
     EncoderOutput,
     ExtraDetections,
     ImageBatch,
@@ -84,6 +85,7 @@ class DKDETR(nn.Module):
         kd: the KD queries; None: there are none.
         calibration: of SKD's logits, if they have a learnable one.
         num_hybrid: extra detection queries, where `forward` is asked for them.
+        denoising_content: makes a denoising query's content of its label's text embedding.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class DKDETR(nn.Module):
         kd: KDQueryPlan | None,
         calibration: SimilarityCalibration | None = None,
         num_hybrid: int = 0,
+        denoising_content: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -115,6 +118,7 @@ class DKDETR(nn.Module):
             shape = (kd.num_slots, embed_dim) if kd.num_slots else (embed_dim,)
             self.kd_content = nn.Parameter(torch.randn(shape))
         self.kd_calibration = calibration
+        self.denoising_content = denoising_content
 
     def kd_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that have a gradient only where something is distilled."""
@@ -127,6 +131,7 @@ class DKDETR(nn.Module):
         regions: TeacherRegions | None = None,
         *,
         hybrid: bool = False,
+        denoising: DenoisingQueries | None = None,
     ) -> StudentOutput:
         """Returns boxes, logits and, where regions are given, the KD queries' features.
 
@@ -136,6 +141,7 @@ class DKDETR(nn.Module):
             regions: say that KD queries are wanted, and anchor them. They change nothing about
                 the detections.
             hybrid: whether the extra detection queries are wanted. Neither do they.
+            denoising: objects with noise. Neither do they.
         """
         memory, grid, proposals = self.trunk(images)
         num_extra = self.num_hybrid if hybrid else 0
@@ -147,6 +153,9 @@ class DKDETR(nn.Module):
             groups.append(self._kd_group(groups[0], regions))
         if hybrid:
             groups.append(self._detection_group(extra.boxes_cxcywh, number=len(groups)))
+        first_denoising = len(groups)
+        if denoising is not None:
+            groups += self._denoising_groups(denoising, text_embeddings, first_denoising)
         content, positions, boxes, blocked = join_groups(groups)
         if blocked is not None:
             blocked = blocked.repeat_interleave(self.num_heads, dim=0)
@@ -156,6 +165,7 @@ class DKDETR(nn.Module):
             [head.project(layer) for head, layer in zip(heads, queries, strict=True)]
         )
         outputs = _split(features, refined, [len(group) for group in groups])
+        extra_output = outputs[first_denoising - 1]
         return StudentOutput(
             detection=outputs[0],
             logits=self._score(outputs[0], text_embeddings),
@@ -165,11 +175,23 @@ class DKDETR(nn.Module):
             distillation=outputs[1] if regions is not None else None,
             calibration=None if self.kd_calibration is None else self.kd_calibration(),
             hybrid=(
-                ExtraDetections(outputs[-1], self._score(outputs[-1], text_embeddings))
+                ExtraDetections(extra_output, self._score(extra_output, text_embeddings))
                 if hybrid
                 else None
             ),
+            denoised=self._denoised(outputs[first_denoising:], text_embeddings),
         )
+
+    def _denoised(
+        self, groups: list[QueryOutput], text_embeddings: Tensor
+    ) -> ExtraDetections | None:
+        if not groups:
+            return None
+        joined = QueryOutput(
+            torch.cat([group.features for group in groups], dim=2),
+            torch.cat([group.boxes_cxcywh for group in groups], dim=2),
+        )
+        return ExtraDetections(joined, self._score(joined, text_embeddings))
 
     def _score(self, queries: QueryOutput, text_embeddings: Tensor) -> Tensor:
         heads = cast("list[TextClassifier]", list(self.classifiers))
@@ -180,6 +202,19 @@ class DKDETR(nn.Module):
         content, positions = self.encode_anchors(boxes_cxcywh)
         valid = torch.ones(boxes_cxcywh.shape[:2], dtype=torch.bool, device=boxes_cxcywh.device)
         return QueryGroup(content, positions, boxes_cxcywh, valid, sees=(number,))
+
+    def _denoising_groups(
+        self, denoising: DenoisingQueries, text_embeddings: Tensor, first: int
+    ) -> list[QueryGroup]:
+        """Returns groups that see the detection queries and themselves."""
+        if self.denoising_content is None:
+            raise ValueError("this student was built without denoising queries")
+        content = self.denoising_content(text_embeddings.to(denoising.boxes_cxcywh))
+        content = content[denoising.labels]
+        _, positions = self.encode_anchors(denoising.boxes_cxcywh)
+        tensors = (content, positions, denoising.boxes_cxcywh, denoising.valid)
+        parts = zip(*(tensor.chunk(denoising.num_groups, dim=1) for tensor in tensors), strict=True)
+        return [QueryGroup(*part, sees=(0, first + i)) for i, part in enumerate(parts)]
 
     def _kd_group(self, detection: QueryGroup, regions: TeacherRegions) -> QueryGroup:
         """Returns the KD queries: anchored ones, then those at the detection queries' anchors.

@@ -27,7 +27,11 @@ def test_every_option_learns(name: str):
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.any(), parameter_name
     again = step(batch)
-    if "fed" not in name:  # another draw of classes, another loss
+    if name not in (
+        "fed",
+        "denoising",
+        "everything extra",
+    ):  # another draw of classes, another loss
         assert again.parts["total"] < result.parts["total"]
 
 
@@ -62,6 +66,7 @@ KD_NAMES = {
     "siglip_bias": {"kd_content", "kd_calibration.log_scale", "kd_calibration.bias"},
     "cached without auxiliary": set(),
     "extra queries alone": set(),
+    "denoising": {"kd_content", "denoising_content.weight", "denoising_content.bias"},
 }
 
 
@@ -85,11 +90,13 @@ def test_what_is_off_has_no_parameters(name: str):
         ("online", 12 + 12),
         ("extra queries alone", 12 + 6),
         ("extra queries", 12 + 4 + 6),
+        ("denoising", 12 + 4 + 2 * 2),
     ],
 )
 def test_what_is_off_is_not_computed(name: str, num_queries: int):
     """Counted: queries through the decoder, in an epoch that distils and in one before."""
-    for epoch, expected in ((40, num_queries), (39, 12)):
+    denoising = 4 if name == "denoising" else 0  # in every epoch
+    for epoch, expected in ((40, num_queries), (39, 12 + denoising)):
         step = step_of(name)
         seen: list[int] = []
         step.student.decoder.layers[0].register_forward_hook(

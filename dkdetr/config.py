@@ -134,10 +134,10 @@ class RegionSelectionConfig:
     """Which cached regions of an augmented view may be distilled (method B.3, B.5)."""
 
     __pydantic_config__ = _STRICT
-    max_base_iou: float = 0.5
-    nms_iou: float = 0.5
-    min_visible: float = 0.7
-    min_side: float = 16.0
+    max_base_iou: Fraction = 0.5
+    nms_iou: Fraction = 0.5
+    min_visible: Fraction = 0.7
+    min_side: NotNegative = 16.0
     """Pixels of the augmented view."""
 
 

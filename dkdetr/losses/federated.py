@@ -20,7 +20,7 @@ def draw_classes(
 
     An image of a federated data set is annotated for some classes only; that another class is not
     there is then no evidence. Drawing few negatives, in proportion to how often a class is
-    annotated, keeps false ones rare (FedLoss of Zhou et al., arXiv 2103.07461, 4.2).
+    annotated, keeps false ones rare (FedLoss of Zhou et al., arXiv 2103.07461).
 
     Args:
         targets: of one rank's batch. Its classes always take part, even if more than `num_drawn`.

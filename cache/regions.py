@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cache.arrays import REGION_VIEWS
 from cache.codec import dequantize
+from cache.plan import Plan
 from cache.rows import Floats, norm_problem
 from cache.spec import CorruptCacheError
 
@@ -65,6 +66,8 @@ class RegionRows:
 @runtime_checkable
 class RegionSource(Protocol):
     """Whatever hands out regions by image id; it pickles, for the loader's processes."""
+
+    plan: Plan
 
     def regions(self, image_id: int) -> RegionRows:
         """Returns the regions of an image; raises KeyError, CorruptCacheError."""

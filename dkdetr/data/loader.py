@@ -196,7 +196,7 @@ def _usable_images(
 
 
 def _region_source(reader: CacheReader, config: ExperimentConfig) -> RegionSource:
-    if config.data.cache_mode == "stored":
+    if config.data.cache_mode == "stored" or config.kd.offered_regions == 0:
         return reader
     return load_resident(reader, max_base_iou=config.kd.selection.max_base_iou)
 

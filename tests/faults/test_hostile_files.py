@@ -1,5 +1,6 @@
 """Files made to do harm: no code runs, nothing outside is read, memory stays small."""
 
+import copy
 import io
 import json
 import os
@@ -285,9 +286,9 @@ def _mutate(document, generator):
         elif kind == 1:
             del parent[key]
         elif kind == 2 and isinstance(parent, list):
-            parent.insert(key, parent[generator.randrange(len(parent))])
+            parent.insert(key, copy.deepcopy(generator.choice(parent)))
         else:
-            parent[key] = generator.choice(_VALUES)
+            parent[key] = copy.deepcopy(generator.choice(_VALUES))
     return document
 
 

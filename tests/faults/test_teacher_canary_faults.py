@@ -10,11 +10,7 @@ from torch import nn
 from dkdetr.errors import MismatchError
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.teacher import load_teacher
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    return pack_canary(canary_embeddings(load_teacher("pictograms")))
+from tests.unit.test_pipeline_teacher import weights  # noqa: F401  a fixture
 
 
 def _other_activation(teacher):
@@ -44,25 +40,30 @@ def _other_interpolation(teacher):
 
 
 def _one_changed_weight(teacher):
-    weights = max(teacher._model.parameters(), key=lambda tensor: tensor.ndim == 2)
+    tensor = max(teacher._model.parameters(), key=lambda each: each.ndim == 2)
     with torch.no_grad():
-        weights.view(-1)[: weights.numel() // 50].mul_(2).add_(0.1)
+        tensor.view(-1)[: tensor.numel() // 50].mul_(2).add_(0.1)
 
 
-@pytest.mark.parametrize(
-    "swap",
-    [
-        _other_activation,
-        _blue_first,
-        _without_mean_and_std,
-        _other_interpolation,
-        _one_changed_weight,
-    ],
-)
-def test_a_silent_difference_is_refused(recorded, swap):
-    teacher = load_teacher("pictograms")
-    assert check_canary(recorded, teacher, where="a cache") > 0.9999
+_IN_PIXELS_AND_WEIGHTS = [_blue_first, _without_mean_and_std, _other_interpolation]
+
+
+def _refused(spec, swap):
+    teacher = load_teacher(spec)
+    recorded = pack_canary(canary_embeddings(teacher))
+    assert check_canary(recorded, load_teacher(spec), where="a cache") > 0.9999
     swap(teacher)
     with pytest.raises(MismatchError, match=r"canary cosine \S+ < 0.9999") as caught:
         check_canary(recorded, teacher, where="a cache")
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("swap", [_other_activation, _one_changed_weight, *_IN_PIXELS_AND_WEIGHTS])
+def test_a_silent_difference_of_a_vision_transformer_is_refused(weights, swap):  # noqa: F811
+    _refused(f"tiny-clip:{weights}", swap)
+
+
+@pytest.mark.parametrize("swap", [_one_changed_weight, *_IN_PIXELS_AND_WEIGHTS])
+def test_a_silent_difference_of_the_shipped_teacher_is_refused(swap):
+    """Its picture tower has no GELU, and its prompts turn by less than 1e-4 with the other one."""
+    _refused("pictograms", swap)

@@ -4,9 +4,9 @@ The defaults are the paper's LVIS run (70 epochs); an experiment file states wha
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -95,6 +95,8 @@ class RelationalKDConfig:
     """0 switches RKD off."""
     temperature: float = 0.2
     relations: tuple[Literal["image", "batch"], ...] = ("image", "batch")
+    neighbor_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a rank's batch that is related to its other images; our addition, 0 = the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

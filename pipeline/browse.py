@@ -149,6 +149,7 @@ def _outlines(regions: Sequence[RegionView]) -> list[dict[str, float]]:
     """Returns the rectangles to draw on the whole picture, in its pixels."""
     return [
         {
+            "region": each.region,
             "x": each.box_xyxy[0],
             "y": each.box_xyxy[1],
             "width": each.box_xyxy[2] - each.box_xyxy[0],

@@ -20,7 +20,9 @@ MAX_DEPTH = 2048
 
 _BASE_BLOCK = 65_536
 _RERANK_BLOCK = 256
+_VECTORS_PER_LIST = 512
 _POINTS_PER_LIST = 64
+_MOST_POINTS = 1 << 20
 _SEED = 0
 
 
@@ -80,7 +82,7 @@ class InvertedFile:
         self.name = f"IVF{self.lists},SQ8"
         self._vectors = vectors
         random = np.random.default_rng(_SEED)
-        size = min(num_vectors, max(self.lists * _POINTS_PER_LIST, 4096))
+        size = min(num_vectors, max(self.lists * _POINTS_PER_LIST, 4096), _MOST_POINTS)
         picked = np.sort(random.choice(num_vectors, size, replace=False))
         sample = vectors[picked].astype(np.float32)
         self._mean = sample.mean(axis=0)
@@ -113,8 +115,11 @@ class InvertedFile:
 
 
 def number_of_lists(num_vectors: int) -> int:
-    """Returns the power of two nearest to three times the root of the number of vectors."""
-    return 1 << max(0, round(float(np.log2(3 * max(num_vectors, 1) ** 0.5))))
+    """Returns the power of two nearest to a list for every 512 vectors, at most 65,536.
+
+    A list's length, and with it a query's work, stays the same however many vectors there are.
+    """
+    return 1 << min(16, max(0, round(float(np.log2(max(num_vectors, 1) / _VECTORS_PER_LIST)))))
 
 
 def faiss_version(device: Device) -> str:

@@ -12,7 +12,7 @@ from cache import nearest, neighbors
 from cache.durable import PARTIAL_SUFFIX
 from cache.image_graph import image_graph
 from cache.lock import Lease
-from cache.nearest import ExactSearch, InvertedFile
+from cache.nearest import ExactSearch, InvertedFile, number_of_lists
 from cache.neighbor_lists import NEIGHBORS_MANIFEST, ListsDraft, load_parameters
 from cache.neighbors import NeighborSettings, build_neighbors, list_recall
 from cache.spec import CacheError, CacheLockedError, CorruptCacheError, StaleCacheError
@@ -107,14 +107,20 @@ def test_duplicates_are_dropped_and_those_behind_them_found(clustered, monkeypat
     assert np.nanmax(lists.sims) <= 0.951
 
 
-def test_the_inverted_file_agrees_with_the_exact_lists(clustered):
+def test_a_list_holds_512_vectors_whatever_their_number():
+    assert [number_of_lists(n) for n in (0, 100, 512, 2**20, 5_000_000, 10**9)] == [
+        1, 1, 1, 2048, 8192, 65_536,
+    ]  # fmt: skip
+
+
+def test_the_inverted_file_agrees_with_the_exact_lists(clustered, monkeypatch):
+    monkeypatch.setattr(nearest, "_VECTORS_PER_LIST", 8)
     exact = build_neighbors(clustered, NeighborSettings(per_image=8, k=4))
     wanted, true = np.array(exact.indices), np.array(exact.sims)
     settings = NeighborSettings(per_image=8, k=4, exact_below=100)
     built = build_neighbors(clustered, settings)
     how = load_parameters(clustered)
-    assert how["search"].startswith("IVF")
-    assert how["search"].endswith("SQ8")
+    assert how["search"] == "IVF128,SQ8"
     assert how["recall_sample"] == min(1000, len(wanted))
     recall = list_recall(np.array(built.indices), wanted)
     assert recall >= 0.9
@@ -127,6 +133,7 @@ def test_the_inverted_file_agrees_with_the_exact_lists(clustered):
 
 
 def test_probes_rise_until_the_sample_s_recall_is_reached(clustered, monkeypatch):
+    monkeypatch.setattr(nearest, "_VECTORS_PER_LIST", 8)
     monkeypatch.setattr(InvertedFile, "search", _bad_below(16, InvertedFile.search))
     monkeypatch.setattr(neighbors, "InvertedFile", _with_probes(4))
     build_neighbors(clustered, NeighborSettings(per_image=8, k=4, exact_below=100))

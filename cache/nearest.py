@@ -95,7 +95,7 @@ class InvertedFile:
         for start in range(0, num_vectors, _BASE_BLOCK):
             index.add(self._centred(vectors[start : start + _BASE_BLOCK].astype(np.float32)))
         self._index = index
-        self.probes = min(32, self.lists)
+        self.probes = min(4, self.lists)
 
     def search(self, queries: Floats, depth: int) -> tuple[Floats, NDArray[np.int64]]:
         """Returns up to `depth` candidates of each query from the `probes` nearest lists."""

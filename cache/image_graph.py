@@ -69,7 +69,8 @@ def _edges(
     edges = source_rows[from_object].astype(np.int64) * num_images
     edges += object_rows[indices[from_object, place]]
     unique, which = np.unique(edges, return_inverse=True)
-    weights = np.bincount(which, weights=sims[from_object, place], minlength=len(unique))
+    sums = np.bincount(which, weights=sims[from_object, place], minlength=len(unique))
+    weights = sums.astype(np.float64)
     sources, related = np.divmod(unique, num_images)
     order = np.lexsort((related, -weights, sources))
     return sources[order], related[order], weights[order]

@@ -83,7 +83,8 @@ class InvertedFile:
         self._vectors = vectors
         random = np.random.default_rng(_SEED)
         size = min(num_vectors, max(self.lists * _POINTS_PER_LIST, 4096), _MOST_POINTS)
-        picked = np.sort(random.choice(num_vectors, size, replace=False))
+        picked = random.choice(num_vectors, size, replace=False).astype(np.int64)
+        picked.sort()
         sample = vectors[picked].astype(np.float32)
         self._mean = sample.mean(axis=0)
         index = faiss.index_factory(dim, self.name, faiss.METRIC_INNER_PRODUCT)

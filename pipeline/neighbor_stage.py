@@ -6,7 +6,6 @@ import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +120,14 @@ def _build_apart(path: Path, settings: NeighborSettings) -> None:
         raise CacheError(f"the process that builds neighbour lists ended with {child.exitcode}")
 
 
-def _answer(receiver: Connection) -> Exception | None:
+def _answer(receiver: Any) -> Exception | None:
     try:
         return receiver.recv()
     except EOFError:  # it died without a word; its exit code says how
         return None
 
 
-def _build_and_answer(
-    path: Path, settings: NeighborSettings, parent: int, sender: Connection
-) -> None:
+def _build_and_answer(path: Path, settings: NeighborSettings, parent: int, sender: Any) -> None:
     """Runs in the child; Ctrl-C and SIGTERM are the parent's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with ExitStack() as bars:

@@ -77,7 +77,7 @@ class InvertedFile:
 
     def __init__(self, vectors: Halves, *, lists: int = 0, device: Device = "auto") -> None:
         faiss, resources = _load_faiss(device)
-        num_vectors, dim = vectors.shape
+        num_vectors, dim = len(vectors), int(vectors.shape[1])
         self.lists = lists or number_of_lists(num_vectors)
         self.name = f"IVF{self.lists},SQ8"
         self._vectors = vectors

@@ -174,7 +174,7 @@ class Rows:
     def of(self, image_id: int) -> ImageRows:
         random = np.random.default_rng(image_id)
         n, width = self._regions, self.kinds.shape[1]
-        noise = 0.15 * random.standard_normal((n, width))
+        noise = 0.6 / np.sqrt(width) * random.standard_normal((n, width))
         embeddings = unit(self.kinds[random.integers(0, KINDS, n)] + noise)
         return ImageRows(
             image_id=image_id,

@@ -273,19 +273,29 @@ def train_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train a student from a cache; the same command resumes. CLIP is not loaded.
+    """Train a student from a cache; the same command resumes.
+
+    CLIP is not loaded, unless kd.alignment=online asks for it.
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     """
     from dkdetr.engine.start import start_training
 
     settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-    summary = start_training(cache, experiment, settings, run, data_root, device)
+    summary = start_training(
+        cache, experiment, settings, run, data_root, device, _load_cache_teacher
+    )
     _say(
         f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
         f"next: dkdetr eval {summary.run}"
     )
     _report(vars(summary), json_out)
+
+
+def _load_cache_teacher(cache: Path, device: Any) -> Any:
+    from pipeline.online_teacher import teacher_of_cache
+
+    return teacher_of_cache(cache, device)
 
 
 @_command(app, "eval")

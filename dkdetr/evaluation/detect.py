@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dkdetr.evaluation.mask_postprocess import mask_rles
 from dkdetr.evaluation.postprocess import Detections, postprocess
 from dkdetr.structures import ImageBatch, StudentOutput
 
@@ -44,7 +46,9 @@ def detect(
                     images.original_sizes_hw,
                     max_detections=max_detections,
                 )
-            for image_id, detections in zip(batch.image_ids, found, strict=True):
+            for place, image_id in enumerate(batch.image_ids):
+                with torch.inference_mode():
+                    detections = _with_masks(found[place], output, images, place)
                 yield image_id, _on_cpu(detections)
     finally:
         student.train(was_training)
@@ -72,4 +76,23 @@ def _on_cpu(detections: Detections) -> Detections:
         boxes_xyxy=detections.boxes_xyxy.cpu(),
         scores=detections.scores.cpu(),
         labels=detections.labels.cpu(),
+        queries=detections.queries.cpu(),
+        masks=detections.masks,
     )
+
+
+def _with_masks(
+    detections: Detections, output: StudentOutput, images: ImageBatch, place: int
+) -> Detections:
+    if output.masks is None:
+        return detections
+    height, width = images.image_sizes_hw[place].tolist()
+    original_height, original_width = images.original_sizes_hw[place].tolist()
+    drawn = mask_rles(
+        output.masks,
+        place,
+        detections.queries,
+        image_hw=(height, width),
+        original_hw=(original_height, original_width),
+    )
+    return replace(detections, masks=drawn)

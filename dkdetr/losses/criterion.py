@@ -14,10 +14,17 @@ from torch import Tensor
 from dkdetr.boxes import cxcywh_to_xyxy, elementwise_giou
 from dkdetr.config import DetectionLossConfig, KDConfig
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
+from dkdetr.losses.masks import matched_mask_losses, stacked_masks
 from dkdetr.losses.matcher import Matches, MatchingCosts, match
 from dkdetr.losses.relational_kd import as_one_group, relational_loss
 from dkdetr.losses.semantic_kd import alignment_margin, semantic_bce_loss, semantic_l1_loss
-from dkdetr.structures import QueryOutput, StudentOutput, Targets, TeacherRegions
+from dkdetr.structures import (
+    InstanceMasks,
+    QueryOutput,
+    StudentOutput,
+    Targets,
+    TeacherRegions,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class LossReport:
 
 
 class Criterion:
-    """Detection losses on every decoder layer and on the encoder, and distillation.
+    """Detection and mask losses on every decoder layer, the encoder's, and distillation.
 
     Args:
         detection: costs and weights of the detector.
@@ -76,7 +83,9 @@ class Criterion:
             zip(output.logits, output.detection.boxes_cxcywh, strict=True)
         ):
             suffix = "" if layer == last else f".{layer}"
-            self._detect(parts, suffix, logits, boxes, targets, None, normalisers)
+            matches = self._detect(parts, suffix, logits, boxes, targets, None, normalisers)
+            if output.masks is not None:
+                self._segment(parts, suffix, output.masks, layer, matches, targets, normalisers)
         encoder = output.encoder
         objects = [Targets(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
         objectness = encoder.objectness_logits[..., None]
@@ -98,7 +107,7 @@ class Criterion:
         targets: Sequence[Targets],
         valid: Tensor | None,
         normalisers: Normalisers,
-    ) -> None:
+    ) -> Matches:
         settings = self._detection
         matches = match(logits, boxes_cxcywh, targets, self._costs, valid=valid)
         labels, target_boxes = _matched_targets(matches, targets)
@@ -120,6 +129,24 @@ class Criterion:
         parts[f"giou{suffix}"] = (
             settings.weight_giou * scale * box_giou_loss(matched_boxes, target_boxes)
         )
+        return matches
+
+    def _segment(
+        self,
+        parts: dict[str, Tensor],
+        suffix: str,
+        masks: InstanceMasks,
+        layer: int,
+        matches: Matches,
+        targets: Sequence[Targets],
+        normalisers: Normalisers,
+    ) -> None:
+        height, width = masks.padding_mask.shape[1:]
+        wanted = stacked_masks([target.masks for target in targets], (height, width))
+        dice, cross_entropy = matched_mask_losses(masks, layer, matches, wanted)
+        scale = 1 / normalisers.num_boxes
+        parts[f"dice{suffix}"] = self._detection.weight_dice * scale * dice
+        parts[f"mask_bce{suffix}"] = self._detection.weight_mask_bce * scale * cross_entropy
 
     def _distil(
         self,

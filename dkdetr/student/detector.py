@@ -18,6 +18,7 @@ from dkdetr.student.backbone import Backbone
 from dkdetr.student.decoder import DeformableDecoder, one_way_mask
 from dkdetr.student.encoder import DeformableEncoder, TokenGrid, valid_ratio
 from dkdetr.student.heads import TextClassifier
+from dkdetr.student.mask_head import MaskHead
 from dkdetr.student.neck import ChannelMapper, downsample_mask
 from dkdetr.student.position_encoding import encode_boxes, encode_positions
 from dkdetr.student.query_selection import QuerySelection, select_anchors
@@ -70,7 +71,7 @@ class ProposingTrunk(nn.Module):
 
 
 class DKDETR(nn.Module):
-    """DK-DETR (ICCV 2023), boxes only.
+    """DK-DETR (ICCV 2023): boxes and, with a mask head, masks.
 
     Args:
         trunk: everything before the decoder.
@@ -80,6 +81,7 @@ class DKDETR(nn.Module):
         num_heads: of the decoder's self-attention.
         embed_dim: width of a query.
         auxiliary_queries: whether the student has the KD queries' content vector.
+        mask_head: None for boxes only.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class DKDETR(nn.Module):
         num_heads: int,
         embed_dim: int,
         auxiliary_queries: bool,
+        mask_head: MaskHead | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -103,6 +106,7 @@ class DKDETR(nn.Module):
         self.anchor_projection = nn.Linear(2 * embed_dim, 2 * embed_dim)
         self.anchor_norm = nn.LayerNorm(2 * embed_dim)
         self.kd_content = nn.Parameter(torch.randn(embed_dim)) if auxiliary_queries else None
+        self.mask_head = mask_head
 
     def forward(
         self,
@@ -144,6 +148,11 @@ class DKDETR(nn.Module):
                 for head, layer in zip(heads, detection.features, strict=True)
             ]
         )
+        masks = None
+        if self.mask_head is not None:
+            seen = queries[:, :, :num_detection]
+            embedding = self.trunk.level_embeddings[0]
+            masks = self.mask_head(memory, grid, embedding, seen, detection.boxes_cxcywh)
         return StudentOutput(
             detection=detection,
             logits=logits,
@@ -151,6 +160,7 @@ class DKDETR(nn.Module):
             anchors_cxcywh=anchors.boxes_cxcywh,
             anchor_objectness=anchors.objectness,
             distillation=distillation if regions is not None else None,
+            masks=masks,
         )
 
     def encode_anchors(

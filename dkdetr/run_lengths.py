@@ -1,4 +1,4 @@
-"""Masks as run lengths, and polygons as masks: the home of pycocotools' mask routines.
+"""Masks as run lengths, and polygons as masks: the home of pycocotools' mask _routines().
 
 A mask's pixel (column 3, row 5) covers x from 3 to 4 and y from 5 to 6, as boxes do.
 """
@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
-from pycocotools import mask as routines
+from jaxtyping import Bool, Float, Int
+
+_MAX_CHARACTERS = 11
 
 Rle = Mapping[str, Any]
 """COCO's form: `size` [height, width] and `counts`, here always the packed string."""
@@ -17,12 +18,21 @@ Rle = Mapping[str, Any]
 def encode_masks(masks: Bool[np.ndarray, "num_masks height width"]) -> list[Rle]:
     """Returns the run lengths of masks, `counts` as str, ready for JSON."""
     columns = np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)
-    return [_as_text(rle) for rle in routines.encode(columns)]
+    return [_as_text(rle) for rle in _routines().encode(columns)]
 
 
 def decode_mask(rle: Rle) -> Bool[np.ndarray, "height width"]:
-    """Returns the mask of packed run lengths."""
-    return routines.decode(dict(rle)).astype(bool)
+    """Returns the mask of packed run lengths.
+
+    Raises:
+        ValueError: they do not fill the image, where pycocotools would hand out what lay in memory.
+    """
+    height, width = rle["size"]
+    runs = unpack_counts(rle["counts"])
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError("run lengths that do not fill the image")
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(width, height).T
 
 
 def rasterise(
@@ -31,7 +41,8 @@ def rasterise(
     """Returns the union of polygons (x, y) as a mask; what sticks out of it is cut off."""
     height, width = size_hw
     flat = [corners.astype(np.float64).ravel().tolist() for corners in polygons]
-    return routines.decode(routines.merge(routines.frPyObjects(flat, height, width))).astype(bool)
+    mask = _routines()
+    return decode_mask(_as_text(mask.merge(mask.frPyObjects(flat, height, width))))
 
 
 def segmentation_rle(segmentation: Any, size_hw: tuple[int, int]) -> Rle:
@@ -48,62 +59,65 @@ def segmentation_rle(segmentation: Any, size_hw: tuple[int, int]) -> Rle:
     if isinstance(segmentation, list):
         if not segmentation or not all(map(_is_ring, segmentation)):
             raise ValueError("polygons are lists of at least three corners x, y, x, y, ...")
-        return _as_text(routines.merge(routines.frPyObjects(segmentation, height, width)))
+        return _as_text(_routines().merge(_routines().frPyObjects(segmentation, height, width)))
     if not isinstance(segmentation, dict) or list(segmentation.get("size", ())) != [height, width]:
         raise ValueError(f"neither polygons nor run lengths of size {[height, width]}")
     counts = segmentation.get("counts")
     if isinstance(counts, str):
-        runs = unpack_counts(counts)
-    elif isinstance(counts, list) and all(type(count) is int for count in counts):
-        runs = counts
+        rle: Rle = {"size": [height, width], "counts": counts}
+    elif isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts):
+        rle = _as_text(_routines().frPyObjects(segmentation, height, width))
     else:
         raise ValueError("run lengths are whole numbers or a packed string")
-    # pycocotools would hand out whatever lay in memory where the runs end too early.
-    if any(run < 0 for run in runs) or sum(runs) != height * width:
-        raise ValueError("run lengths that do not fill the image")
-    if isinstance(counts, str):
-        return {"size": [height, width], "counts": counts}
-    return _as_text(routines.frPyObjects(segmentation, height, width))
+    decode_mask(rle)
+    return rle
 
 
-def unpack_counts(packed: str) -> list[int]:
-    """Returns the run lengths of COCO's packed string.
+def unpack_counts(packed: str) -> Int[np.ndarray, "num_runs"]:
+    """Returns the run lengths of COCO's packed string: nothing, something, nothing, ...
 
-    Five bits a character, lowest first, on from 48; bit 32 says that more follow, bit 16 of the
-    last one the sign. From the fourth on, runs are differences to the run two places before.
+    Five bits a character, lowest first, counted from 48; bit 32 says that more follow, bit 16 of
+    the last one is the sign. From the fourth on, runs are differences to the run two places before.
 
     Raises:
         ValueError: a character that cannot occur, or an end in the middle of a number.
     """
-    runs: list[int] = []
-    number, shift = 0, 0
-    for character in packed:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            raise ValueError("run lengths with a character that packed ones do not have")
-        number |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            number -= 1 << shift
-        runs.append(number + runs[-2] if len(runs) > 2 else number)
-        number, shift = 0, 0
-    if shift:
+    bits = np.frombuffer(packed.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
+    if bits.size == 0 or bits.min() < 0 or bits.max() > 63:
+        raise ValueError("run lengths with characters that packed ones do not have")
+    last = bits & 32 == 0
+    if not last[-1]:
         raise ValueError("run lengths that end in the middle of a number")
+    ends = np.flatnonzero(last)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    if (ends - starts).max() > _MAX_CHARACTERS:
+        raise ValueError("run lengths with a number beyond 64 bits")
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, ends - starts + 1))
+    numbers = np.add.reduceat((bits & 31) << shifts, starts)
+    numbers -= np.where(bits[ends] & 16, np.int64(1) << (shifts[ends] + 5), 0)
+    runs = numbers.copy()
+    runs[1::2] = np.cumsum(numbers[1::2])
+    runs[2::2] = np.cumsum(numbers[2::2])
     return runs
 
 
 def areas(rles: Sequence[Rle]) -> Float[np.ndarray, "num_masks"]:
     """Returns the pixels of each mask."""
-    found = routines.area([dict(rle) for rle in rles]) if rles else []
+    found = _routines().area([dict(rle) for rle in rles]) if rles else []
     return np.asarray(found, dtype=np.float64)
 
 
 def boxes_xywh(rles: Sequence[Rle]) -> Float[np.ndarray, "num_masks 4"]:
     """Returns the tight boxes of masks; zeros for an empty one."""
-    boxes = routines.toBbox([dict(rle) for rle in rles]) if rles else []
+    boxes = _routines().toBbox([dict(rle) for rle in rles]) if rles else []
     return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def _routines() -> Any:
+    # Imported where a mask is at hand: detectors of boxes do without.
+    from pycocotools import mask
+
+    return mask
 
 
 def _is_ring(ring: Any) -> bool:

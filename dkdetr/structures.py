@@ -106,6 +106,7 @@ class EncoderOutput:
     valid: Bool[Tensor, "batch num_tokens"]
 
 
+@runtime_checkable
 class InstanceMasks(Protocol):
     """The masks of all detection queries, drawn only for those that are asked for."""
 

@@ -8,6 +8,7 @@ which the loader processes of a rank share one copy.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,13 @@ class SegmentationTable:
             return self.packed[start:stop].numpy().tobytes().decode("ascii")
         first, last = self.rings[row : row + 2].tolist()
         ends = self.corners[first : last + 1].tolist()
-        return tuple(
-            self.points[start:stop].numpy() for start, stop in zip(ends[:-1], ends[1:], strict=True)
-        )
+        return tuple(self.points[start:stop].numpy() for start, stop in pairwise(ends))
 
 
 def read_segmentations(
     path: Path, boxes: BoxTable, images: Sequence[ImageInfo]
 ) -> SegmentationTable:
-    """Returns the outlines of the boxes, which were read from the same file; no others are looked at.
+    """Returns the outlines of the boxes, which come from the same file, and looks at no others.
 
     A polygon with fewer than three corners is left out; an object without a proper one is outlined
     by its box.
@@ -89,9 +88,8 @@ def read_segmentations(
         image = images[image_of_row[row]]
         number = records[file_row].get("segmentation")
         try:
-            if type(number) is not int:
-                raise ValueError("no outline")
-            outline = _outline(orjson.loads(text[slice(*places[number])]), image)
+            value = orjson.loads(text[slice(*places[number])]) if type(number) is int else None
+            outline = _outline(value, image)
         except (ValueError, TypeError) as error:
             bad.append(f"id {records[file_row].get('id')} ({error})")
             continue

@@ -28,8 +28,8 @@ def fast_evaluator_name() -> str:
 def precision_table(truth: GroundTruth, results: Results) -> np.ndarray:
     """Returns precision f64[10 IoUs, 101 recalls, categories, 4 sizes]; -1 without ground truth.
 
-    Masks are compared where the results hold masks. IoU thresholds are .50 to .95; sizes are all, small, medium, large; categories are in the order
-    of `truth.categories`.
+    IoU thresholds are .50 to .95, of masks where the results hold masks; sizes are all, small,
+    medium, large; categories are in the order of `truth.categories`.
     """
     boxes = np.arange(len(truth.image_ids))
     if truth.protocol == "lvis":

@@ -54,9 +54,10 @@ def original_masks(
     image_hw: SizeHW,
     original_hw: SizeHW,
 ) -> Bool[Tensor, "n height width"]:
-    """Returns masks of the original file: sigmoid, to the input, cut at the picture, resized, > 0.5.
+    """Returns masks of the original file.
 
-    Pixels are areas in every step (their middles half a pixel in), as they are for boxes.
+    A sigmoid, then resized to the input, cut at the picture, resized to the file, above 0.5. A
+    pixel is an area in every step (its middle half a pixel in), as it is for boxes.
     """
     shares = functional.interpolate(logits.sigmoid()[:, None], input_hw, mode="bilinear")
     shares = shares[..., : image_hw[0], : image_hw[1]]

@@ -215,7 +215,7 @@ def _columns(records: Sequence[Any]) -> Results | None:
 
 
 def _masks(records: Sequence[Any]) -> np.ndarray:
-    """Returns the run lengths of mask records; raises ValueError, as other columns do."""
+    """Returns the run lengths of mask records; raises as reading other columns does."""
     if any("bbox" in record for record in records):
         raise ValueError("boxes among masks")
     masks = np.empty(len(records), dtype=object)
@@ -225,7 +225,7 @@ def _masks(records: Sequence[Any]) -> np.ndarray:
         if not (isinstance(size, list) and list(map(type, size)) == [int, int]):
             raise ValueError("a mask's size is [height, width]")
         if not isinstance(mask["counts"], str):
-            raise ValueError("a mask's counts are packed in a string")
+            raise TypeError("a mask's counts are packed in a string")
         masks[index] = mask
     return masks
 

@@ -142,7 +142,7 @@ class Criterion:
         normalisers: Normalisers,
     ) -> None:
         height, width = masks.padding_mask.shape[1:]
-        wanted = stacked_masks([target.masks for target in targets], (height, width))
+        wanted = stacked_masks(targets, (height, width))
         dice, cross_entropy = matched_mask_losses(masks, layer, matches, wanted)
         scale = 1 / normalisers.num_boxes
         parts[f"dice{suffix}"] = self._detection.weight_dice * scale * dice

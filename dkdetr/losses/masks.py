@@ -1,5 +1,7 @@
 """Mask losses of matched queries: sums, in chunks whose activations never stand together."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dkdetr.losses.matcher import Matches
-from dkdetr.structures import InstanceMasks
+from dkdetr.structures import InstanceMasks, Targets
 
 _DICE_EPSILON = 1e-5
 
@@ -87,16 +89,18 @@ def mask_cross_entropy(
 
 
 def stacked_masks(
-    targets: list[Bool[Tensor, "num_boxes mask_height mask_width"] | None],
-    size_hw: tuple[int, int],
+    targets: Sequence[Targets], size_hw: tuple[int, int]
 ) -> Bool[Tensor, "num_targets mask_height mask_width"]:
     """Returns the masks of a batch's targets laid end to end.
 
     Raises:
         ValueError: an image has none, or of another size than the student's.
     """
-    for masks in targets:
+    masks_of_images: list[Tensor] = []
+    for target in targets:
+        masks = target.masks
         if masks is None or tuple(masks.shape[1:]) != size_hw:
             found = "none" if masks is None else f"{tuple(masks.shape[1:])}"
             raise ValueError(f"the student draws masks of {size_hw}, the targets hold {found}")
-    return torch.cat([masks for masks in targets if masks is not None])
+        masks_of_images.append(masks)
+    return torch.cat(masks_of_images)

@@ -141,7 +141,7 @@ def dynamic_attention(
     parameters: Float[Tensor, "N num_parameters"],
     map_hw: tuple[int, int],
 ) -> Float[Tensor, "N height width"]:
-    """Returns each query's map: offsets and weights from its parameters, samples, ReLU, one channel.
+    """Returns each query's map: what its own attention gathers, through a ReLU, to one channel.
 
     Four heads of two channels sample four points each; a weight is a softmax over a head's points.
     """

@@ -3,13 +3,14 @@
 A mask's pixel (column 3, row 5) covers x from 3 to 4 and y from 5 to 6, as boxes do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 _MAX_CHARACTERS = 11
+_MASKS_AT_ONCE = 50
 
 Rle = Mapping[str, Any]
 """COCO's form: `size` [height, width] and `counts`, here always the packed string."""
@@ -102,15 +103,19 @@ def unpack_counts(packed: str) -> Int[np.ndarray, "num_runs"]:
 
 
 def areas(rles: Sequence[Rle]) -> Float[np.ndarray, "num_masks"]:
-    """Returns the pixels of each mask."""
-    found = _routines().area([dict(rle) for rle in rles]) if rles else []
-    return np.asarray(found, dtype=np.float64)
+    """Returns the pixels of each mask; raises ValueError for what is no packed run lengths."""
+    return np.concatenate([np.zeros(0), *(_routines().area(part) for part in _parts(rles))])
 
 
 def boxes_xywh(rles: Sequence[Rle]) -> Float[np.ndarray, "num_masks 4"]:
     """Returns the tight boxes of masks; zeros for an empty one."""
-    boxes = _routines().toBbox([dict(rle) for rle in rles]) if rles else []
-    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    return np.concatenate([np.zeros((0, 4)), *(_routines().toBbox(part) for part in _parts(rles))])
+
+
+def _parts(rles: Sequence[Rle]) -> Iterator[list[dict[str, Any]]]:
+    # pycocotools 2.0.11 keeps the number of masks in eight bits on its way.
+    for start in range(0, len(rles), _MASKS_AT_ONCE):
+        yield [dict(rle) for rle in rles[start : start + _MASKS_AT_ONCE]]
 
 
 def _routines() -> Any:

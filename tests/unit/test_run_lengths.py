@@ -44,6 +44,8 @@ def test_a_pixel_is_an_area():
     assert np.array_equal(rasterise([np.array(RING).reshape(-1, 2)], (6, 7)), painted())
     rle = encode_masks(painted()[None])
     assert boxes_xywh(rle).tolist() == [[1, 2, 3, 3]]
+    assert boxes_xywh(rle * 300).tolist() == [[1, 2, 3, 3]] * 300
+    assert areas(rle * 300).tolist() == [9] * 300
     assert areas([]).tolist() == []
     assert boxes_xywh([]).shape == (0, 4)
 

@@ -20,7 +20,9 @@ LAYERS = 2
 TEXT_DIM = 16
 
 
-def make_student(*, neck_bias: bool, norm: str = "batch", embed_dim: int = 32) -> DKDETR:
+def make_student(
+    *, neck_bias: bool, norm: str = "batch", embed_dim: int = 32, mask_head: bool = False
+) -> DKDETR:
     config = config_from_dict(
         {
             "name": "small",
@@ -33,6 +35,7 @@ def make_student(*, neck_bias: bool, norm: str = "batch", embed_dim: int = 32) -
                 "ffn_dim": 48,
                 "num_encoder_layers": LAYERS,
                 "num_decoder_layers": LAYERS,
+                "mask_head": mask_head,
             },
         }
     )
@@ -158,8 +161,18 @@ def as_opera(student: DKDETR) -> dict[str, Tensor]:
         for part in range(3):
             theirs = f"bbox_head.reg_branches.{i}.{2 * part}"
             copy.part(f"{box_head}.linear{part + 1}", theirs)
-    copy.theirs["bbox_head.seg_branches.0.0.weight"] = torch.zeros(32, 32)
-    copy.theirs[f"{head}.mask_trans.weight"] = torch.zeros(8, 32)
+    if student.mask_head is not None:
+        theirs, ours = f"{head}.seg_encoder.layers.0", "mask_head.encoder.layers.0"
+        copy.part(f"{ours}.self_attention", f"{theirs}.attentions.0")
+        copy.part(f"{ours}.norm", f"{theirs}.norms.0")
+        copy.part(f"{ours}.feed_forward.linear1", f"{theirs}.ffns.0.layers.0.0")
+        copy.part(f"{ours}.feed_forward.linear2", f"{theirs}.ffns.0.layers.1")
+        copy.part(f"{ours}.feed_forward.norm", f"{theirs}.norms.1")
+        copy.part("mask_head.projection", f"{head}.mask_trans")
+        copy.part("mask_head.norm", f"{head}.mask_trans_norm")
+        for i in range(LAYERS):
+            for part in range(3):
+                copy.part(f"mask_head.linear{part + 1}", f"bbox_head.seg_branches.{i}.{2 * part}")
     copy.theirs["text_encoder.text_feat"] = torch.zeros(1203, TEXT_DIM)
     return copy.theirs
 
@@ -196,11 +209,70 @@ def test_opera_round_trip(tmp_path: Path, without_bias: DKDETR):
     assert_carried(report, student, without_bias)
     assert report.missing == ("kd_content",)
     assert {key: why.split(";")[0].split(",")[0] for key, why in report.ignored.items()} == {
-        "bbox_head.seg_branches.0.0.weight": "part of the mask head",
-        "bbox_head.transformer.mask_trans.weight": "part of the mask head",
         "text_encoder.text_feat": "a text bank",
     }
     assert report.to_json()["layout"] == "opera"
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> DKDETR:
+    return scramble(make_student(neck_bias=False, mask_head=True), 4)
+
+
+def test_opera_s_mask_head_round_trip(tmp_path: Path, segmenter: DKDETR):
+    foreign = as_opera(segmenter)
+    # The released model's shapes at width 32: one head, one level, four points; 441 numbers.
+    shapes = {
+        "transformer.seg_encoder.layers.0.attentions.0.sampling_offsets.weight": (8, 32),
+        "transformer.seg_encoder.layers.0.attentions.0.attention_weights.weight": (4, 32),
+        "transformer.mask_trans.weight": (8, 32),
+        "transformer.mask_trans_norm.weight": (8,),
+        "seg_branches.1.4.weight": (441, 32),
+        "seg_branches.0.4.bias": (441,),
+    }
+    for name, shape in shapes.items():
+        assert foreign[f"bbox_head.{name}"].shape == shape
+    torch.save({"state_dict": foreign}, tmp_path / "dkdetr.pth")
+    student = make_student(neck_bias=False, mask_head=True)
+    report = convert(tmp_path / "dkdetr.pth", student, protocol="lvis")
+    assert_carried(report, student, segmenter)
+    assert report.missing == ("kd_content",)
+    copies = [key for key, why in report.ignored.items() if why.startswith("a copy of")]
+    assert sorted(copies) == sorted(
+        f"bbox_head.seg_branches.1.{part}.{kind}" for part in "024" for kind in ("weight", "bias")
+    )
+
+
+def test_a_student_of_boxes_leaves_the_mask_head_and_says_so(tmp_path: Path, segmenter: DKDETR):
+    torch.save({"state_dict": as_opera(segmenter)}, tmp_path / "dkdetr.pth")
+    student = make_student(neck_bias=False)
+    report = convert(tmp_path / "dkdetr.pth", student, protocol="lvis")
+    reasons = {key: why for key, why in report.ignored.items() if "text_feat" not in key}
+    assert len(reasons) == 16 + 4 + 6 * LAYERS
+    assert all("student.mask_head = true" in why for why in reasons.values())
+
+
+def test_mask_branches_that_differ_are_refused(tmp_path: Path, segmenter: DKDETR):
+    foreign = as_opera(segmenter)
+    foreign["bbox_head.seg_branches.1.2.bias"][3] += 1
+    torch.save({"state_dict": foreign}, tmp_path / "dkdetr.pth")
+    student = make_student(neck_bias=False, mask_head=True)
+    with pytest.raises(MismatchError, match=r"seg_branches\.1\.2\.bias"):
+        convert(tmp_path / "dkdetr.pth", student, protocol="lvis")
+
+
+def test_a_mask_head_keeps_its_start_where_there_is_none_but_not_in_part(
+    tmp_path: Path, without_bias: DKDETR, segmenter: DKDETR
+):
+    torch.save({"state_dict": as_opera(without_bias)}, tmp_path / "boxes.pth")
+    student = make_student(neck_bias=False, mask_head=True)
+    report = convert(tmp_path / "boxes.pth", student, protocol="lvis")
+    assert {name.split(".")[0] for name in report.missing} == {"kd_content", "mask_head"}
+    foreign = as_opera(segmenter)
+    del foreign["bbox_head.transformer.mask_trans.bias"]
+    torch.save({"state_dict": foreign}, tmp_path / "part.pth")
+    with pytest.raises(CorruptArtefactError, match=r"mask_head\.projection\.bias"):
+        convert(tmp_path / "part.pth", student, protocol="lvis")
 
 
 def test_opera_into_a_neck_with_biases_gives_zero_biases(tmp_path: Path, without_bias: DKDETR):

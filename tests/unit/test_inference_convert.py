@@ -257,7 +257,7 @@ def test_mask_branches_that_differ_are_refused(tmp_path: Path, segmenter: DKDETR
     foreign["bbox_head.seg_branches.1.2.bias"][3] += 1
     torch.save({"state_dict": foreign}, tmp_path / "dkdetr.pth")
     student = make_student(neck_bias=False, mask_head=True)
-    with pytest.raises(MismatchError, match=r"seg_branches\.1\.2\.bias"):
+    with pytest.raises(CorruptArtefactError, match=r"seg_branches\.1\.2\.bias.*they differ"):
         convert(tmp_path / "dkdetr.pth", student, protocol="lvis")
 
 
@@ -371,6 +371,15 @@ def test_files_that_are_no_checkpoint(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
     with pytest.raises(DataError, match="no checkpoint at"):
         read_tensors(tmp_path / "absent.pth")
+
+
+def test_two_copies_that_differ_are_refused(tmp_path: Path, with_bias: DKDETR):
+    foreign = as_original(with_bias)
+    foreign["transformer.decoder.bbox_embed.0.layers.0.bias"][0] += 1
+    torch.save({"model": foreign}, tmp_path / "detr.pth")
+    student = make_student(neck_bias=True, norm="frozen")
+    with pytest.raises(CorruptArtefactError, match="copies of one tensor"):
+        convert(tmp_path / "detr.pth", student, protocol="coco")
 
 
 def test_unknown_names_are_refused(tmp_path: Path):

@@ -23,17 +23,24 @@ def encode_masks(masks: Bool[np.ndarray, "num_masks height width"]) -> list[Rle]
 
 
 def decode_mask(rle: Rle) -> Bool[np.ndarray, "height width"]:
-    """Returns the mask of packed run lengths.
+    """Returns the mask of packed run lengths; raises ValueError as `whole_runs` does."""
+    height, width = rle["size"]
+    runs = whole_runs(rle)
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(width, height).T
+
+
+def whole_runs(rle: Rle) -> Int[np.ndarray, "num_runs"]:
+    """Returns the run lengths of a packed mask, after making sure that they fill its image.
 
     Raises:
-        ValueError: they do not fill the image, where pycocotools would hand out what lay in memory.
+        ValueError: they do not, where pycocotools would hand out what lay in memory, or are none.
     """
     height, width = rle["size"]
     runs = unpack_counts(rle["counts"])
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError("run lengths that do not fill the image")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(width, height).T
+    return runs
 
 
 def rasterise(
@@ -70,7 +77,7 @@ def segmentation_rle(segmentation: Any, size_hw: tuple[int, int]) -> Rle:
         rle = _as_text(_routines().frPyObjects(segmentation, height, width))
     else:
         raise ValueError("run lengths are whole numbers or a packed string")
-    decode_mask(rle)
+    whole_runs(rle)
     return rle
 
 

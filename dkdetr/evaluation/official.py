@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -118,7 +118,7 @@ def _coco_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict
     return _in_our_order(truth, evaluation.eval["precision"][..., -1]), own
 
 
-def _kind(results: Results) -> str:
+def _kind(results: Results) -> Literal["bbox", "segm"]:
     return "bbox" if results.masks is None else "segm"
 
 

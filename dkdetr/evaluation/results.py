@@ -20,7 +20,7 @@ import orjson
 
 from dkdetr.atomic_file import atomic_file
 from dkdetr.errors import CorruptArtefactError, DataError
-from dkdetr.run_lengths import Rle, areas, boxes_xywh
+from dkdetr.run_lengths import Rle, areas, boxes_xywh, whole_runs
 
 _NUM_NAMED = 20
 
@@ -226,6 +226,7 @@ def _masks(records: Sequence[Any]) -> np.ndarray:
             raise ValueError("a mask's size is [height, width]")
         if not isinstance(mask["counts"], str):
             raise TypeError("a mask's counts are packed in a string")
+        whole_runs(mask)
         masks[index] = mask
     return masks
 

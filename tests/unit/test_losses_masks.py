@@ -110,6 +110,30 @@ def test_chunks_change_nothing_but_how_many_stand_at_a_time():
     assert not grad[1, 0, 1].any()
 
 
+def test_what_is_kept_for_the_gradient_does_not_grow_with_the_objects():
+    student = tiny_student(tiny_config(mask_head=True, masks_at_once=2))
+    masks = student(image_batch(), text_embeddings()).masks
+    kept = []
+    for count in (2, 12):
+        queries = torch.arange(count)
+        matches = Matches(torch.zeros_like(queries), queries, queries)
+        wanted = torch.rand(count, 64, 64) > 0.5
+        numel = 0
+
+        def count_elements(tensor: Tensor) -> Tensor:
+            nonlocal numel
+            numel += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count_elements, lambda tensor: tensor):
+            losses = matched_mask_losses(masks, -1, matches, wanted)
+        sum(losses).backward(retain_graph=True)
+        kept.append(numel)
+    # Less than one drawn mask of 64 x 64, let alone its samples, for ten more of them.
+    assert kept[1] - kept[0] < 64 * 64
+    assert student.mask_head.linear3.weight.grad.any()
+
+
 def test_the_pairs_are_the_matched_ones():
     masks, matches, wanted = problem(2)
     dice, entropy = matched_mask_losses(masks, 0, matches, wanted)

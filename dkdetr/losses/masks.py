@@ -41,7 +41,8 @@ def matched_mask_losses(
             layer,
             matches.image_index[chunk],
             matches.query_index[chunk],
-            targets[matches.target_index[chunk]],
+            targets,
+            matches.target_index[chunk],
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -50,11 +51,16 @@ def matched_mask_losses(
 
 
 def _chunk_losses(
-    masks: InstanceMasks, layer: int, image_index: Tensor, query_index: Tensor, targets: Tensor
+    masks: InstanceMasks,
+    layer: int,
+    image_index: Tensor,
+    query_index: Tensor,
+    targets: Tensor,
+    target_index: Tensor,
 ) -> tuple[Tensor, Tensor]:
     logits = masks.logits(layer, image_index, query_index)
     inside = ~masks.padding_mask[image_index]
-    wanted = targets.to(logits.dtype)
+    wanted = targets[target_index].to(logits.dtype)
     return dice_loss(logits, wanted, inside), mask_cross_entropy(logits, wanted, inside)
 
 

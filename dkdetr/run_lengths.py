@@ -1,4 +1,4 @@
-"""Masks as run lengths, and polygons as masks: the home of pycocotools' mask _routines().
+"""Masks as run lengths, and polygons as masks: the home of pycocotools' mask routines.
 
 A mask's pixel (column 3, row 5) covers x from 3 to 4 and y from 5 to 6, as boxes do.
 """

@@ -81,6 +81,7 @@ def evaluate_student(
         device=device,
         max_detections=config.eval.max_detections,
         precision=config.optim.precision,
+        with_masks=with_masks,
     )
     results_path = out_dir / "results.json"
     masks_path = out_dir / "results_segm.json" if with_masks else None

@@ -24,6 +24,17 @@ class Detections:
     queries: Int[Tensor, "num_detections"]
     masks: tuple[Rle, ...] | None = None
 
+    def take(self, chosen: Tensor) -> "Detections":
+        """Returns the detections at `chosen` (indices or a mask), in that order."""
+        places = torch.arange(len(self.scores), device=self.scores.device)[chosen].tolist()
+        return Detections(
+            boxes_xyxy=self.boxes_xyxy[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            queries=self.queries[chosen],
+            masks=None if self.masks is None else tuple(self.masks[place] for place in places),
+        )
+
 
 def postprocess(
     logits: Float[Tensor, "batch num_queries num_classes"],

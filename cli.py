@@ -300,6 +300,51 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
     return build_split_vocabulary(split, teacher, templates)
 
 
+@_command(app, "ablate")
+def ablate_command(
+    cache: Annotated[Path, typer.Option(help="A sealed teacher cache, shared by all rows")],
+    table: Annotated[str, typer.Option(help="5, 6, 7, neighbors, alignment or controls")],
+    experiment: Annotated[
+        str | None, typer.Option(help="What rows take away from; default: by the cache's split")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Trainings a row; all rows on the same seeds")] = 1,
+    rows: Annotated[str | None, typer.Option(help="Only these rows: a,b,...")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Rows side by side; default: GPUs, else cores")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="What to score on; default: its val")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/ablate-EXPERIMENT-HASH")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it runs")] = False,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
+    from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
+
+    chosen = tuple(name for name in (rows or "").split(",") if name)
+    request = AblateRequest(
+        cache=cache,
+        table=table,
+        experiment=experiment,
+        overrides=overrides or (),
+        seeds=seeds,
+        rows=chosen,
+        jobs=jobs,
+        split=split,
+        out=out,
+        data_root=data_root,
+        device=device,
+    )
+    program = (sys.executable, "-c", "from cli import main; main()")
+    summary = price_ablation(request) if dry_run else ablate(request, program)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
+    summary.raise_failures()
+
+
 @_command(app, "convert")
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Another project's .pth, .bin or .safetensors")],

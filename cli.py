@@ -268,6 +268,10 @@ def eval_command(
         Path | None, typer.Option(help="Score this results json instead of a run")
     ] = None,
     evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    agreement: Annotated[
+        Path | None,
+        typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
+    ] = None,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -276,6 +280,9 @@ def eval_command(
     """Score a run, or anybody's results json, by the split's protocol."""
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
+    if agreement is not None:
+        _measure_agreement(run, agreement, data_root, device, json_out)
+        return
     request = EvalRequest(
         run,
         split,
@@ -292,6 +299,19 @@ def eval_command(
     if json_out != "-":
         scored.print_table()
     _report(scored.as_json(), json_out)
+
+
+def _measure_agreement(
+    run: Path | None, cache: Path, data_root: Path, device: str, json_out: str | None
+) -> None:
+    from dkdetr.engine.run_agreement import measure_run_agreement
+    from dkdetr.errors import UsageError
+
+    if run is None:
+        raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
+    measured = measure_run_agreement(run, cache, data_root, device)
+    _tell([line for each in measured for line in each.lines()], json_out)
+    _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
 
 def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> Any:
@@ -343,6 +363,29 @@ def ablate_command(
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
     summary.raise_failures()
+
+
+@_command(app, "report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Scored run folders, or results json files")],
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation part of the first run's split")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: RUN/report.html; of several runs report.html")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Whole pictures to show")] = 12,
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one HTML page on scored runs: numbers, curves, errors, pictures, losses."""
+    from dkdetr.engine.report_runs import ReportRequest, report_runs
+
+    command = f"dkdetr {' '.join(sys.argv[1:])}"
+    page = report_runs(ReportRequest(runs, split, out, data_root, pictures, command))
+    _tell([f"written: {page}"], json_out)
+    _report({"page": str(page)}, json_out)
 
 
 @_command(app, "convert")

@@ -173,7 +173,7 @@ class _Cutter:
         self._images = {image.image_id: image for image in split.images}
 
     def cut(self, image_id: int, box_xywh: np.ndarray) -> dict[str, Any]:
-        """Returns the picture as data, and the box in it in percent of its sides."""
+        """Returns the picture as data, and the box in it in hundredths of its sides."""
         image = self._images[image_id]
         path = self._split.image_path(image)
         whole = Image.fromarray(read_image(path, expected_hw=(image.height, image.width)))

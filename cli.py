@@ -324,6 +324,8 @@ def _measure_agreement(
     measured = measure_run_agreement(run, cache, data_root, device)
     _tell([line for each in measured for line in each.lines()], json_out)
     _report({"agreement": [each.as_json() for each in measured]}, json_out)
+
+
 @_command(app, "predict")
 def predict_command(
     pictures: Annotated[

@@ -55,7 +55,7 @@ def measure_agreement(
     truth = ground_truth_of(split)
     known = set(reader.image_ids.tolist()) - set(reader.quarantined)
     images = tuple(image for image in split.images if image.image_id in known)
-    own_kd = student.kd_content is not None and _at_cached_boxes(config)
+    own_kd = _distils_at_cached_boxes(config)
     collected = _Collected([DETECTION, DISTILLED] if own_kd else [DETECTION])
     make_batch = EvaluationBatches(split.folder, images, image_size=config.data.image_size)
     size = config.eval.batch_size
@@ -120,8 +120,9 @@ class _Collected:
         ]
 
 
-def _at_cached_boxes(config: ExperimentConfig) -> bool:
-    return config.kd.enabled
+def _distils_at_cached_boxes(config: ExperimentConfig) -> bool:
+    kd = config.kd
+    return kd.enabled and kd.auxiliary_queries and kd.alignment == "cached"
 
 
 def _select(rows: ImageRows, config: ExperimentConfig) -> SelectedRegions:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,7 @@ class ResolvedConfig:
 
     config: ExperimentConfig
     origins: Mapping[str, str]
-    rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, Any]]
 
 
 _ADAPTER = TypeAdapter(ExperimentConfig)

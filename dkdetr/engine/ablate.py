@@ -244,8 +244,26 @@ def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationRes
         columns=COLUMNS[plan.protocol],
         seeds=plan.seeds,
         rows=tuple(rows),
-        remarks=tuple(savings(plan)),
+        remarks=(*savings(plan), *_step_times(plan, records)),
     )
+
+
+def _step_times(
+    plan: AblationPlan, records: Mapping[tuple[str, int], Mapping[str, Any] | None]
+) -> list[str]:
+    """Returns a line on what a step of each finished row took, the mean over its seeds."""
+    shown = []
+    for row in plan.table.rows:
+        times = [
+            record["seconds_per_step"]
+            for seed in plan.seeds
+            if (record := records[row.run, seed]) is not None and record["seconds_per_step"]
+        ]
+        if times:
+            shown.append(f"{row.label} {sum(times) / len(times):.3f}")
+    if not shown:
+        return []
+    return [f"seconds a step, beside what else ran on the machine: {'; '.join(shown)}"]
 
 
 def _write(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationSummary:

@@ -80,8 +80,8 @@ class AblationResult:
             return NOT_RUN if not result.by_seed else "-"
         mean = sum(differences) / len(differences)
         if len(differences) == 1:
-            return f"{mean:+.1f}"
-        return f"{mean:+.1f} [{min(differences):+.1f}, {max(differences):+.1f}]"
+            return _signed(mean)
+        return f"{_signed(mean)} [{_signed(min(differences))}, {_signed(max(differences))}]"
 
     def paper_cell(self, result: RowResult, *, less_baseline: bool = False) -> str:
         """Returns the paper's numbers by column, or what they are above its baseline."""
@@ -92,7 +92,7 @@ class AblationResult:
         shown = []
         for key in self.columns:
             value = paper.get(key, math.nan) - (subtract.get(key, math.nan) if subtract else 0)
-            written = f"{value:+.1f}" if less_baseline else f"{value:.1f}"
+            written = _signed(value) if less_baseline else f"{value:.1f}"
             shown.append("-" if math.isnan(value) else written)
         return "-" if set(shown) == {"-"} else " / ".join(shown)
 
@@ -165,6 +165,10 @@ def comma_separated(result: AblationResult) -> str:
                 (result.table.name, each.row.run, each.row.label, seed, state, *shown, *paper)
             )
     return text.getvalue()
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

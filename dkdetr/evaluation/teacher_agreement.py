@@ -10,6 +10,7 @@ Three measures, each a mean over regions (method A.6, C.2), all within an image:
   other regions; 1 is the same order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +58,9 @@ class TeacherAgreement:
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> "TeacherAgreement":
         """Returns what `as_json` described."""
-        groups = [
-            GroupAgreement(**{k: float("nan") if v is None else v for k, v in group.items()})
-            for group in described["groups"]
-        ]
-        return cls(**(described | {"groups": tuple(groups)}))
+        groups = [_with_nan(group) for group in described["groups"]]
+        fields: dict[str, Any] = described | {"groups": tuple(groups)}
+        return cls(**fields)
 
     def lines(self) -> list[str]:
         """Returns a small table for people."""
@@ -106,6 +105,11 @@ def agreement_by_group(
     return tuple(
         GroupAgreement(group, int(rows.sum()), *_means(measured[rows])) for group, rows in picks
     )
+
+
+def _with_nan(group: dict[str, Any]) -> GroupAgreement:
+    fields: dict[str, Any] = {k: math.nan if v is None else v for k, v in group.items()}
+    return GroupAgreement(**fields)
 
 
 def _measure_image(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -103,6 +104,7 @@ def test_every_row_runs_once_from_its_seeds_burn_in(tmp_path, stand_in, planned)
     again = ablate(request_of(), ("/nothing/such",))
     assert again.text == summary.text
     assert again.failed == 0
+    assert "baseline 2.000; image 2.000" in again.text
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"table_7.md", "table_7.csv", "table_7.png", "table_7.sh", "ablate.log"} <= files
     assert (tmp_path / "out/table_7.png").read_bytes().startswith(b"\x89PNG")
@@ -180,6 +182,19 @@ def test_a_second_ablation_in_the_same_folder_is_refused(tmp_path, stand_in, pla
     with ablate_module._locked(tmp_path), pytest.raises(FolderLockedError) as caught:
         ablate(request_of(), stand_in)
     assert caught.value.exit_code == 7
+
+
+def test_rows_that_outlive_a_killed_ablation_hold_its_lock(tmp_path):
+    with ablate_module._locked(tmp_path) as lock:
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    try:
+        with pytest.raises(FolderLockedError), ablate_module._locked(tmp_path):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with ablate_module._locked(tmp_path):
+        pass
 
 
 def test_a_finished_row_of_other_settings_is_refused(tmp_path, stand_in, planned):

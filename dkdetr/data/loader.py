@@ -120,7 +120,8 @@ def make_training_loader(
     are those without a base box. The last, incomplete batch of an epoch is dropped.
 
     Raises:
-        DataError: images are missing, the split is not for training, novel names would leak.
+        DataError: images are missing, the split is not for training, novel names would leak, or
+            the student has a mask head and an object no outline.
         MismatchError: the cache or the vocabulary belongs to another split.
         UsageError: distillation without a cache, or a batch size that does not divide.
         CacheError: the cache is unsealed or corrupt.
@@ -132,7 +133,8 @@ def make_training_loader(
             "--set kd.regions_per_image=0"
         )
     reader = open_cache(cache_path) if cache_path is not None else None
-    images = _usable_images(split, vocabulary, reader)
+    with_masks = config.student.mask_head
+    images = _usable_images(split, vocabulary, reader, with_masks=with_masks)
     split.require_images()
     factors = _factors(images, config)
     plan = BatchPlan(epoch_length(factors), config.data.batch_size, rank, world_size)
@@ -176,10 +178,14 @@ def make_evaluation_loader(
 
 
 def _usable_images(
-    split: Split, vocabulary: Vocabulary, reader: CacheReader | None
+    split: Split,
+    vocabulary: Vocabulary,
+    reader: CacheReader | None,
+    *,
+    with_masks: bool = False,
 ) -> TrainingImages:
     quarantined = reader.quarantined if reader is not None else {}
-    images = training_images(split, vocabulary, leave_out=quarantined)
+    images = training_images(split, vocabulary, leave_out=quarantined, with_masks=with_masks)
     if reader is not None:
         wanted = np.array([image.image_id for image in images.images])
         absent = wanted[~np.isin(wanted, reader.image_ids)]

@@ -86,9 +86,7 @@ def _titled(paths: Sequence[Path]) -> list[tuple[Path, str]]:
 def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
     results = read_results(path if path.is_file() else _results_of(path, truth.name))
     if results.masks is not None:
-        raise UsageError(
-            f"'{path}' holds masks: report is on boxes, give the results.json beside it"
-        )
+        raise UsageError(f"'{path}' holds masks: report is on boxes, give results.json")
     run = RunFolder(path)
     settings: dict[str, Any] = {}
     if run.config.is_file():

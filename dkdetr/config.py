@@ -149,6 +149,8 @@ class RelationalKDConfig:
     """Leave pairs of one image out of the batch's relations (but for a region with itself)."""
     gather: bool = False
     """Relations of the batch reach over all ranks, with exact gradients."""
+    neighbor_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a rank's batch that is related to its other images; our addition, 0 = the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

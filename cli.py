@@ -420,6 +420,10 @@ def eval_command(
         Path | None, typer.Option(help="Score this results json instead of a run")
     ] = None,
     evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    agreement: Annotated[
+        Path | None,
+        typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
+    ] = None,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -428,6 +432,9 @@ def eval_command(
     """Score a run, or anybody's results json, by the split's protocol."""
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
+    if agreement is not None:
+        _measure_agreement(run, agreement, data_root, device, json_out)
+        return
     request = EvalRequest(
         run,
         split,
@@ -444,6 +451,19 @@ def eval_command(
     if json_out != "-":
         scored.print_table()
     _report(scored.as_json(), json_out)
+
+
+def _measure_agreement(
+    run: Path | None, cache: Path, data_root: Path, device: str, json_out: str | None
+) -> None:
+    from dkdetr.engine.run_agreement import measure_run_agreement
+    from dkdetr.errors import UsageError
+
+    if run is None:
+        raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
+    measured = measure_run_agreement(run, cache, data_root, device)
+    _tell([line for each in measured for line in each.lines()], json_out)
+    _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
 
 @_command(app, "predict")
@@ -515,6 +535,74 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
     from pipeline.vocabularies import build_split_vocabulary
 
     return build_split_vocabulary(split, teacher, templates)
+
+
+@_command(app, "ablate")
+def ablate_command(
+    cache: Annotated[Path, typer.Option(help="A sealed teacher cache, shared by all rows")],
+    table: Annotated[str, typer.Option(help="5, 6, 7, neighbors, alignment or controls")],
+    experiment: Annotated[
+        str | None, typer.Option(help="What rows take away from; default: by the cache's split")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Trainings a row; all rows on the same seeds")] = 1,
+    rows: Annotated[str | None, typer.Option(help="Only these rows: a,b,...")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Rows side by side; default: GPUs, else cores")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="What to score on; default: its val")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/ablate-EXPERIMENT-HASH")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it runs")] = False,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
+    from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
+
+    chosen = tuple(name for name in (rows or "").split(",") if name)
+    request = AblateRequest(
+        cache=cache,
+        table=table,
+        experiment=experiment,
+        overrides=overrides or (),
+        seeds=seeds,
+        rows=chosen,
+        jobs=jobs,
+        split=split,
+        out=out,
+        data_root=data_root,
+        device=device,
+    )
+    program = (sys.executable, "-c", "from cli import main; main()")
+    summary = price_ablation(request) if dry_run else ablate(request, program)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
+    summary.raise_failures()
+
+
+@_command(app, "report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Scored run folders, or results json files")],
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation part of the first run's split")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: RUN/report.html; of several runs report.html")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Whole pictures to show")] = 12,
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one HTML page on scored runs: numbers, curves, errors, pictures, losses."""
+    from dkdetr.engine.report_runs import ReportRequest, report_runs
+
+    command = f"dkdetr {' '.join(sys.argv[1:])}"
+    page = report_runs(ReportRequest(runs, split, out, data_root, pictures, command))
+    _tell([f"written: {page}"], json_out)
+    _report({"page": str(page)}, json_out)
 
 
 @_command(app, "convert")

@@ -149,6 +149,7 @@ def cache_teacher_command(
         float, typer.Option(help="Share of unreadable images that is set aside")
     ] = 0.001,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs")] = False,
+    neighbors: Annotated[bool, typer.Option(help="Build neighbour lists at the end")] = True,
     experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
     fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
     overrides: Overrides = None,
@@ -178,6 +179,7 @@ def cache_teacher_command(
         overrides=tuple(overrides or ()),
         fit_epochs=fit_epochs,
         max_bad=max_bad,
+        neighbors=neighbors,
         command=" ".join(sys.argv[1:]),
     )
     result = price_cache(request) if dry_run else cache_teacher(request, _say)
@@ -308,7 +310,7 @@ def cache_import(
         split=split,
         out=out,
         text_bank=text_bank,
-        background=background and _one_of("--background", background, ("first", "last")),
+        background=_one_of("--background", background, ("first", "last")) if background else None,
         boxes=boxes,
         image_source=image_source,
         use_gt=gt,
@@ -326,14 +328,43 @@ def cache_import(
 @_command(cache_app, "neighbors")
 def cache_neighbors(
     path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    image: Annotated[int | None, typer.Option(help="Show this image's regions")] = None,
+    box: Annotated[int | None, typer.Option(help="Show this region's neighbours")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Even if they are there")] = False,
     per_image: Annotated[int, typer.Option(help="Best regions of an image that take part")] = 50,
+    k: Annotated[int, typer.Option("--neighbors", help="Neighbours listed of each region")] = 16,
+    exact_below: Annotated[
+        int, typer.Option(help="From so many regions on an inverted file is searched")
+    ] = 1_000_000,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu (needs faiss-gpu)")] = "auto",
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Build the neighbour lists of a cache anew (exact search; quadratic in regions)."""
-    from pipeline.neighbor_stage import rebuild_neighbors
+    """Build the neighbour lists, or show those of one image or one region (--image, --box)."""
+    from pipeline.region_views import neighbors_command
 
-    rebuild_neighbors(path, per_image=per_image)
-    _say(f"neighbour lists of {path} are ready")
+    settings = {"per_image": per_image, "k": k, "exact_below": exact_below}
+    settings["device"] = _one_of("--device", device, ("auto", "cpu", "gpu"))
+    result = neighbors_command(path, image, box, settings, rebuild=rebuild)
+    _tell(result.lines(), json_out)
+    _report(result.as_json(), json_out)
+
+
+@_command(cache_app, "browse")
+def cache_browse(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    out: Annotated[Path, typer.Option(help="The page to write")] = Path("browse.html"),
+    images: Annotated[str, typer.Option(help="How many images, or their ids: 17,42,")] = "12",
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one page with regions, their neighbours and the teacher's names for them."""
+    from pipeline.browse import browse_cache
+
+    summary = browse_cache(path, out, images=images, data_root=data_root)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
 
 
 @_command(app, "train")
@@ -370,7 +401,7 @@ def train_command(
     _report(vars(summary), json_out)
 
 
-def _load_cache_teacher(cache: Path, device: Any) -> Any:
+def _load_cache_teacher(cache: Any, device: Any) -> Any:
     from pipeline.online_teacher import teacher_of_cache
 
     return teacher_of_cache(cache, device)
@@ -389,6 +420,10 @@ def eval_command(
         Path | None, typer.Option(help="Score this results json instead of a run")
     ] = None,
     evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    agreement: Annotated[
+        Path | None,
+        typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
+    ] = None,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -397,6 +432,9 @@ def eval_command(
     """Score a run, or anybody's results json, by the split's protocol."""
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
+    if agreement is not None:
+        _measure_agreement(run, agreement, data_root, device, json_out)
+        return
     request = EvalRequest(
         run,
         split,
@@ -413,6 +451,19 @@ def eval_command(
     if json_out != "-":
         scored.print_table()
     _report(scored.as_json(), json_out)
+
+
+def _measure_agreement(
+    run: Path | None, cache: Path, data_root: Path, device: str, json_out: str | None
+) -> None:
+    from dkdetr.engine.run_agreement import measure_run_agreement
+    from dkdetr.errors import UsageError
+
+    if run is None:
+        raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
+    measured = measure_run_agreement(run, cache, data_root, device)
+    _tell([line for each in measured for line in each.lines()], json_out)
+    _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
 
 @_command(app, "predict")
@@ -484,6 +535,74 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
     from pipeline.vocabularies import build_split_vocabulary
 
     return build_split_vocabulary(split, teacher, templates)
+
+
+@_command(app, "ablate")
+def ablate_command(
+    cache: Annotated[Path, typer.Option(help="A sealed teacher cache, shared by all rows")],
+    table: Annotated[str, typer.Option(help="5, 6, 7, neighbors, alignment or controls")],
+    experiment: Annotated[
+        str | None, typer.Option(help="What rows take away from; default: by the cache's split")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Trainings a row; all rows on the same seeds")] = 1,
+    rows: Annotated[str | None, typer.Option(help="Only these rows: a,b,...")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Rows side by side; default: GPUs, else cores")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="What to score on; default: its val")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/ablate-EXPERIMENT-HASH")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it runs")] = False,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
+    from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
+
+    chosen = tuple(name for name in (rows or "").split(",") if name)
+    request = AblateRequest(
+        cache=cache,
+        table=table,
+        experiment=experiment,
+        overrides=overrides or (),
+        seeds=seeds,
+        rows=chosen,
+        jobs=jobs,
+        split=split,
+        out=out,
+        data_root=data_root,
+        device=device,
+    )
+    program = (sys.executable, "-c", "from cli import main; main()")
+    summary = price_ablation(request) if dry_run else ablate(request, program)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
+    summary.raise_failures()
+
+
+@_command(app, "report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Scored run folders, or results json files")],
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation part of the first run's split")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: RUN/report.html; of several runs report.html")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Whole pictures to show")] = 12,
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one HTML page on scored runs: numbers, curves, errors, pictures, losses."""
+    from dkdetr.engine.report_runs import ReportRequest, report_runs
+
+    command = f"dkdetr {' '.join(sys.argv[1:])}"
+    page = report_runs(ReportRequest(runs, split, out, data_root, pictures, command))
+    _tell([f"written: {page}"], json_out)
+    _report({"page": str(page)}, json_out)
 
 
 @_command(app, "convert")

@@ -71,7 +71,7 @@ class RemotePath:
 
     def _files(self) -> tuple[Any, str]:
         # fsspec keeps one instance a process and thread, so this is a look-up.
-        import fsspec
+        import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
         try:
             return cast("tuple[Any, str]", fsspec.core.url_to_fs(self._url))  # pyright: ignore

@@ -102,7 +102,7 @@ def write_flat(
     """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = flat_arrays(plan, regions_only=max_base_iou is not None)
-    written = dict.fromkeys(("regions", "gt"), 0)
+    written: dict[str, int] = {"regions": 0, "gt": 0}
     blocks: dict[str, list[str]] = {array.name: [] for array in arrays}
     partial = {a.name: folder / f"{a.file}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}" for a in arrays}
     with disk_errors(str(folder)), ExitStack() as stack:

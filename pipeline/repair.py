@@ -7,10 +7,11 @@ from typing import Any
 
 from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, load_plan, load_provenance
+from cache.neighbors import NeighborSettings
 from cache.spec import CacheError, CorruptCacheError
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor
-from pipeline.neighbor_stage import rebuild_neighbors
+from pipeline.neighbor_stage import ensure_neighbors
 from pipeline.request import CacheRequest, recorded_request
 
 
@@ -76,7 +77,7 @@ def repair_cache(
     summary = cache_teacher(replace(request, neighbors=False), say)
     finish_repair(damage, summary.merkle_root)
     if damage.neighbors:
-        rebuild_neighbors(path)
+        ensure_neighbors(path, NeighborSettings(), rebuild=True)
     return RepairSummary(
         path, tuple(damage.lines()), summary.merkle_root, same_bytes=damage.old_root is not None
     )

@@ -305,7 +305,7 @@ def data_list(
     data_root: DataRoot = Path("data"), json_out: Json = None, verbose: Verbose = False
 ) -> None:
     """List the splits by name and whether their files are there."""
-    from dkdetr.data.splits import list_splits
+    from dkdetr.data.split_sources import list_splits
 
     found = list_splits(data_root)
     _tell([f"{name:26s} {problem or 'there'}" for name, problem in found.items()], json_out)

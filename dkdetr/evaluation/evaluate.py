@@ -23,7 +23,8 @@ from dkdetr.errors import MismatchError
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
 from dkdetr.evaluation.ground_truth import ground_truth_of
-from dkdetr.evaluation.results import ResultsWriter, read_results
+from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.results_writer import ResultsWriter
 from dkdetr.progress import progress
 
 _NUM_NAMED = 5

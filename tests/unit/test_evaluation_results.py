@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dkdetr.errors import CorruptArtefactError, DataError
-from dkdetr.evaluation.results import ResultsWriter, read_results
+from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.results_writer import ResultsWriter
 
 
 def write(writer, image_id, scores, category_ids=None):

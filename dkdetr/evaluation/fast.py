@@ -19,7 +19,8 @@ from dkdetr.evaluation.protocols import MAX_DETECTIONS_PER_CLASS, MAX_DETECTIONS
 from dkdetr.evaluation.results import Results
 from dkdetr.progress import progress
 
-_DETECTIONS_AT_ONCE = 1_000_000
+_DETECTIONS_AT_ONCE = 500_000
+_LONG_SCORING = 500_000
 
 
 def fast_evaluator_name() -> str:
@@ -64,7 +65,8 @@ def precision_table(
     edges = np.arange(len(truth.categories) + 1) * len(truth.images)
     starts = np.searchsorted(keys[detections], edges)
     box_starts = np.searchsorted(box_keys[boxes], edges)
-    with progress("scoring categories", len(truth.categories)) as advance:
+    is_quick = len(results) < _LONG_SCORING
+    with progress("scoring categories", len(truth.categories), quiet=is_quick) as advance:
         # Categories do not influence each other; a block at a time bounds the memory.
         for first, last in _blocks(starts):
             table[:, :, problem.order[first:last], :] = problem.block(

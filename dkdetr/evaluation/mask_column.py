@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-_AT_ONCE = 20_000
+# pycocotools 2.0.11 writes four times the number of masks into a byte, which NumPy 2 refuses.
+_AT_ONCE = 63
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,12 @@
 """Random scoring problems that hold every oddity the official tools have an opinion on."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from dkdetr.data.annotations import Category, ImageInfo
 from dkdetr.evaluation.ground_truth import GroundTruth
+from dkdetr.evaluation.mask_column import encode_segmentation, join_masks, mask_boxes
 from dkdetr.evaluation.results import Results
 
 
@@ -79,3 +82,23 @@ def _box(rng):
     side = rng.choice([20.0, 60.0, 160.0])
     x, y, w, h = (*rng.uniform(0, 300, 2), *rng.uniform(0.5, 2.0, 2) * side)
     return (x, y, w, h) if rng.random() < 0.5 else (round(x), round(y), round(w), round(h))
+
+
+def with_masks(truth, results, *, keep_boxes):
+    """Returns the same problem with a pentagon in each box as its mask; some masks are empty."""
+    sizes = np.tile([480, 640], (len(truth.image_ids), 1))
+    masks = join_masks([_pentagon(box) for box in truth.boxes_xywh], sizes)
+    found = join_masks(
+        [_pentagon(box) for box in results.boxes_xywh], np.tile([480, 640], (len(results), 1))
+    )
+    boxes = results.boxes_xywh if keep_boxes else mask_boxes(found)
+    return (
+        replace(truth, masks=masks),
+        replace(results, masks=found, boxes_xywh=boxes, has_boxes=keep_boxes),
+    )
+
+
+def _pentagon(box_xywh):
+    x, y, w, h = box_xywh.tolist()
+    corners = [x + w / 2, y, x + w, y + h / 3, x + 0.8 * w, y + h, x + 0.2 * w, y + h, x, y + h / 3]
+    return encode_segmentation([corners], 480, 640)

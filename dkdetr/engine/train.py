@@ -27,6 +27,7 @@ from dkdetr.engine.checkpoint import (
     save_checkpoint,
 )
 from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.initial_weights import start_from_file
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
 from dkdetr.engine.optim import make_optimizer
@@ -95,7 +96,10 @@ class _Run:
             )
         self.folder = self._open_folder()
         torch.manual_seed(config.seed)
-        self.student = build_student(config, text_dim=self.vocabulary.embed_dim).to(ranks.device)
+        self.student = build_student(config, text_dim=self.vocabulary.embed_dim)
+        if config.student.weights is not None:
+            start_from_file(self.student, Path(config.student.weights), split)
+        self.student.to(ranks.device)
         self.optimizer: AdamW = make_optimizer(self.student, config.optim)
         self.step = TrainingStep(
             self.student,

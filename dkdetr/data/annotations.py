@@ -252,7 +252,7 @@ def _boxes(
     # Boxes of images that are left out themselves go with them, unsaid.
     good = ~np.isin(image_of, sorted(bad_image_ids))
 
-    def refuse(bad: Bool[np.ndarray, "n"], why: str) -> None:
+    def refuse(bad: Any, why: str) -> None:
         nonlocal good
         problems.refuse([rows[i] for i in np.flatnonzero(bad & good)], all_records, at, why)
         good = good & ~bad
@@ -311,9 +311,7 @@ def _note(mask: Bool[np.ndarray, "n"], what: str, records: Records, has_ids: boo
 def _readable(records: Records, has_ids: bool, problems: Problems) -> list[int]:
     """Returns the places of annotations whose values are of the right kinds."""
     table = "/annotations"
-    good = [range(len(records))]
-    if has_ids:
-        good.append(_good_ids(records, table, problems))
+    good = [_good_ids(records, table, problems)] if has_ids else []
     good += [_whole_numbers(records, key, table, problems) for key in ("image_id", "category_id")]
     bad = _bad_boxes(records)
     problems.refuse(bad, records, table, "'bbox' is not a list of four numbers")
@@ -322,8 +320,7 @@ def _readable(records: Records, has_ids: bool, problems: Problems) -> list[int]:
     problems.refuse(strange, records, table, "'iscrowd' is neither 0 nor 1")
     if all(len(each) == len(records) for each in good) and not bad and not strange:
         return [*range(len(records))]
-    left = set(good[0]).intersection(*good[1:]) - {*bad, *strange}
-    return sorted(left)
+    return sorted(set(good[0]).intersection(*good[1:]) - {*bad, *strange})
 
 
 def _bad_boxes(records: Records) -> list[int]:

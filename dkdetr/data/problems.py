@@ -42,6 +42,7 @@ class Problems:
     def __init__(self, where: str) -> None:
         self.where = where
         self.found: list[Problem] = []
+        self._named: set[tuple[str, int]] = set()
 
     def add(self, table: str, why: str, names: Sequence[str]) -> None:
         """Notes that the records of these names have a fault; nothing if there are none."""
@@ -49,10 +50,13 @@ class Problems:
             self.found.append(Problem(table, why, len(names), tuple(names[:_SHOWN])))
 
     def refuse(self, bad: Sequence[int], records: Sequence[Any], table: str, why: str) -> None:
-        """Notes that the records at these indices have a fault; pointer and id name them."""
-        if len(bad):
-            first = tuple(_name(index, records[index], table) for index in bad[:_SHOWN])
-            self.found.append(Problem(table, why, len(bad), first))
+        """Notes that the records at these indices have a fault; pointer and id name them.
+
+        A record is named once, by the first fault that is found in it.
+        """
+        fresh = [index for index in bad if (table, index) not in self._named]
+        self._named.update((table, index) for index in fresh)
+        self.add(table, why, [_name(index, records[index], table) for index in fresh])
 
     def raise_if_any(self) -> None:
         """Raises DataError that names every fault."""

@@ -26,7 +26,7 @@ _NUM_NAMED = 20
 class CategoryMetrics:
     """One category's numbers, of boxes (of masks where there are only these).
 
-    APs are NaN without ground truth, `ap` also in VOC, `segm_ap` where no masks are scored.
+    APs are NaN without ground truth, `ap` also in VOC, `segm_ap` is there where both are scored.
     """
 
     category_id: int
@@ -156,7 +156,7 @@ def _per_category(
             ap75=_mean(precision[1 if is_voc else 5, :, place, 0]),
             num_gt=num_gt.get(category.category_id, 0),
             num_detections=num_detections.get(category.category_id, 0),
-            segm_ap=_mean(tables["segm"][:, :, place, 0]) if "segm" in tables else math.nan,
+            segm_ap=_mean(tables["segm"][:, :, place, 0]) if len(tables) > 1 else math.nan,
         )
         for place, (category, group) in enumerate(zip(truth.categories, groups, strict=True))
     )

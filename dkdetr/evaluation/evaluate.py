@@ -22,12 +22,15 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
+from dkdetr.evaluation.gather import Shard, gather_results
 from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.results import read_results
 from dkdetr.evaluation.results_writer import ResultsWriter
 from dkdetr.progress import progress
 
 _NUM_NAMED = 5
+_ALONE = Shard()
+_HASHED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,12 @@ def evaluate_student(
     device: torch.device,
     out_dir: Path,
     evaluator: Evaluator = "fast",
-) -> Evaluation:
+    shard: Shard = _ALONE,
+) -> Evaluation | None:
     """Returns the student's metrics on a split; leaves three files in `out_dir`.
+
+    Each of several ranks detects on its share of the images; the first gathers all results, scores
+    and writes, the others return None.
 
     `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`. Each
     appears whole; `metrics.json` comes last and names the hash of the results it was computed of.
@@ -62,6 +69,7 @@ def evaluate_student(
         device: where the student is.
         out_dir: made if it is not there.
         evaluator: see `score`.
+        shard: this process among those of a process group.
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.
@@ -69,18 +77,20 @@ def evaluate_student(
     started = time.monotonic()
     name_notes = check_vocabulary(vocabulary, split)
     category_ids = np.array(vocabulary.category_ids, dtype=np.int64)
+    loader = make_evaluation_loader(split, config, rank=shard.rank, world_size=shard.world_size)
     found = detect(
         student,
-        make_evaluation_loader(split, config, rank=0, world_size=1),
+        loader,
         torch.from_numpy(vocabulary.embeddings),
         device=device,
         max_detections=config.eval.max_detections,
         precision=config.optim.precision,
     )
     results_path = out_dir / "results.json"
+    title, num_images = f"detecting on {split.name}", len(split.images) // shard.world_size
     with (
-        progress(f"detecting on {split.name}", len(split.images)) as advance,
-        ResultsWriter(results_path) as writer,
+        ResultsWriter(results_path, commits=shard.is_first) as writer,
+        progress(title, num_images, quiet=not shard.is_first) as advance,
     ):
         for image_id, detections in found:
             writer.write(
@@ -90,6 +100,9 @@ def evaluate_student(
                 category_ids[detections.labels.numpy()],
             )
             advance(writer.num_images, "")
+        gather_results(writer, shard, device)
+        if not shard.is_first:
+            return None
         assert writer.num_images == len(split.images), "the loader left out images"
         _remove_old_metrics(out_dir)
     # Read back from the file: what is scored is what anybody else can score.
@@ -113,7 +126,8 @@ def score_predictions(
     """
     started = time.monotonic()
     results = read_results(predictions_file)
-    metrics = score(ground_truth_of(split), results, evaluator=evaluator)
+    truth = ground_truth_of(split, with_masks=results.masks is not None)
+    metrics = score(truth, results, evaluator=evaluator)
     metrics = replace(metrics, notes=(*metrics.notes, *notes))
     paths = {
         "results": predictions_file,
@@ -122,9 +136,7 @@ def score_predictions(
     }
     _remove_old_metrics(out_dir)
     write_bytes(paths["per_category"], per_category_csv(metrics).encode())
-    described = metrics.as_json() | {
-        "results_xxh3_128": xxhash.xxh3_128_hexdigest(predictions_file.read_bytes())
-    }
+    described = metrics.as_json() | {"results_xxh3_128": _hash_of(predictions_file)}
     write_bytes(paths["metrics"], orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
     return Evaluation(metrics=metrics, paths=paths, seconds=time.monotonic() - started)
 
@@ -157,12 +169,23 @@ def per_category_csv(metrics: Metrics) -> str:
     """Returns one line a category; AP in [0, 1], an empty cell where there is no ground truth."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("category_id", "name", "group", "AP", "AP50", "num_gt", "num_detections"))
+    has_both = any(not math.isnan(line.segm_ap) for line in metrics.per_category)
+    aps = ("AP", "AP50", "AP75", *(("segm.AP",) if has_both else ()))
+    writer.writerow(("category_id", "name", "group", *aps, "num_gt", "num_detections"))
     for line in metrics.per_category:
-        numbers = ("" if math.isnan(value) else repr(value) for value in (line.ap, line.ap50))
+        values = (line.ap, line.ap50, line.ap75, line.segm_ap)[: len(aps)]
+        numbers = ("" if math.isnan(value) else repr(value) for value in values)
         counts = (line.num_gt, line.num_detections)
         writer.writerow((line.category_id, line.name, line.group, *numbers, *counts))
     return text.getvalue()
+
+
+def _hash_of(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _remove_old_metrics(out_dir: Path) -> None:

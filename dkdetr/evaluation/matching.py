@@ -93,9 +93,7 @@ def match(cells: Cells, overlaps: Overlaps) -> Matches:
     return matches
 
 
-def _candidates(
-    cells: Cells, overlaps: Overlaps
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _candidates(cells: Cells, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the pairs (detection, box, IoU) of a cell that overlap by the lowest threshold."""
     start = np.searchsorted(cells.box_keys, cells.detection_keys, side="left")
     stop = np.searchsorted(cells.box_keys, cells.detection_keys, side="right")

@@ -113,9 +113,7 @@ def _kind_of(record: Any) -> _Kind:
     return _Kind(has_boxes, has_masks)
 
 
-def _pieces(
-    file: BinaryIO, path: Path, advance: Callable[[int], None]
-) -> Iterator[list[Any]]:
+def _pieces(file: BinaryIO, path: Path, advance: Callable[[int], None]) -> Iterator[list[Any]]:
     """Yields the records of a JSON list, many at a time."""
     text = file.read(_PIECE_BYTES).lstrip()
     if not text.startswith(b"["):

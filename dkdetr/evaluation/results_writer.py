@@ -25,10 +25,17 @@ class ResultsWriter:
     A context manager: the file takes its name, whole and in canonical order, when the block ends;
     after an error there is no file. Each image's records go to a temporary file beside the target
     as they come, and are copied in the order of image ids at the end.
+
+    Args:
+        path: of the file.
+        commits: False for a rank that only hands its pieces to another.
     """
 
-    def __init__(self, path: Path) -> None:
+    piece_bytes = _PIECE_BYTES
+
+    def __init__(self, path: Path, *, commits: bool = True) -> None:
         self._path = path
+        self._commits = commits
         self._places: dict[int, tuple[int, int]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unnamed: nothing is left behind whatever happens to the process.
@@ -38,6 +45,11 @@ class ResultsWriter:
     def num_images(self) -> int:
         """Images written so far, those without a detection included."""
         return len(self._places)
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of all pieces."""
+        return self._spool.seek(0, os.SEEK_END)
 
     @property
     def places(self) -> Mapping[int, tuple[int, int]]:
@@ -116,7 +128,7 @@ class ResultsWriter:
         traceback: TracebackType | None,
     ) -> None:
         with self._spool:
-            if kind is None:
+            if kind is None and self._commits:
                 self._commit()
 
     def _commit(self) -> None:

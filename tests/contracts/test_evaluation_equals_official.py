@@ -193,9 +193,7 @@ def _records(results: Results):
     shapes = [{"bbox": box} for box in results.boxes_xywh.tolist()]
     if results.masks is not None:
         objects = results.masks.objects(np.arange(len(results)))
-        shapes = [
-            {"segmentation": each | {"counts": each["counts"].decode()}} for each in objects
-        ]
+        shapes = [{"segmentation": each | {"counts": each["counts"].decode()}} for each in objects]
     return [
         {"image_id": int(i), "category_id": int(c), "score": s, **shape}
         for i, c, s, shape in zip(

@@ -93,6 +93,8 @@ def _top(key, value):
     return mutate
 
 
+THIRD = "/annotations/2 (id 3)"
+
 MUTATIONS = {
     "no images": (_top("images", []), "images"),
     "images an object": (_top("images", {}), "no list 'images'"),
@@ -118,8 +120,14 @@ MUTATIONS = {
     "category name missing": (_delete("categories", 4, "name"), "no name: /categories/4 (id 5)"),
     "category name a list": (_set("categories", 4, "name", []), "no name: /categories/4 (id 5)"),
     "category name blank": (_set("categories", 4, "name", " "), "no name: /categories/4 (id 5)"),
-    "unknown category": (_set("annotations", 2, "category_id", 900), "unknown category_id: /annotations/2 (id 3)"),
-    "unknown image": (_set("annotations", 2, "image_id", 900), "unknown image_id: /annotations/2 (id 3)"),
+    "unknown category": (
+        _set("annotations", 2, "category_id", 900),
+        "unknown category_id: /annotations/2 (id 3)",
+    ),
+    "unknown image": (
+        _set("annotations", 2, "image_id", 900),
+        "unknown image_id: /annotations/2 (id 3)",
+    ),
     "category a fraction": (_set("annotations", 2, "category_id", 1.0), "(id 3)"),
     "image id of box missing": (_delete("annotations", 2, "image_id"), "(id 3)"),
     "box missing": (_delete("annotations", 2, "bbox"), "(id 3)"),
@@ -130,10 +138,22 @@ MUTATIONS = {
     "box with true": (_set("annotations", 2, "bbox", [1, 2, True, 4]), "(id 3)"),
     "box nested": (_set("annotations", 2, "bbox", [1, 2, [3], 4]), "(id 3)"),
     "negative width": (_set("annotations", 2, "bbox", [9, 9, -3, 4]), "negative"),
-    "not a number": (_set("annotations", 2, "bbox", [1, 2, float("nan"), 4]), "not finite: /annotations/2 (id 3)"),
-    "infinite": (_set("annotations", 2, "bbox", [1, 2, float("inf"), 4]), "not finite: /annotations/2 (id 3)"),
-    "right of image": (_set("annotations", 2, "bbox", [500, 2, 5, 5]), "outside its image: /annotations/2 (id 3)"),
-    "above image": (_set("annotations", 2, "bbox", [5, -9, 5, 5]), "outside its image: /annotations/2 (id 3)"),
+    "not a number": (
+        _set("annotations", 2, "bbox", [1, 2, float("nan"), 4]),
+        "not finite: /annotations/2 (id 3)",
+    ),
+    "infinite": (
+        _set("annotations", 2, "bbox", [1, 2, float("inf"), 4]),
+        "not finite: /annotations/2 (id 3)",
+    ),
+    "right of image": (
+        _set("annotations", 2, "bbox", [500, 2, 5, 5]),
+        "outside its image: /annotations/2 (id 3)",
+    ),
+    "above image": (
+        _set("annotations", 2, "bbox", [5, -9, 5, 5]),
+        "outside its image: /annotations/2 (id 3)",
+    ),
     "crowd 2": (_set("annotations", 2, "iscrowd", 2), "iscrowd"),
     "crowd text": (_set("annotations", 2, "iscrowd", "no"), "iscrowd"),
     "crowd a list": (_set("annotations", 2, "iscrowd", []), "iscrowd"),

@@ -25,7 +25,8 @@ def write_voc(devkit, images, name="test", folder="VOC2007"):
     (root / f"ImageSets/Main/{name}.txt").write_text("".join(f"{key}\n" for key in images))
     for key, (height, width, objects) in images.items():
         text = "".join(
-            OBJECT.format(*corners, name=what, difficult=int(hard)) for what, corners, hard in objects
+            OBJECT.format(*corners, name=what, difficult=int(hard))
+            for what, corners, hard in objects
         )
         size = f"<size><width>{width}</width><height>{height}</height></size>"
         (root / f"Annotations/{key}.xml").write_text(f"<annotation>{size}{text}</annotation>")
@@ -125,7 +126,9 @@ def plain_voc_ap(truth, results, category_id, threshold):
     ):
         if own == category_id:
             x, y, w, h = box
-            objects.setdefault(image_id, []).append([(x, y, x + w - 1, y + h - 1), bool(hard), False])
+            objects.setdefault(image_id, []).append(
+                [(x, y, x + w - 1, y + h - 1), bool(hard), False]
+            )
     total = sum(not hard for own in objects.values() for _, hard, _ in own)
     if not total:
         return math.nan

@@ -54,10 +54,10 @@ def test_missing_areas_are_made_up_for_and_said(tmp_path):
 def test_a_file_that_changed_since_is_refused(tmp_path):
     path = coco_file(tmp_path, [annotation(1)])
     split = load_split(f"coco:{tmp_path}:{path}", tmp_path)
-    for text, words in (("{}", "COCO or LVIS form"), ("[", "COCO or LVIS form")):
+    for text, words in (("{}", "COCO or LVIS form"), ("[", "not JSON")):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
             ground_truth_of(split)
     path.unlink()
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="no annotation file"):
         ground_truth_of(split)

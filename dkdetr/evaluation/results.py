@@ -206,7 +206,10 @@ def _masks(values: list[Any]) -> MaskColumn:
     if set(map(type, sizes)) - {list} or set(map(len, sizes)) - {2}:
         raise TypeError
     sizes_hw = _integers(list(chain.from_iterable(sizes))).reshape(-1, 2)
-    column = join_masks([value["counts"].encode("ascii") for value in values], sizes_hw)
+    counts = [value["counts"] for value in values]
+    if set(map(type, counts)) - {str}:
+        raise TypeError
+    column = join_masks([each.encode("ascii") for each in counts], sizes_hw)
     if bad_masks(column).any():
         raise ValueError
     return column

@@ -2,6 +2,8 @@ import copy
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +258,13 @@ def test_real_coco_files_read_as_the_standard_library_reads_them(part):
     for image_id, expected in sums.items():
         boxes = found.boxes.of_image(by_image[image_id]).boxes_xyxy
         assert boxes[:, :2].sum() == pytest.approx(expected, rel=1e-4, abs=0.5)
+
+
+def test_reading_lvis_keeps_to_its_share_of_three_gigabytes():
+    # The whole of it: python tests/benchmarks/annotations.py.
+    program = Path(__file__).parents[1] / "benchmarks/annotations.py"
+    command = [sys.executable, program, "--annotations", "65000", "--images", "5000"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak, before = re.search(r"peak ([\d.]+) GB \(before: ([\d.]+)\)", said).groups()
+    assert said.startswith("65,000 boxes of 5,000 images")
+    assert float(peak) - float(before) < 3 * 65_000 / 1.3e6

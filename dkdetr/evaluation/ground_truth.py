@@ -4,6 +4,7 @@ Evaluation keeps the file's own numbers (64-bit boxes, areas of the *segmentatio
 small, medium and large), because a box moved by a rounding error can cross an IoU threshold.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def ground_truth_of(split: Split, *, with_masks: bool = False) -> GroundTruth:
             if record["image_id"] in wanted_images and record["category_id"] in wanted_categories
         ]
         columns = _columns(kept)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
@@ -98,7 +99,9 @@ def ground_truth_of(split: Split, *, with_masks: bool = False) -> GroundTruth:
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     boxes_xywh = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
     sides = boxes_xywh[:, 2] * boxes_xywh[:, 3]
-    areas = [record.get("area", side) for record, side in zip(records, sides, strict=True)]
+    areas = [record.get("area", side) for record, side in zip(records, sides.tolist(), strict=True)]
+    if set(map(type, areas)) - {int, float} or not all(map(math.isfinite, areas)):
+        raise ValueError("an area is not a finite number")
     return {
         "image_ids": np.array([record["image_id"] for record in records], dtype=np.int64),
         "category_ids": np.array([record["category_id"] for record in records], dtype=np.int64),

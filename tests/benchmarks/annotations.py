@@ -35,7 +35,8 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
             f"{len(found.boxes.category_ids):,} boxes of {len(found.images):,} images, "
-            f"{size:.2f} GB of text: {seconds:.1f} s ({cpu:.1f} s of a core), peak {peak:.2f} GB (before: {before:.2f})"
+            f"{size:.2f} GB of text: {seconds:.1f} s ({cpu:.1f} s of a core), "
+            f"peak {peak:.2f} GB (before: {before:.2f})"
         )
 
 

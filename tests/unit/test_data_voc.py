@@ -9,6 +9,7 @@ from dkdetr.data.voc import VOC_NAMES, parse_xml
 from dkdetr.errors import DataError, UsageError
 from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.ground_truth import ground_truth_of
+from dkdetr.evaluation.report import RunForReport, _bar_rows
 from dkdetr.evaluation.results import Results
 from tests.unit.data_world import write_images
 
@@ -192,5 +193,7 @@ def test_average_precision_equals_a_plain_implementation(seed, tmp_path):
         own = [getattr(line, key.lower()) for line in metrics.per_category]
         assert own == pytest.approx(plain, abs=1e-12, nan_ok=True)
     assert 0.02 < metrics.values["AP75"] < metrics.values["AP50"]
+    bars = _bar_rows([RunForReport("one", "", metrics, results)])
+    assert [bar["key"] for bar in bars] == ["AP50", "AP75"]
     with pytest.raises(UsageError, match="no official Python package"):
         score(truth, results, evaluator="official")

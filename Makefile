@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults-cache clean
+.PHONY: demo test check unit faults-cache bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -27,6 +27,13 @@ unit: $(INSTALLED)
 # The long fault tests: 200 kills, 1,000 flipped bits.
 faults-cache: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
+
+# Small sizes, each table with machine, versions and date above it; one thread.
+bench: $(INSTALLED)
+	for what in $(sort $(basename $(notdir $(filter-out %/machine.py,$(wildcard tests/benchmarks/*.py))))); do \
+		echo; echo "== $$what"; \
+		OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/benchmarks/$$what.py || exit 1; \
+	done
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -54,12 +54,16 @@ class Boxes:
 
 @dataclass(frozen=True, eq=False)
 class BoxTable:
-    """All boxes of many images: image i owns the rows offsets[i] to offsets[i + 1]."""
+    """All boxes of many images: image i owns the rows offsets[i] to offsets[i + 1].
+
+    `file_rows` are their places in the file's list of annotations, by which masks are found.
+    """
 
     offsets: Int[np.ndarray, "num_images_plus_one"]
     boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
     category_ids: Int[np.ndarray, "num_boxes"]
     is_crowd: Bool[np.ndarray, "num_boxes"]
+    file_rows: Int[np.ndarray, "num_boxes"]
 
     def of_image(self, index: int) -> Boxes:
         """Returns the boxes of the image at `index`, in the file's order."""
@@ -78,6 +82,7 @@ class BoxTable:
             boxes_xyxy=self.boxes_xyxy[keep],
             category_ids=self.category_ids[keep],
             is_crowd=self.is_crowd[keep],
+            file_rows=self.file_rows[keep],
         )
 
     def keep_images(self, keep: Bool[np.ndarray, "num_images"]) -> "BoxTable":
@@ -89,6 +94,7 @@ class BoxTable:
             boxes_xyxy=self.boxes_xyxy[rows],
             category_ids=self.category_ids[rows],
             is_crowd=self.is_crowd[rows],
+            file_rows=self.file_rows[rows],
         )
 
 
@@ -283,6 +289,7 @@ def _boxes(
         boxes_xyxy=small[order],
         category_ids=category_of[order],
         is_crowd=crowd[order],
+        file_rows=np.array(rows, dtype=np.int64)[order],
     )
     notes = (
         (empty, "boxes without width or height left out"),

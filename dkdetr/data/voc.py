@@ -82,6 +82,7 @@ def read_voc(list_file: Path, problems: Problems | None = None) -> Annotations:
         boxes_xyxy=cut.astype(np.float32)[order],
         category_ids=objects.category_ids[order],
         is_crowd=objects.is_difficult[order],
+        file_rows=order,
     )
     records = tuple({"id": i, "name": name} for i, name in enumerate(VOC_NAMES, start=1))
     notes = (f"{num_cut} boxes stood out of their image and were cut",) if num_cut else ()

@@ -1,17 +1,19 @@
-"""Many masks as one column of bytes: COCO's compressed run lengths (the home of pycocotools.mask).
+"""Many masks as one column of bytes: COCO's compressed run lengths.
 
 A Python object a mask would cost gigabytes for the millions of masks of a results file.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-# pycocotools 2.0.11 writes four times the number of masks into a byte, which NumPy 2 refuses.
-_AT_ONCE = 63
+from dkdetr.run_lengths import areas, boxes_xywh, overlaps, segmentation_rle
+
+_AT_ONCE = 20_000
+_MOST_CHARACTERS = 10
+"""Of a number behind its first: 64 bits hold no more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +58,35 @@ def join_masks(counts: Sequence[bytes], sizes_hw: np.ndarray) -> MaskColumn:
 
 
 def bad_masks(masks: MaskColumn) -> np.ndarray:
-    """Returns bool[n]: masks of no size, or whose run lengths no encoder writes.
+    """Returns bool[n]: masks of no size, or whose run lengths do not fill it; of a fresh column.
 
-    pycocotools reads past the end of an empty text and of one that stops within a number.
+    As `run_lengths.whole_runs`, for all masks at once: pycocotools reads past the end of others.
     """
-    bad = (masks.sizes_hw < 1).any(axis=1)
-    bytes_ = np.frombuffer(masks.text, dtype=np.uint8).astype(np.int16) - 48
-    empty = np.diff(masks.offsets) == 0
-    strange = np.concatenate(([0], np.cumsum((bytes_ < 0) | (bytes_ > 63))))
-    goes_on = np.append(bytes_ & 32, 0)[masks.offsets[1:] - 1] > 0
-    own = empty | goes_on | (strange[masks.offsets[1:]] > strange[masks.offsets[:-1]])
-    return bad | own[masks.rows]
+    lengths = np.diff(masks.offsets)
+    bits = np.frombuffer(masks.text, dtype=np.uint8).astype(np.int64) - 48
+    bad = (masks.sizes_hw < 1).any(axis=1) | (lengths == 0)
+    owner = np.repeat(np.arange(len(masks)), lengths)
+    bad[owner[(bits < 0) | (bits > 63)]] = True
+    goes_on = (bits & 32) > 0
+    bad[~bad] |= goes_on[masks.offsets[1:][~bad] - 1]
+    # A mask that is bad already would only confuse the count of the others.
+    kept = ~bad[owner]
+    bits, owner, ends = bits[kept], owner[kept], np.flatnonzero(~goes_on[kept])
+    starts = np.append(0, ends[:-1] + 1)[: len(ends)]
+    bad[owner[ends[ends - starts > _MOST_CHARACTERS]]] = True
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, ends - starts + 1)).clip(max=55)
+    numbers = np.add.reduceat((bits & 31) << shifts, starts) if len(ends) else bits
+    numbers = numbers - np.where(bits[ends] & 16, np.int64(1) << (shifts[ends] + 5), 0)
+    # From the fourth on, a number is the difference to the run two places before it: so it counts
+    # once in its own run and once in every second one behind it.
+    own = owner[ends]
+    first = np.searchsorted(own, own, side="left")
+    last = np.searchsorted(own, own, side="right") - 1
+    places = np.arange(len(own))
+    times = np.where(places == first, 1, (last - places) // 2 + 1)
+    filled = np.zeros(len(masks), dtype=np.int64)
+    np.add.at(filled, own, numbers * times)
+    return bad | (filled != masks.sizes_hw.prod(axis=1))
 
 
 def concatenate_masks(parts: Sequence[MaskColumn]) -> MaskColumn:
@@ -86,31 +106,19 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> bytes:
     """Returns the compressed run lengths of polygons or of an RLE of either kind.
 
     Raises:
-        ValueError, TypeError, KeyError: it is none of these.
+        ValueError: it is none of these, or of another size.
     """
-    library = _library()
-    if isinstance(segmentation, list):
-        if not segmentation or any(len(polygon) < 6 for polygon in segmentation):
-            raise ValueError("a polygon of fewer than three points")
-        found = library.merge(library.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        found = library.frPyObjects(segmentation, height, width)
-    else:
-        counts = segmentation["counts"]
-        found = {"counts": counts.encode() if isinstance(counts, str) else counts}
-    return bytes(found["counts"])
+    return segmentation_rle(segmentation, (height, width))["counts"].encode("ascii")
 
 
 def mask_areas(masks: MaskColumn) -> np.ndarray:
     """Returns f64[n]: the pixels of each mask."""
-    parts = [_library().area(chunk) for chunk in _chunks(masks)]
-    return np.concatenate([np.zeros(0), *parts]).astype(np.float64)
+    return np.concatenate([np.zeros(0), *(areas(chunk) for chunk in _chunks(masks))])
 
 
 def mask_boxes(masks: MaskColumn) -> np.ndarray:
     """Returns f64[n, 4]: the frame of each mask as x, y, width, height."""
-    parts = [_library().toBbox(chunk).reshape(-1, 4) for chunk in _chunks(masks)]
-    return np.concatenate([np.zeros((0, 4)), *parts])
+    return np.concatenate([np.zeros((0, 4)), *(boxes_xywh(chunk) for chunk in _chunks(masks))])
 
 
 def mask_ious(
@@ -123,17 +131,10 @@ def mask_ious(
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         mask = first.objects(first_rows[start : start + 1])
         others = second.objects(second_rows[start:stop])
-        ious[start:stop] = _library().iou(mask, others, is_crowd[start:stop].astype(np.uint8))[0]
+        ious[start:stop] = overlaps(mask, others, is_crowd[start:stop])[0]
     return ious
 
 
 def _chunks(masks: MaskColumn) -> Iterator[list[dict[str, Any]]]:
     for start in range(0, len(masks), _AT_ONCE):
         yield masks.objects(np.arange(start, min(start + _AT_ONCE, len(masks))))
-
-
-def _library() -> ModuleType:
-    # Late: scoring boxes needs no pycocotools.
-    from pycocotools import mask
-
-    return mask

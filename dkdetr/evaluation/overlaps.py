@@ -121,7 +121,7 @@ def _check_sizes(truth: GroundTruth, results: Results, masks: MaskColumn) -> Non
     if len(wrong):
         first = int(wrong[0])
         raise DataError(
-            f"{len(wrong)} masks are not of their image's size; the first, of image "
+            f"{len(wrong)} masks have another size than their image; the first, of image "
             f"{results.image_ids[first]}, is {masks.sizes_hw[first].tolist()} (height, width), its "
             f"image {wanted[first].tolist()}: they would lie elsewhere"
         )

@@ -137,7 +137,7 @@ def test_masks_are_scored_from_a_file(tmp_path):
     (tmp_path / "both.json").write_text(json.dumps(both))
     done = dkdetr(*words[:2], "both.json", *words[3:], cwd=tmp_path)
     assert done.returncode == 3
-    assert "not of their image's size" in done.stderr
+    assert "another size than their image" in done.stderr
 
 
 def test_data_commands(tmp_path):

@@ -51,7 +51,7 @@ def test_missing_areas_are_made_up_for_and_said(tmp_path):
     assert truth.notes[0].startswith("1 boxes have no area")
 
 
-@pytest.mark.parametrize("area", [None, "3", float("nan"), 10**400, [1]])
+@pytest.mark.parametrize("area", [None, "3", float("nan"), [1]])
 def test_an_area_that_is_no_number_is_refused(area, tmp_path):
     path = coco_file(tmp_path, [annotation(1), annotation(2, area=area)])
     split = load_split(f"coco:{tmp_path}:{path}", tmp_path)
@@ -60,13 +60,24 @@ def test_an_area_that_is_no_number_is_refused(area, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "segmentation", [None, [], [[1, 2, 3, 4]], "x", {"size": [50, 60]}, {"counts": 5}, [[None] * 6]]
+    "segmentation",
+    [
+        None,
+        [],
+        [[1, 2, 3, 4]],
+        "x",
+        {"size": [50, 60]},
+        {"size": [50, 60], "counts": 5},
+        {"size": [50, 60], "counts": ""},
+        {"size": [5, 6], "counts": "0N"},
+        [[None] * 6],
+    ],
 )
 def test_an_object_without_an_outline_is_named_where_masks_are_wanted(segmentation, tmp_path):
     good = annotation(1, segmentation=[[1, 1, 9, 1, 9, 9]])
     path = coco_file(tmp_path, [good, annotation(7, segmentation=segmentation)])
     split = load_split(f"coco:{tmp_path}:{path}", tmp_path)
-    with pytest.raises(DataError, match="1 of 2 annotations have no segmentation.* id 7"):
+    with pytest.raises(DataError, match=r"1 of 2 annotations have no segmentation.* id 7"):
         ground_truth_of(split, with_masks=True)
 
 

@@ -116,7 +116,7 @@ def test_other_files_are_refused(tmp_path):
         read_results(tmp_path / "absent.json")
 
 
-def mask(size=(4, 6), counts="04"):
+def mask(size=(4, 6), counts="0h0"):
     return {"size": list(size), "counts": counts}
 
 
@@ -130,6 +130,7 @@ def mask(size=(4, 6), counts="04"):
         {"segmentation": mask(counts="a b")},
         {"segmentation": mask(counts="P")},  # goes on, and there is nothing more
         {"segmentation": mask(counts="ä")},
+        {"segmentation": mask(counts="04")},  # does not fill the image
         {"segmentation": mask(counts=[4, 20])},
         {"segmentation": mask(size=(4,))},
         {"segmentation": mask(size=(0, 6))},

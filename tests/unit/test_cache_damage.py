@@ -4,7 +4,7 @@ import pytest
 
 from cache.damage import find_damage, finish_repair, uncommit
 from cache.diff import diff_caches
-from cache.neighbors import build_neighbors
+from cache.neighbors import NeighborSettings, build_neighbors
 from cache.spec import CacheError, CorruptCacheError
 from cache.store import open_cache
 from tests.cache_samples import (
@@ -83,7 +83,7 @@ def test_a_repair_cut_short_still_knows_its_goal_and_other_bytes_are_an_error(ca
 
 
 def test_damaged_neighbour_lists_are_named(cache):
-    build_neighbors(cache, per_image=3, k=3)
+    build_neighbors(cache, NeighborSettings(per_image=3, k=3))
     file = cache / "neighbors/sims.npy"
     file.write_bytes(file.read_bytes()[:-2])
     damage = find_damage(cache)

@@ -12,7 +12,7 @@ import pytest
 from cache import resident
 from cache.export import export_cache
 from cache.location import RemotePath, cache_path, local_folder, member
-from cache.neighbors import build_neighbors
+from cache.neighbors import NeighborSettings, build_neighbors
 from cache.resident import load_resident, sweep_resident
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, UnsealedCacheError
 from cache.store import open_cache
@@ -30,7 +30,7 @@ _FIELDS = (
 def sealed(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("sealed") / "c"
     write_sample_cache(path, sample_plan(storage=request.param))
-    build_neighbors(path, per_image=3, k=3)
+    build_neighbors(path, NeighborSettings(per_image=3, k=3))
     return path
 
 

@@ -24,7 +24,7 @@ check: $(INSTALLED)
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
-# The long fault tests: 200 kills, 1,000 flipped bits.
+# The long fault tests on the cache and its inputs; tests/faults/README.md lists them.
 faults-cache: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
 

@@ -189,32 +189,140 @@ def cache_teacher_command(
 
 @_command(cache_app, "info")
 def cache_info(
-    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    path: Annotated[str, typer.Argument(help="A cache: a folder, an export or a URL")],
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Say what a cache holds and what it was made of."""
+    from cache.location import cache_path
     from pipeline.inspect import describe_cache
 
-    described = describe_cache(path)
+    described = describe_cache(cache_path(path))
     _tell(described.lines(), json_out)
     _report(described.as_json(), json_out)
 
 
 @_command(cache_app, "verify")
 def cache_verify(
-    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    path: Annotated[str, typer.Argument(help="A cache: a folder, an export or a URL")],
     data_root: DataRoot = Path("data"),
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Read every byte of a cache and check it; report the recall of its proposals."""
+    from cache.location import cache_path
     from pipeline.inspect import verify_and_report
 
-    report = verify_and_report(path, data_root)
+    report = verify_and_report(cache_path(path), data_root)
     _tell(report.lines(), json_out)
     _report(report.as_json(), json_out)
     report.raise_problems()
+
+
+@_command(cache_app, "repair")
+def cache_repair(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    shard: Annotated[
+        list[int] | None, typer.Option(help="Look at this shard alone (repeatable)")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="Default: where the pictures lay")
+    ] = None,
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make again exactly what is damaged, to the same bytes; wants the teacher and the pictures."""
+    from pipeline.repair import repair_cache
+
+    repaired = repair_cache(
+        path, shards=shard or (), data_root=data_root, device=device, workers=workers, say=_say
+    )
+    _tell(repaired.lines(), json_out)
+    _report(repaired.as_json(), json_out)
+
+
+@_command(cache_app, "diff")
+def cache_diff(
+    first: Annotated[str, typer.Argument(help="A cache")],
+    second: Annotated[str, typer.Argument(help="Another")],
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say in what two caches differ: what they were made of, field by field, and their rows."""
+    from cache.diff import diff_caches
+    from cache.store import open_cache
+
+    found = diff_caches(open_cache(first), open_cache(second))
+    _tell(found.lines(), json_out)
+    _report(found.as_json(), json_out)
+
+
+@_command(cache_app, "export")
+def cache_export(
+    path: Annotated[str, typer.Argument(help="A sealed cache")],
+    out: Annotated[Path, typer.Argument(help="A folder for the export")],
+    file_format: Annotated[str, typer.Option("--format", help="npy: files to be mapped")] = "npy",
+    verbose: Verbose = False,
+) -> None:
+    """Copy a cache to flat, mapped files without padding; `train --cache` takes the copy too."""
+    from cache.export import export_cache
+    from cache.store import open_cache
+
+    _one_of("--format", file_format, ("npy",))
+    made = export_cache(open_cache(path), out)
+    _say(f"{out} {'is ready' if made else 'was ready'}; next: dkdetr train --cache {out}")
+
+
+@_command(cache_app, "import")
+def cache_import(
+    layout: Annotated[str, typer.Argument(help="detpro, oadp or hdovd")],
+    source: Annotated[Path, typer.Argument(help="Its folder or zip of one .pth an image")],
+    split: Annotated[str, typer.Option(help="The split that it belongs to")],
+    out: Annotated[Path, typer.Option(help="The cache's folder")],
+    text_bank: Annotated[
+        Path, typer.Option(help="The names' embeddings: .npy, .pt; either way round")
+    ],
+    boxes: Annotated[
+        Path | None, typer.Option(help="Proposals of detpro and hdovd, as COCO results json")
+    ] = None,
+    image_source: Annotated[Path | None, typer.Option(help="OADP's `globals`")] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+    ] = None,
+    gt: Annotated[bool, typer.Option(help="Take ground-truth embeddings over")] = True,
+    teacher: Annotated[
+        str, typer.Option(help="What embedded it, by its maker's word")
+    ] = "ViT-B-32-quickgelu:openai",
+    keep: Annotated[int, typer.Option(help="Regions kept of an image")] = 300,
+    storage: Annotated[str, typer.Option(help="fp16 or int8")] = "fp16",
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Take over another project's embeddings; the cache is marked as imported."""
+    from pipeline.import_cache import ImportRequest, import_cache
+
+    request = ImportRequest(
+        layout=_one_of("layout", layout, ("detpro", "oadp", "hdovd")),
+        source=source,
+        split=split,
+        out=out,
+        text_bank=text_bank,
+        background=_one_of("--background", background, ("first", "last")) if background else None,
+        boxes=boxes,
+        image_source=image_source,
+        use_gt=gt,
+        teacher=teacher,
+        keep=keep,
+        storage=_one_of("--storage", storage, ("fp16", "int8")),
+        data_root=data_root,
+        command=" ".join(sys.argv[1:]),
+    )
+    imported = import_cache(request, _say)
+    _tell(imported.lines(), json_out)
+    _report(imported.as_json(), json_out)
 
 
 @_command(cache_app, "neighbors")
@@ -261,7 +369,7 @@ def cache_browse(
 
 @_command(app, "train")
 def train_command(
-    cache: Annotated[Path, typer.Option(help="A sealed teacher cache")],
+    cache: Annotated[str, typer.Option(help="A sealed cache: a folder, an export, a URL")],
     experiment: Annotated[
         str | None, typer.Option(help="A shipped name or a TOML file; default: by the split")
     ] = None,
@@ -279,11 +387,12 @@ def train_command(
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     """
+    from cache.location import cache_path
     from dkdetr.engine.start import start_training
 
     settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
     summary = start_training(
-        cache, experiment, settings, run, data_root, device, _load_cache_teacher
+        cache_path(cache), experiment, settings, run, data_root, device, _load_cache_teacher
     )
     _say(
         f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
@@ -292,7 +401,7 @@ def train_command(
     _report(vars(summary), json_out)
 
 
-def _load_cache_teacher(cache: Path, device: Any) -> Any:
+def _load_cache_teacher(cache: Any, device: Any) -> Any:
     from pipeline.online_teacher import teacher_of_cache
 
     return teacher_of_cache(cache, device)
@@ -314,6 +423,10 @@ def eval_command(
     clean_names: Annotated[
         bool, typer.Option("--clean-names", help="Objects365, VOC: names put right, not verbatim")
     ] = False,
+    agreement: Annotated[
+        Path | None,
+        typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
+    ] = None,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -325,6 +438,9 @@ def eval_command(
     """
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
+    if agreement is not None:
+        _measure_agreement(run, agreement, data_root, device, json_out)
+        return
     request = EvalRequest(
         run,
         split,
@@ -344,6 +460,19 @@ def eval_command(
     if json_out != "-":
         scored.print_table()
     _report(scored.as_json(), json_out)
+
+
+def _measure_agreement(
+    run: Path | None, cache: Path, data_root: Path, device: str, json_out: str | None
+) -> None:
+    from dkdetr.engine.run_agreement import measure_run_agreement
+    from dkdetr.errors import UsageError
+
+    if run is None:
+        raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
+    measured = measure_run_agreement(run, cache, data_root, device)
+    _tell([line for each in measured for line in each.lines()], json_out)
+    _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
 
 @_command(app, "predict")
@@ -415,6 +544,74 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
     from pipeline.vocabularies import build_split_vocabulary
 
     return build_split_vocabulary(split, teacher, templates)
+
+
+@_command(app, "ablate")
+def ablate_command(
+    cache: Annotated[Path, typer.Option(help="A sealed teacher cache, shared by all rows")],
+    table: Annotated[str, typer.Option(help="5, 6, 7, neighbors, alignment or controls")],
+    experiment: Annotated[
+        str | None, typer.Option(help="What rows take away from; default: by the cache's split")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Trainings a row; all rows on the same seeds")] = 1,
+    rows: Annotated[str | None, typer.Option(help="Only these rows: a,b,...")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Rows side by side; default: GPUs, else cores")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="What to score on; default: its val")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/ablate-EXPERIMENT-HASH")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it runs")] = False,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
+    from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
+
+    chosen = tuple(name for name in (rows or "").split(",") if name)
+    request = AblateRequest(
+        cache=cache,
+        table=table,
+        experiment=experiment,
+        overrides=overrides or (),
+        seeds=seeds,
+        rows=chosen,
+        jobs=jobs,
+        split=split,
+        out=out,
+        data_root=data_root,
+        device=device,
+    )
+    program = (sys.executable, "-c", "from cli import main; main()")
+    summary = price_ablation(request) if dry_run else ablate(request, program)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
+    summary.raise_failures()
+
+
+@_command(app, "report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Scored run folders, or results json files")],
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation part of the first run's split")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: RUN/report.html; of several runs report.html")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Whole pictures to show")] = 12,
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one HTML page on scored runs: numbers, curves, errors, pictures, losses."""
+    from dkdetr.engine.report_runs import ReportRequest, report_runs
+
+    command = f"dkdetr {' '.join(sys.argv[1:])}"
+    page = report_runs(ReportRequest(runs, split, out, data_root, pictures, command))
+    _tell([f"written: {page}"], json_out)
+    _report({"page": str(page)}, json_out)
 
 
 @_command(app, "convert")

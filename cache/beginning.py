@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.durable import dump_checked_json, sync_folder, write_atomic
+from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
+from cache.exported import refuse_export
 from cache.faults import fault_point
 from cache.layout import (
     CACHE_FILE,
     COMPLETE_FILE,
     PLAN_FILE,
     PROVENANCE_FILE,
+    QUARANTINE_FILE,
+    REPAIR_NOTE,
     Head,
     Seal,
     load_plan,
@@ -21,21 +24,26 @@ from cache.layout import (
 )
 from cache.lock import LOCK_FILE
 from cache.manifest import MANIFEST_FOLDER
+from cache.neighbor_lists import NEIGHBORS_FOLDER
 from cache.plan import Plan
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, diff_parts
 from cache.zarr_files import metadata_files
+
+_PLACES = ("split", "data_root", "teacher_spec", "command", "request")
+"""What provenance says of where things lie: the latest command knows best."""
 
 
 def refuse_foreign_folder(path: Path) -> None:
     """Returns if `path` is free, or a cache begun or finished; else raises CacheError."""
     if path.exists() and not path.is_dir():
         raise CacheError(f"{path} is a file, not a folder for a cache")
+    refuse_export(path)
     if not path.exists() or (path / CACHE_FILE).exists():
         return
     # Prefixes: a kill leaves NAME.*.partial of any of them, of CACHE.json too.
     ours = (
         LOCK_FILE, CACHE_FILE, PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text",
-        "proposals",
+        "proposals", REPAIR_NOTE, QUARANTINE_FILE, COMPLETE_FILE, NEIGHBORS_FOLDER,
     )  # fmt: skip
     foreign = sorted(e.name for e in path.iterdir() if not e.name.startswith(ours))
     if foreign:
@@ -52,19 +60,37 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
         raise StaleCacheError(
             f"{path} was made from other inputs:\n  {lines}\n"
             "Its embeddings would be wrong for this command and nothing would fail. "
-            "Name another folder with --out, or delete this one"
+            "next: the same command with another --out, or delete this cache first"
         )
     try:
         planned = load_plan(path)
     except FileNotFoundError:
+        if (path / REPAIR_NOTE).is_file():
+            return  # taken out by `cache repair`; the seal's root says whether it comes back
         raise CorruptCacheError(
             f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
-            "Delete this cache, or name another folder with --out"
+            f"next: dkdetr cache repair {path}"
         ) from None
-    if planned.to_dict() != json.loads(json.dumps(plan.to_dict())):
+    wanted = json.loads(json.dumps(plan.to_dict()))
+    if planned.to_dict() != wanted:
+        lines = "\n  ".join(diff_parts(planned.to_dict(), wanted))
         raise StaleCacheError(
-            f"{path} was planned with other images or shapes than this command's, though its "
-            "parts are the same. Name another folder with --out, or delete this one"
+            f"{path} was planned with other images or shapes, though its parts are the same:\n"
+            f"  {lines}\nnext: the same command with another --out, or delete this cache first"
+        )
+
+
+def check_repair_goal(path: Path, head: Head) -> None:
+    """Returns if `head` is what a repair without a CACHE.json is to arrive at, or there is none."""
+    try:
+        goal = load_checked_json(path / REPAIR_NOTE)["fingerprint"]
+    except (FileNotFoundError, CorruptCacheError):
+        return
+    if goal != head.fingerprint:
+        raise StaleCacheError(
+            f"{path} is being repaired, and was made from other inputs (its CACHE.json, which "
+            f"would tell which, was damaged):\n  fingerprint  cache: {goal}  wanted: "
+            f"{head.fingerprint}\nnext: give the pictures, proposals and teacher it was made from"
         )
 
 
@@ -75,9 +101,13 @@ def write_head(path: Path, head: Head, plan: Plan, provenance: Mapping[str, Any]
     files[CACHE_FILE] = dump_checked_json(table)
     (path / MANIFEST_FOLDER).mkdir(exist_ok=True)
     try:
-        load_provenance(path)
+        kept = load_provenance(path)
     except (FileNotFoundError, CorruptCacheError):
-        write_provenance(path, provenance)
+        kept = None
+    places = {key: provenance[key] for key in _PLACES if key in provenance}
+    current = {**(provenance if kept is None else kept), **places}
+    if current != kept:
+        write_provenance(path, current)
     for name, data in files.items():
         if not _same_json(path / name, data):
             (path / name).parent.mkdir(parents=True, exist_ok=True)

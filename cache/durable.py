@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from cache.faults import fault_point
+from cache.location import CachePath, file_size
 from cache.spec import CorruptCacheError, DiskFullError, canonical_json
 
 PARTIAL_SUFFIX = ".partial"
@@ -78,12 +79,12 @@ def sweep_partial_files(root: Path) -> int:
     return len(leftovers)
 
 
-def hash_bytes(data: bytes) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """Returns the xxh3_128 of some bytes, in hex."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: CachePath) -> str:
     """Returns the xxh3_128 of a file's bytes, in hex."""
     state = xxhash.xxh3_128()
     with path.open("rb") as stream:
@@ -92,15 +93,15 @@ def hash_file(path: Path) -> str:
     return state.hexdigest()
 
 
-def file_record(path: Path) -> dict[str, Any]:
+def file_record(path: CachePath) -> dict[str, Any]:
     """Returns `{"size": bytes, "xxh3_128": hex}` of a file."""
-    return {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
+    return {"size": file_size(path), "xxh3_128": hash_file(path)}
 
 
-def file_problem(path: Path, record: Mapping[str, Any], *, quick: bool = False) -> str | None:
+def file_problem(path: CachePath, record: Mapping[str, Any], *, quick: bool = False) -> str | None:
     """Returns what is wrong with a file, or None; `quick` looks at presence and size alone."""
     try:
-        size = path.stat().st_size
+        size = file_size(path)
     except FileNotFoundError:
         return "is missing"
     if size != record["size"]:
@@ -117,7 +118,7 @@ def dump_checked_json(value: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def load_checked_json(path: Path) -> dict[str, Any]:
+def load_checked_json(path: CachePath) -> dict[str, Any]:
     """Returns what `dump_checked_json` wrote to a file.
 
     Raises:

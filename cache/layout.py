@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from cache.durable import (
     write_atomic,
 )
 from cache.faults import fault_point
+from cache.location import CachePath, member
 from cache.plan import Plan
 from cache.rows import norm_problem
 from cache.spec import SCHEMA, CorruptCacheError, StaleCacheError, fingerprint
@@ -30,6 +31,7 @@ PROVENANCE_FILE = "provenance.json"
 COMPLETE_FILE = "COMPLETE.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 TEXT_MANIFEST = "text/manifest.json"
+REPAIR_NOTE = "repair.json"
 _VOCABULARY_FILE = "text/vocabulary.json"
 _EMBEDDINGS_FILE = "text/embeddings.npy"
 
@@ -43,13 +45,14 @@ class Head:
     parts: Mapping[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: CachePath) -> Self:
         """Returns the head; raises FileNotFoundError, CorruptCacheError, StaleCacheError."""
         table = load_checked_json(path / CACHE_FILE)
         if table.get("schema") != SCHEMA:
             raise StaleCacheError(
-                f"{path} has schema {table.get('schema')}, and this version reads schema {SCHEMA}: "
-                "make the cache again in another folder"
+                f"{path} has schema {table.get('schema')}, and this version reads schema {SCHEMA} "
+                "(ground truth without padding): nothing of it can be taken over. "
+                f"next: delete it and run again, or with another --out: {_made_by(path)}"
             )
         head = cls(**table)
         if fingerprint(head.parts) != head.fingerprint:
@@ -75,7 +78,7 @@ class Seal:
     leaves: Mapping[str, str]
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: CachePath) -> Self:
         """Returns the seal; raises FileNotFoundError, CorruptCacheError."""
         return cls(**load_checked_json(path / COMPLETE_FILE))
 
@@ -84,6 +87,15 @@ class Seal:
         fault_point("seal.before_complete")
         write_atomic(path / COMPLETE_FILE, dump_checked_json(asdict(self)))
         fault_point("seal.after_complete")
+
+
+def _made_by(path: CachePath) -> str:
+    """Returns the command that made a cache, as its provenance tells."""
+    try:
+        command = str(load_provenance(path).get("command") or "")
+    except (FileNotFoundError, CorruptCacheError):
+        command = ""
+    return f"dkdetr {command}" if command else "dkdetr cache-teacher --split SPLIT"
 
 
 def merkle_root(leaves: Mapping[str, str]) -> str:
@@ -98,10 +110,17 @@ def merkle_root(leaves: Mapping[str, str]) -> str:
     return level[0].hex() if level else hashlib.sha256(b"").hexdigest()
 
 
-def seal_problems(path: Path, seal: Seal) -> list[str]:
-    """Returns a line for each file under the seal that has changed, and for a wrong root."""
+def seal_problems(
+    path: CachePath, seal: Seal, *, without: Collection[str] = frozenset()
+) -> list[str]:
+    """Returns a line for each file under the seal that has changed, and for a wrong root.
+
+    Files named `without` are not looked at.
+    """
     problems: list[str] = []
     for name, wanted in seal.leaves.items():
+        if name in without:
+            continue
         problem = leaf_problem(path, name, wanted)
         if problem is not None:
             problems.append(problem)
@@ -111,15 +130,15 @@ def seal_problems(path: Path, seal: Seal) -> list[str]:
     return problems
 
 
-def leaf_problem(path: Path, name: str, wanted: str) -> str | None:
+def leaf_problem(path: CachePath, name: str, wanted: str) -> str | None:
     """Returns what is wrong with one small file under the seal, or None."""
-    file = path / name
+    file = member(path, name)
     if not file.is_file():
         return f"{file} is missing"
     return None if hash_file(file) == wanted else f"{file} has changed since the cache was sealed"
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: CachePath) -> Plan:
     """Returns the plan of a cache; raises FileNotFoundError, CorruptCacheError."""
     return Plan.from_dict(load_checked_json(path / PLAN_FILE))
 
@@ -129,7 +148,7 @@ def write_provenance(path: Path, provenance: Mapping[str, Any]) -> None:
     write_atomic(path / PROVENANCE_FILE, dump_checked_json(dict(provenance)))
 
 
-def load_provenance(path: Path) -> dict[str, Any]:
+def load_provenance(path: CachePath) -> dict[str, Any]:
     """Returns what `write_provenance` wrote; raises FileNotFoundError, CorruptCacheError."""
     return load_checked_json(path / PROVENANCE_FILE)
 
@@ -168,12 +187,12 @@ def write_text_files(
     write_atomic(path / TEXT_MANIFEST, dump_checked_json(manifest))
 
 
-def load_text_manifest(path: Path) -> dict[str, Any]:
+def load_text_manifest(path: CachePath) -> dict[str, Any]:
     """Returns fingerprint, parts and files of the text; FileNotFoundError, CorruptCacheError."""
     return load_checked_json(path / TEXT_MANIFEST)
 
 
-def text_problems(path: Path) -> list[str]:
+def text_problems(path: CachePath) -> list[str]:
     """Returns a line for each file of the text that is not as committed."""
     try:
         manifest = load_text_manifest(path)
@@ -181,14 +200,16 @@ def text_problems(path: Path) -> list[str]:
         return [f"{path / TEXT_MANIFEST} is missing"]
     except CorruptCacheError as error:
         return [str(error)]
-    problems = {name: file_problem(path / name, file) for name, file in manifest["files"].items()}
+    files: Mapping[str, Any] = manifest["files"]
+    problems = {name: file_problem(member(path, name), file) for name, file in files.items()}
     return [f"{path / name} {problem}" for name, problem in problems.items() if problem]
 
 
-def load_text_files(path: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
+def load_text_files(path: CachePath) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """Returns the vocabulary's metadata and float32 embeddings [C, D], hashes checked."""
     problems = text_problems(path)
     if problems:
         raise CorruptCacheError(problems[0])
     metadata = cast("dict[str, Any]", json.loads((path / _VOCABULARY_FILE).read_bytes()))
-    return metadata, np.load(path / _EMBEDDINGS_FILE, allow_pickle=False)
+    data = BytesIO((path / _EMBEDDINGS_FILE).read_bytes())
+    return metadata, np.load(data, allow_pickle=False)

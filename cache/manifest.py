@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.arrays import array_specs
+from cache.codec import cosine_errors
 from cache.durable import (
     dump_checked_json,
     file_problem,
@@ -20,6 +21,7 @@ from cache.durable import (
     load_checked_json,
     write_atomic,
 )
+from cache.location import CachePath, member
 from cache.plan import Plan
 from cache.rows import ImageRows
 from cache.spec import SCHEMA, CorruptCacheError
@@ -32,7 +34,8 @@ class ShardManifest:
     """What one shard holds and what its files must be.
 
     `files` maps a path inside the cache to its size and hash; `statistics` maps an array to its
-    min, max, least and greatest norm, and count of NaN over the rows in use.
+    min, max, least and greatest norm, and count of NaN over the rows in use; of region embeddings,
+    too, how far storing them has turned them (1 - cosine).
     """
 
     schema: int
@@ -46,7 +49,7 @@ class ShardManifest:
     statistics: Mapping[str, Mapping[str, float]]
 
     @classmethod
-    def load(cls, path: Path, shard_index: int) -> Self:
+    def load(cls, path: CachePath, shard_index: int) -> Self:
         """Returns the manifest of a shard of the cache at `path`.
 
         Raises:
@@ -66,11 +69,11 @@ class ShardManifest:
         """Writes the manifest: the moment at which the shard is committed."""
         write_atomic(path / manifest_file(self.shard), dump_checked_json(asdict(self)))
 
-    def problems(self, path: Path, *, quick: bool = False) -> list[str]:
+    def problems(self, path: CachePath, *, quick: bool = False) -> list[str]:
         """Returns a line for each file of the shard that is not as committed."""
         found: list[str] = []
         for name, record in self.files.items():
-            problem = file_problem(path / name, record, quick=quick)
+            problem = file_problem(member(path, name), record, quick=quick)
             if problem is not None:
                 found.append(f"shard {self.shard:06d}: {path / name} {problem}")
         return found
@@ -101,17 +104,17 @@ def build_manifest(
         num_gt=sum(len(rows.gt_boxes_xyxy) for rows in good),
         quarantined={str(image_id): quarantined[image_id] for image_id in sorted(quarantined)},
         files={name: file_record(path / name) for name in names},
-        statistics=_statistics(good),
+        statistics=_statistics(good, plan),
     )
 
 
-def _statistics(images: Sequence[ImageRows]) -> dict[str, dict[str, float]]:
+def _statistics(images: Sequence[ImageRows], plan: Plan) -> dict[str, dict[str, float]]:
     arrays = {
         "boxes_xyxy": [rows.boxes_xyxy for rows in images],
         "objectness": [rows.objectness for rows in images],
         "max_base_iou": [rows.max_base_iou for rows in images],
         "region_embeddings": [rows.region_embeddings for rows in images],
-        "image_embedding": [rows.image_embedding[None] for rows in images],
+        "image_embedding": [rows.image_embedding[None] for rows in images if plan.image_embeddings],
         "gt_embeddings": [rows.gt_embeddings for rows in images],
     }
     summaries: dict[str, dict[str, float]] = {}
@@ -119,7 +122,18 @@ def _statistics(images: Sequence[ImageRows]) -> dict[str, dict[str, float]]:
         used = [piece for piece in pieces if piece.size]
         if used:
             summaries[name] = _summary(used, with_norms=name.endswith(("embeddings", "embedding")))
+    if "region_embeddings" in summaries:
+        errors = [cosine_errors(piece, plan.storage) for piece in arrays["region_embeddings"]]
+        summaries["region_embeddings"] |= _storage_error(np.concatenate(errors))
     return summaries
+
+
+def _storage_error(errors: NDArray[np.float64]) -> dict[str, float]:
+    # Rounded to three digits, as norms are: last bits depend on the machine's order of summation.
+    return {
+        "mean_cosine_error": float(f"{errors.mean():.2e}"),
+        "max_cosine_error": float(f"{errors.max():.2e}"),
+    }
 
 
 def _summary(pieces: Sequence[NDArray[np.float32]], *, with_norms: bool) -> dict[str, float]:

@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,7 @@ from cache.durable import (
     write_atomic,
 )
 from cache.faults import fault_point
+from cache.location import CachePath, member
 from cache.spec import CorruptCacheError, StaleCacheError
 
 NEIGHBORS_FOLDER = "neighbors"
@@ -144,7 +146,7 @@ class ListsDraft:
         return self._folder / f"{name}.npy.{self._token}{PARTIAL_SUFFIX}"
 
 
-def load_parameters(path: Path) -> dict[str, Any] | None:
+def load_parameters(path: CachePath) -> dict[str, Any] | None:
     """Returns how the lists were made and their recall, or None if there are none.
 
     Raises:
@@ -156,7 +158,7 @@ def load_parameters(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def load_neighbors(path: Path, *, data_root: str) -> NeighborLists | None:
+def load_neighbors(path: CachePath, *, data_root: str) -> NeighborLists | None:
     """Returns the lists (mapped, not read), or None if none were built.
 
     Raises:
@@ -173,15 +175,17 @@ def load_neighbors(path: Path, *, data_root: str) -> NeighborLists | None:
             f"next: dkdetr cache neighbors {path}"
         )
     for name, record in manifest["files"].items():
-        problem = file_problem(path / name, record)
+        problem = file_problem(member(path, name), record)
         if problem is not None:
             raise CorruptCacheError(f"{path / name} {problem}; next: dkdetr cache neighbors {path}")
     folder = path / NEIGHBORS_FOLDER
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in _names()
-    }
-    return NeighborLists(**arrays)
+    return NeighborLists(**{name: _load_array(folder / f"{name}.npy") for name in _names()})
+
+
+def _load_array(file: CachePath) -> NDArray[Any]:
+    if isinstance(file, Path):
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    return np.load(BytesIO(file.read_bytes()), allow_pickle=False)
 
 
 def _names() -> list[str]:

@@ -29,6 +29,10 @@ class Plan:
     max_gt: int
     storage: Storage
     batch_layout: Mapping[str, Any] = field(hash=False)
+    flipped: bool = False
+    """True where every region has a second embedding, of its mirrored crop."""
+    image_embeddings: bool = True
+    """False where nobody embedded the whole images: some imported caches."""
 
     def __post_init__(self) -> None:
         if not self.image_ids:
@@ -82,6 +86,8 @@ class Plan:
             "max_gt": self.max_gt,
             "storage": self.storage,
             "batch_layout": dict(self.batch_layout),
+            "flipped": self.flipped,
+            "image_embeddings": self.image_embeddings,
         }
 
     @classmethod
@@ -99,6 +105,8 @@ def make_plan(
     max_gt: int,
     storage: Storage,
     batch_layout: Mapping[str, Any],
+    flipped: bool = False,
+    image_embeddings: bool = True,
 ) -> Plan:
     """Returns a plan over the sorted ids, in shards of min(512, max(16, ceil(n / 16))) images.
 
@@ -106,9 +114,11 @@ def make_plan(
         image_ids: in any order.
         max_regions: regions kept of an image; the arrays are that long.
         embed_dim: length of an embedding.
-        max_gt: the most base ground-truth boxes any of these images has.
+        max_gt: the most base ground-truth boxes that an image may have; costs no room.
         storage: how region embeddings are stored; `int8` halves them, at a cosine of 0.9999.
         batch_layout: how the teacher's batches are composed.
+        flipped: whether a region has a second embedding, of its mirrored crop.
+        image_embeddings: whether whole images are embedded too.
     """
     ordered = tuple(sorted(int(image_id) for image_id in image_ids))
     return Plan(
@@ -119,4 +129,6 @@ def make_plan(
         max_gt=max_gt,
         storage=storage,
         batch_layout=batch_layout,
+        flipped=flipped,
+        image_embeddings=image_embeddings,
     )

@@ -36,13 +36,15 @@ class ImageRows:
     region_embeddings: Floats
     """[n, embed_dim], unit norm."""
     image_embedding: Floats
-    """[embed_dim], unit norm."""
+    """[embed_dim], unit norm; NaN where the plan has no embeddings of whole images."""
     gt_boxes_xyxy: Floats
     """[m, 4]"""
     gt_category_ids: NDArray[np.int64]
     """[m]"""
     gt_embeddings: Floats
     """[m, embed_dim], unit norm."""
+    flipped_embeddings: Floats | None = None
+    """[n, embed_dim], unit norm: of the mirrored crops; None where the plan has none."""
 
     @property
     def num_regions(self) -> int:
@@ -64,6 +66,7 @@ def empty_rows(image_id: int, plan: Plan) -> ImageRows:
         gt_boxes_xyxy=np.zeros((0, 4), np.float32),
         gt_category_ids=np.zeros(0, np.int64),
         gt_embeddings=np.zeros((0, plan.embed_dim), np.float32),
+        flipped_embeddings=np.zeros((0, plan.embed_dim), np.float32) if plan.flipped else None,
     )
 
 
@@ -91,10 +94,16 @@ def rows_problem(rows: ImageRows, plan: Plan) -> str | None:
         "gt_category_ids": (m,),
         "gt_embeddings": (m, dim),
     }
+    if plan.flipped != (rows.flipped_embeddings is not None):
+        return f"flipped_embeddings are {'lacking' if plan.flipped else 'not'} in the plan"
+    if plan.flipped:
+        shapes["flipped_embeddings"] = (n, dim)
     for name, shape in shapes.items():
         array = getattr(rows, name)
         if array.shape != shape:
             return f"{name} has shape {array.shape} instead of {shape}"
+        if name == "image_embedding" and not plan.image_embeddings:
+            continue
         if not np.isfinite(array).all():
             return f"{name} has a value that is not finite"
     if n > plan.max_regions:
@@ -109,9 +118,21 @@ def rows_problem(rows: ImageRows, plan: Plan) -> str | None:
         or _box_problem("gt_boxes_xyxy", rows.gt_boxes_xyxy, height, width, _GT_TOLERANCE)
         or _score_problem(rows)
         or norm_problem("region_embeddings", rows.region_embeddings)
-        or norm_problem("image_embedding", rows.image_embedding[None])
+        or (
+            norm_problem("image_embedding", rows.image_embedding[None])
+            if plan.image_embeddings
+            else None
+        )
         or norm_problem("gt_embeddings", rows.gt_embeddings)
+        or flipped_problem(rows)
     )
+
+
+def flipped_problem(rows: ImageRows) -> str | None:
+    """Returns what is wrong with the embeddings of mirrored crops, where there are any, or None."""
+    if rows.flipped_embeddings is None:
+        return None
+    return norm_problem("flipped_embeddings", rows.flipped_embeddings)
 
 
 def norm_problem(name: str, embeddings: Floats) -> str | None:

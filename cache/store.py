@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.arrays import array_specs, rows_of
+from cache.arrays import DATA_FOLDER
+from cache.exported import is_export, open_export, require_finished_export
 from cache.layout import (
     COMPLETE_FILE,
     QUARANTINE_FILE,
@@ -22,11 +22,16 @@ from cache.layout import (
     load_text_files,
     load_text_manifest,
 )
+from cache.location import CachePath, cache_path, total_size
 from cache.manifest import MANIFEST_FOLDER, ShardManifest, manifest_file
 from cache.neighbor_lists import NeighborLists, load_neighbors
-from cache.rows import ImageRows, norm_problem
-from cache.shard_reader import ShardReader
+from cache.regions import RegionRows
+from cache.rows import ImageRows, flipped_problem, norm_problem
 from cache.spec import CacheError, CorruptCacheError, UnsealedCacheError
+from cache.zarr_rows import RowSource, ZarrRows
+
+_CHECKED_LATER = (f"{MANIFEST_FOLDER}/", f"{DATA_FOLDER}/")
+"""An export has mapped files in place of the data, with hashes of its own."""
 
 RANDOM_TEACHER_KEY = "random"
 """`parts["teacher"]["random"]`: True for a teacher without learned weights."""
@@ -36,7 +41,7 @@ RANDOM_TEACHER_KEY = "random"
 class CacheInfo:
     """What a cache holds. `parts` includes those of the text, under `text`."""
 
-    path: Path
+    path: CachePath
     split: str
     fingerprint: str
     merkle_root: str
@@ -54,21 +59,28 @@ class CacheInfo:
 class CacheReader:
     """The rows of a sealed cache by image id. Pickles as its path and opens itself again.
 
-    Use `open_cache`. It holds no open file, lock or thread, so loader processes of any start
-    method may use it.
+    Use `open_cache`. It reads Zarr shards or, of an export, mapped files. It holds no lock or
+    thread, so loader processes of any start method may use it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: CachePath) -> None:
         self.path = path
+        self.is_export = is_export(path)
+        if self.is_export:
+            require_finished_export(path)
         self._seal = _load_seal(path)
+        self._head = Head.load(path)
         for name in self._seal.leaves:
-            if not name.startswith(f"{MANIFEST_FOLDER}/"):
+            if not name.startswith(_CHECKED_LATER if self.is_export else f"{MANIFEST_FOLDER}/"):
                 self._check_leaf(name)
-        self._head, self.plan = Head.load(path), load_plan(path)
+        self.plan = load_plan(path)
         if self._seal.fingerprint != self._head.fingerprint:
             raise CorruptCacheError(f"{path}: {COMPLETE_FILE} seals another cache")
-        self._specs = array_specs(self.plan)
-        self._shards: dict[int, dict[str, ShardReader]] = {}
+        self.source: RowSource = (
+            open_export(path, self.plan, self._seal)
+            if self.is_export
+            else ZarrRows(path, self.plan, self.manifest)
+        )
         self.image_ids: NDArray[np.int64] = np.asarray(self.plan.image_ids, np.int64)
         self.quarantined: Mapping[int, str] = _load_quarantine(path)
         self.info = self._make_info()
@@ -83,19 +95,24 @@ class CacheReader:
             KeyError: the cache has no such image.
             CorruptCacheError: names the shard and the file or array.
         """
-        row = self.plan.row_of.get(int(image_id))
-        if row is None:
-            raise KeyError(f"{self.path} holds no image {image_id}")
-        shard, place = divmod(row, self.plan.shard_size)
-        readers = self._shards.get(shard) or self._open_shard(shard)
-        rows = rows_of({name: reader.read(place) for name, reader in readers.items()})
+        row = self._row_of(image_id)
+        rows = self.source.rows(row)
         problem = self._rows_problem(rows, int(image_id))
         if problem is not None:
-            raise CorruptCacheError(
-                f"shard {shard:06d}: image {image_id} in {self.path}: {problem}; "
-                f"next: dkdetr cache verify {self.path}"
-            )
+            raise self._bad_row(row, image_id, problem)
         return rows
+
+    def regions(self, image_id: int) -> RegionRows:
+        """Returns the regions of an image, embeddings on demand: what training reads.
+
+        Raises:
+            KeyError, CorruptCacheError: as `rows`.
+        """
+        row = self._row_of(image_id)
+        found = self.source.regions(row)
+        if found.image_id != int(image_id):
+            raise self._bad_row(row, image_id, f"its row belongs to image {found.image_id}")
+        return found
 
     def text(self) -> tuple[dict[str, Any], NDArray[np.float32]]:
         """Returns the text's metadata and its embeddings, float32 [C, embed_dim], unit norm."""
@@ -116,26 +133,39 @@ class CacheReader:
         self._check_leaf(manifest_file(shard_index), f"shard {shard_index:06d}: ")
         return ShardManifest.load(self.path, shard_index)
 
-    def _open_shard(self, shard: int) -> dict[str, ShardReader]:
-        problems = self.manifest(shard).problems(self.path)
-        if problems:
-            raise CorruptCacheError(
-                f"{problems[0]}. Its embeddings cannot be trusted; "
-                f"next: dkdetr cache verify {self.path}"
-            )
-        size = self.plan.shard_size
-        readers = {s.name: ShardReader(self.path, s, shard, size) for s in self._specs}
-        self._shards[shard] = readers
-        return readers
+    def _row_of(self, image_id: int) -> int:
+        row = self.plan.row_of.get(int(image_id))
+        if row is None:
+            raise KeyError(f"{self.path} holds no image {image_id}")
+        return row
+
+    def _bad_row(self, row: int, image_id: int, problem: str) -> CorruptCacheError:
+        return CorruptCacheError(
+            f"shard {row // self.plan.shard_size:06d}: image {image_id} in {self.path}: {problem}; "
+            f"next: dkdetr cache verify {self.path}"
+        )
 
     def _rows_problem(self, rows: ImageRows, image_id: int) -> str | None:
         if rows.image_id != image_id:
             return f"its row belongs to image {rows.image_id}"
         if image_id in self.quarantined:
             return "it is quarantined and yet has regions" if rows.num_regions else None
-        return norm_problem("region_embeddings", rows.region_embeddings) or norm_problem(
-            "image_embedding", rows.image_embedding[None]
-        )
+        problem = norm_problem("region_embeddings", rows.region_embeddings)
+        if problem is None and self.plan.image_embeddings:
+            problem = norm_problem("image_embedding", rows.image_embedding[None])
+        return problem or flipped_problem(rows)
+
+    def storage_error(self) -> tuple[float, float]:
+        """Returns mean and greatest 1 - cosine that storing cost region embeddings, as measured
+        when they were written; NaN where there are no regions."""
+        shards = [self.manifest(shard) for shard in range(self.plan.num_shards)]
+        used = [each for each in shards if each.num_regions]
+        if not used:
+            return float("nan"), float("nan")
+        statistics = [each.statistics["region_embeddings"] for each in used]
+        means = [each["mean_cosine_error"] for each in statistics]
+        mean = np.average(means, weights=[each.num_regions for each in used])
+        return float(mean), max(each["max_cosine_error"] for each in statistics)
 
     def _check_leaf(self, name: str, prefix: str = "") -> None:
         problem = leaf_problem(self.path, name, self._seal.leaves.get(name, ""))
@@ -143,26 +173,31 @@ class CacheReader:
             raise CorruptCacheError(f"{prefix}{problem}; next: dkdetr cache verify {self.path}")
 
     def _make_info(self) -> CacheInfo:
+        provenance = load_provenance(self.path)
         parts = {**self._head.parts, "text": load_text_manifest(self.path)["parts"]}
         return CacheInfo(
             path=self.path,
-            split=_part_name(parts["split"]),
+            # Where the pictures lie is provenance; the parts know what they are.
+            split=str(provenance.get("split") or _part_name(parts["split"])),
             fingerprint=self._head.fingerprint,
             merkle_root=self._seal.merkle_root,
             parts=parts,
-            provenance=load_provenance(self.path),
+            provenance=provenance,
             num_images=self.plan.num_images,
             num_regions=self._seal.num_regions,
             max_regions=self.plan.max_regions,
             embed_dim=self.plan.embed_dim,
             teacher=_part_name(parts["teacher"]),
             random_teacher=bool(_entry(parts["teacher"], RANDOM_TEACHER_KEY)),
-            bytes_on_disk=sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file()),
+            bytes_on_disk=total_size(self.path),
         )
 
 
-def open_cache(path: Path) -> CacheReader:
+def open_cache(path: CachePath | str) -> CacheReader:
     """Returns the reader of a sealed cache, its head checked; shards are checked when touched.
+
+    Args:
+        path: a folder, or a URL that fsspec knows; a cache or an export of one.
 
     Raises:
         UnsealedCacheError: there is none, or it is not finished; says what is missing and how to
@@ -171,19 +206,19 @@ def open_cache(path: Path) -> CacheReader:
         StaleCacheError: another schema.
     """
     try:
-        return CacheReader(Path(path))
+        return CacheReader(cache_path(path))
     except FileNotFoundError as error:
-        raise CorruptCacheError(f"{error.filename} of a sealed cache is missing") from None
+        raise CorruptCacheError(f"{error.filename or error} of a sealed cache is missing") from None
 
 
-def _load_seal(path: Path) -> Seal:
+def _load_seal(path: CachePath) -> Seal:
     try:
         return Seal.load(path)
     except FileNotFoundError:
         raise UnsealedCacheError(why_unsealed(path)) from None
 
 
-def why_unsealed(path: Path) -> str:
+def why_unsealed(path: CachePath) -> str:
     """Returns what is missing of an unfinished cache, and the command that goes on with it."""
     try:
         head, plan = Head.load(path), load_plan(path)
@@ -202,22 +237,23 @@ def why_unsealed(path: Path) -> str:
     )
 
 
-def _is_committed(path: Path, shard: int) -> bool:
+def _is_committed(path: CachePath, shard: int) -> bool:
     try:
         return not ShardManifest.load(path, shard).problems(path, quick=True)
     except (FileNotFoundError, CorruptCacheError):
         return False
 
 
-def _command(path: Path) -> str | None:
+def _command(path: CachePath) -> str | None:
     try:
-        return load_provenance(path).get("command")
+        command = load_provenance(path).get("command")
     except (FileNotFoundError, CacheError):
         return None
+    return f"dkdetr {command}" if command else None
 
 
-def _load_quarantine(path: Path) -> dict[int, str]:
-    lines = (path / QUARANTINE_FILE).read_text(encoding="utf-8").splitlines()
+def _load_quarantine(path: CachePath) -> dict[int, str]:
+    lines = (path / QUARANTINE_FILE).read_bytes().decode().splitlines()
     entries = [json.loads(line) for line in lines]
     return {entry["image_id"]: entry["reason"] for entry in entries}
 

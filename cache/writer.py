@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cache.arrays import blocks_of
 from cache.beginning import (
     break_bad_seal,
+    check_repair_goal,
     check_same_cache,
     refuse_foreign_folder,
     write_head,
@@ -221,6 +222,8 @@ def create_or_resume(
         sweep_partial_files(path)
         if (path / CACHE_FILE).exists():
             check_same_cache(path, head, plan)
+        else:
+            check_repair_goal(path, head)
         write_head(path, head, plan, provenance)
         break_bad_seal(path)
         stack.pop_all()

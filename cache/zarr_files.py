@@ -1,7 +1,7 @@
 """The Zarr files of a cache, as bytes: their metadata, and one whole shard of every array.
 
 The only home of zarr. Everything is Zarr v3, little-endian, without compressor (half-precision
-embeddings shrink by 8 % and read three times slower) and with a crc32c on every image's chunk.
+embeddings shrink by 8 % and read three times slower) and with a crc32c on every chunk.
 
 zarr writes into memory and `durable` to the disk: zarr's own files are not flushed, and its
 sharding codec reads a shard that is already there before it replaces it, spoilt or not.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from cache.arrays import DATA_FOLDER, ArraySpec, array_specs
+from cache.arrays import DATA_FOLDER, ArraySpec, array_specs, gt_rows_of_shard
 from cache.plan import Plan
 
 
@@ -37,17 +37,23 @@ def shard_files(
         files: dict[str, Any] = {}
         root = zarr.create_group(MemoryStore(files), zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
         array = _create_array(root, spec, plan)
-        array[rows.start : rows.stop] = blocks[spec.name]
+        start = shard_index * gt_rows_of_shard(plan) if spec.ragged else rows.start
+        block = blocks[spec.name]
+        if spec.name == "gt/first_row":
+            block = block + shard_index * gt_rows_of_shard(plan)
+        array[start : start + len(block)] = block
         name = spec.shard_file(shard_index)
         yield name, files[name.removeprefix(f"{DATA_FOLDER}/")].to_bytes()
 
 
 def _create_array(root: zarr.Group, spec: ArraySpec, plan: Plan) -> zarr.Array[Any]:
+    gt_rows = gt_rows_of_shard(plan)
+    length = plan.num_shards * gt_rows if spec.ragged else plan.num_images
     return root.create_array(
         spec.name,
-        shape=(plan.num_images, *spec.shape),
-        chunks=(1, *spec.shape),
-        shards=(plan.shard_size, *spec.shape),
+        shape=(length, *spec.shape),
+        chunks=(spec.chunk_rows, *spec.shape),
+        shards=(gt_rows if spec.ragged else plan.shard_size, *spec.shape),
         dtype=spec.dtype,
         filters=None,
         serializer=BytesCodec(endian="little"),

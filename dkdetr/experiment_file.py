@@ -25,10 +25,15 @@ class ConfigError(UsageError):
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A configuration and, for every dotted key that a file or `--set` gave, who gave it."""
+    """A configuration and, for every dotted key that a file or `--set` gave, who gave it.
+
+    `rows` are the file's `[ablate.ROW]` tables: what rows of `dkdetr ablate` set beside what the
+    row itself says, by row and dotted key.
+    """
 
     config: ExperimentConfig
     origins: Mapping[str, str]
+    rows: Mapping[str, Mapping[str, Any]]
 
 
 _ADAPTER = TypeAdapter(ExperimentConfig)
@@ -48,12 +53,15 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
     """
     tables = _read_chain(experiment, seen=())
     merged, origins = dict[str, Any](), dict[str, str]()
+    rows: dict[str, dict[str, Any]] = {}
     for source, table in tables:
+        for row, changes in _row_tables(experiment, table.pop("ablate", {})).items():
+            rows.setdefault(row, {}).update(flatten(changes))
         _merge(merged, table, origins, source, prefix="")
     for override in overrides:
         _merge(merged, _parse_override(override), origins, "--set", prefix="")
     merged.setdefault("name", Path(experiment).stem)
-    return ResolvedConfig(config=config_from_dict(merged), origins=origins)
+    return ResolvedConfig(config=config_from_dict(merged), origins=origins, rows=rows)
 
 
 def config_from_dict(table: Mapping[str, Any]) -> ExperimentConfig:
@@ -93,6 +101,16 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _row_tables(experiment: str, given: Any) -> dict[str, dict[str, Any]]:
+    tables = cast("dict[str, Any]", given) if isinstance(given, dict) else {"ablate": given}
+    for row, changes in tables.items():
+        if not isinstance(changes, dict):
+            raise ConfigError(
+                f"experiment '{experiment}': [ablate.{row}] wants a table of settings"
+            )
+    return tables
 
 
 def _read_chain(experiment: str, seen: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:

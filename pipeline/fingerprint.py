@@ -13,7 +13,7 @@ from cache.spec import SCHEMA
 from dkdetr.data.splits import Split
 from pipeline.crops import CropRule
 from pipeline.proposals import ProposalRule, ProposalSource
-from pipeline.request import CacheRequest
+from pipeline.request import CacheRequest, request_record
 from pipeline.source_images import ImageCheck
 from pipeline.teacher_model import Teacher
 from pipeline.vocabularies import text_parts
@@ -30,7 +30,7 @@ def cache_parts(
     """Returns all that decides a byte of the cache; no clock, host or worker count."""
     return {
         "schema": SCHEMA,
-        "split": _split_parts(split),
+        "split": split_parts(split),
         "images": images.parts(),
         "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
         "crops": CropRule(mode=request.crop_mode).parts(),
@@ -41,7 +41,8 @@ def cache_parts(
     }
 
 
-def _split_parts(split: Split) -> dict[str, Any]:
+def split_parts(split: Split) -> dict[str, Any]:
+    """Returns what the fingerprint records of a split: its images and its base boxes."""
     table = split.base_table
     boxes = xxhash.xxh3_128()
     for array in (table.offsets, table.boxes_xyxy, table.category_ids):
@@ -64,6 +65,7 @@ def cache_provenance(
     """Returns what is kept of a cache's making but never compared."""
     return {
         "command": request.command,
+        "request": request_record(request),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "torch": torch.__version__,

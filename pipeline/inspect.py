@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import PLAN_FILE, load_plan
+from cache.location import CachePath
 from cache.neighbor_lists import load_parameters
 from cache.spec import CorruptCacheError
 from cache.store import CacheInfo, open_cache
@@ -27,13 +28,17 @@ class CacheDescription:
     quarantined: Mapping[int, str]
     neighbors: Mapping[str, Any] | None
     """How the neighbour lists were made; None: there are none."""
+    storage_error: tuple[float, float]
+    """Mean and greatest 1 - cosine of what storing did to region embeddings."""
 
     def lines(self) -> list[str]:
         """Returns the description as a person reads it."""
         info = self.info
         random = "  RANDOM WEIGHTS: for trials only" if info.random_teacher else ""
         provenance = [
-            f"  {key}: {value}" for key, value in info.provenance.items() if key != "canary"
+            f"  {key}: {value}"
+            for key, value in info.provenance.items()
+            if key not in ("canary", "request")
         ]
         return [
             f"cache      {info.path}, sealed, {info.bytes_on_disk / 1e6:.1f} MB",
@@ -41,6 +46,8 @@ class CacheDescription:
             f"{len(self.quarantined)} set aside",
             f"regions    {info.num_regions:,}, at most {info.max_regions} an image, "
             f"{info.embed_dim} dimensions, {info.parts['storage']}",
+            "storage    turns a region's embedding by 1 - cosine = {:.1e} in the mean, {:.1e} at "
+            "most (measured when written)".format(*self.storage_error),
             f"teacher    {info.teacher}{random}",
             f"names      {self.names['base']} base, {self.names['novel']} novel",
             f"neighbours {self._neighbors()}",
@@ -66,6 +73,7 @@ class CacheDescription:
             "names": dict(self.names),
             "quarantined": {str(number): why for number, why in self.quarantined.items()},
             "neighbors": self.neighbors,
+            "storage_error": dict(zip(("mean", "max"), self.storage_error, strict=True)),
         }
 
 
@@ -105,12 +113,12 @@ class CheckedCache:
         """Raises CorruptCacheError if there is any problem."""
         if self.report.problems:
             raise CorruptCacheError(
-                f"{len(self.report.problems)} problems in {self.report.path}; delete the shards "
-                "named and run the same cache-teacher command again: it makes them anew"
+                f"{len(self.report.problems)} problems in {self.report.path}; "
+                f"next: dkdetr cache repair {self.report.path}"
             )
 
 
-def describe_cache(path: Path) -> CacheDescription:
+def describe_cache(path: CachePath) -> CacheDescription:
     """Returns what a sealed cache holds.
 
     Raises:
@@ -120,10 +128,16 @@ def describe_cache(path: Path) -> CacheDescription:
     is_base = reader.text()[0]["is_base"]
     names = {"base": sum(is_base), "novel": len(is_base) - sum(is_base)}
     listed = load_parameters(path) if reader.neighbors() is not None else None
-    return CacheDescription(reader.info, names, reader.quarantined, neighbors=listed)
+    return CacheDescription(
+        reader.info,
+        names,
+        reader.quarantined,
+        neighbors=listed,
+        storage_error=reader.storage_error(),
+    )
 
 
-def verify_and_report(path: Path, data_root: Path) -> CheckedCache:
+def verify_and_report(path: CachePath, data_root: Path) -> CheckedCache:
     """Returns what is wrong with a cache, and the recall of its proposals.
 
     Recall needs the split's annotations; where they are not at hand the result says so.

@@ -1,12 +1,12 @@
 """The teacher for training with crops embedded on the fly (`kd.alignment = "online"`)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.errors import MismatchError
 from pipeline.crops import CropRule
@@ -33,7 +33,7 @@ class OnlineTeacher:
         return self.teacher.encode_regions(image, boxes_xyxy, self.rule)
 
 
-def teacher_of_cache(path: Path, device: Any) -> OnlineTeacher:
+def teacher_of_cache(path: CachePath, device: Any) -> OnlineTeacher:
     """Returns the teacher that made a cache, loaded from where it was then.
 
     Raises:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from dkdetr.errors import UsageError
 from pipeline.executor import Executor
 from pipeline.recall import Recall
@@ -50,6 +52,27 @@ class CacheRequest:
             raise UsageError(f"--keep {self.keep}: keep at least one proposal an image")
         if not 0 <= self.max_bad <= 1:
             raise UsageError(f"--max-bad {self.max_bad}: a share between 0 and 1")
+
+
+def request_record(request: CacheRequest) -> dict[str, Any]:
+    """Returns the request as plain data, for the provenance: what `cache repair` runs again."""
+    return TypeAdapter(CacheRequest).dump_python(request, mode="json")
+
+
+def recorded_request(record: Any, where: Path) -> CacheRequest:
+    """Returns the request that `request_record` kept.
+
+    Raises:
+        UsageError: there is none, or not one of this version.
+    """
+    try:
+        return TypeAdapter(CacheRequest).validate_python(record)
+    except ValidationError as error:
+        raise UsageError(
+            f"the provenance of {where} does not say how it was made ({error.error_count()} "
+            "settings are missing or unknown): run its own cache-teacher command again, which "
+            "makes what is missing"
+        ) from None
 
 
 @dataclass(frozen=True)

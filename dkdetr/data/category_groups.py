@@ -21,7 +21,7 @@ def lvis_categories(records: Records, path: Path) -> tuple[Category, ...]:
     Raises:
         DataError: a category has no frequency.
     """
-    bad = [record["id"] for record in records if record.get("frequency") not in {"r", "c", "f"}]
+    bad = [record["id"] for record in records if record.get("frequency") not in ("r", "c", "f")]
     if bad:
         raise DataError(
             f"{path}: {len(bad)} categories have no LVIS frequency r, c or f; first ids: "
@@ -47,7 +47,7 @@ def ovcoco_categories(records: Records, path: Path) -> tuple[Category, ...]:
         DataError: the key has another value, or without it a name of OV-COCO is missing.
     """
     if any("split" in record for record in records):
-        bad = [record["id"] for record in records if record.get("split") not in {"base", "novel"}]
+        bad = [record["id"] for record in records if record.get("split") not in ("base", "novel")]
         if bad:
             raise DataError(
                 f'{path}: {len(bad)} categories lack "split": "base" or "novel"; first ids: '

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from cache.store import CacheReader
+from cache.regions import RegionSource
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.image_files import ImageFolder, read_image
@@ -121,15 +121,15 @@ class TrainingBatches:
     Args:
         images: what may be trained on.
         config: sizes, augmentation, selection and the seed.
-        reader: the cache whose regions are handed out from `kd.start_epoch` on; None: never.
+        regions: the cached regions, handed out from `kd.start_epoch` on; None: never.
     """
 
     def __init__(
-        self, images: TrainingImages, config: ExperimentConfig, reader: CacheReader | None
+        self, images: TrainingImages, config: ExperimentConfig, regions: RegionSource | None
     ) -> None:
         self._images = images
         self._config = config
-        self._reader = reader
+        self._source = regions
 
     def __call__(self, keys: Sequence[SampleKey]) -> TrainingBatch:
         """Returns the batch; it depends on the seed and the keys alone."""
@@ -140,8 +140,8 @@ class TrainingBatches:
             view, target = self._view_of(key)
             views.append(view)
             targets.append(target)
-            if self._reader is not None and key.epoch >= self._config.kd.start_epoch:
-                regions.append(self._regions_of(self._reader, view, key.image_index))
+            if self._source is not None and key.epoch >= self._config.kd.start_epoch:
+                regions.append(self._regions_of(self._source, view, key.image_index))
         online = self._config.kd.alignment == "online" and len(regions) > 0
         return TrainingBatch(
             images=_collate_views(views),
@@ -185,15 +185,15 @@ class TrainingBatches:
         side = student.mask_side(self._config.data.image_size)
         return render_masks(outlines, geometry, side=side, stride=student.mask_stride)
 
-    def _regions_of(self, reader: CacheReader, view: _View, image_index: int) -> _Regions:
+    def _regions_of(self, source: RegionSource, view: _View, image_index: int) -> _Regions:
         kd, geometry = self._config.kd, view.geometry
         places = kd.offered_regions
         if places == 0:  # the teacher will see the student's own anchors
-            dim = reader.info.embed_dim
+            dim = source.plan.embed_dim
             return _Regions(
                 torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dtype=torch.bool)
             )
-        rows = reader.rows(view.image_id)
+        rows = source.regions(view.image_id)
         if tuple(rows.image_size_hw) != geometry.original_hw:
             raise MismatchError(
                 f"the cache saw image {rows.image_id} with size {tuple(rows.image_size_hw)}, the "
@@ -212,8 +212,10 @@ class TrainingBatches:
         # Places left empty get an anchor that every later formula survives: the whole view.
         boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(places, 1)
         boxes[:count] = chosen.boxes_cxcywh
-        embeddings = torch.zeros(places, rows.region_embeddings.shape[1])
-        embeddings[:count] = torch.from_numpy(rows.region_embeddings[chosen.indices.numpy()])
+        embeddings = torch.zeros(places, rows.embed_dim)
+        # A mirrored view learns from the mirrored crops, where the cache has them.
+        cached = rows.embeddings(chosen.indices.numpy(), flipped=geometry.flip and rows.has_flipped)
+        embeddings[:count] = torch.from_numpy(cached)
         return _Regions(boxes, embeddings, torch.arange(places) < count)
 
 

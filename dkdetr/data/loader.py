@@ -9,13 +9,15 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cache.location import CachePath
+from cache.regions import RegionSource
+from cache.resident import load_resident
 from cache.spec import CacheError
 from cache.store import CacheReader, open_cache
 from dkdetr.config import ExperimentConfig
@@ -107,7 +109,7 @@ def make_training_loader(
     vocabulary: Vocabulary,
     config: ExperimentConfig,
     *,
-    cache_path: Path | None,
+    cache_path: CachePath | None,
     rank: int = 0,
     world_size: int = 1,
     start_epoch: int = 0,
@@ -151,12 +153,13 @@ def make_training_loader(
         start_batch=start_batch,
         arrange=_company(images, config, plan, reader) if distils else None,
     )
-    make_batch = TrainingBatches(images, config, reader if distils else None)
+    source = _region_source(reader, config) if reader is not None and distils else None
+    make_batch = TrainingBatches(images, config, source)
     return BatchStream(make_batch, sampler, workers=config.data.workers)
 
 
 def batches_per_epoch(
-    split: Split, vocabulary: Vocabulary, config: ExperimentConfig, *, cache_path: Path | None
+    split: Split, vocabulary: Vocabulary, config: ExperimentConfig, *, cache_path: CachePath | None
 ) -> int:
     """Returns the number of steps of an epoch, the same for each epoch and rank."""
     reader = open_cache(cache_path) if cache_path is not None else None
@@ -203,6 +206,12 @@ def _usable_images(
                 f"next: dkdetr cache-teacher --split {split.name}"
             )
     return images
+
+
+def _region_source(reader: CacheReader, config: ExperimentConfig) -> RegionSource:
+    if config.data.cache_mode == "stored" or config.kd.offered_regions == 0:
+        return reader
+    return load_resident(reader, max_base_iou=config.kd.selection.max_base_iou)
 
 
 def _factors(images: TrainingImages, config: ExperimentConfig) -> np.ndarray:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cache.location import CachePath
 from cache.store import CacheReader
 from dkdetr.boxes import cxcywh_to_xyxy
 from dkdetr.config import ExperimentConfig
@@ -37,7 +37,7 @@ class TeacherSide:
     class_weights: Float[Tensor, "num_classes"] | None = None
 
 
-TeacherBuilder = Callable[[Path, torch.device], RegionEncoder]
+TeacherBuilder = Callable[[CachePath, torch.device], RegionEncoder]
 """Loads the teacher that made the cache of this path."""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.engine.pairing import TeacherBuilder
 from dkdetr.engine.train import TrainRequest, TrainSummary, train
@@ -13,7 +14,7 @@ _BY_SPLIT = {"lvis": "lvis_r50_70e", "ovcoco": "ovcoco_r50"}
 
 
 def start_training(
-    cache: Path,
+    cache: CachePath,
     experiment: str | None,
     overrides: Sequence[str],
     run: Path | None,
@@ -24,7 +25,7 @@ def start_training(
     """Returns the finished run of an experiment on a cache.
 
     Args:
-        cache: a sealed cache.
+        cache: a sealed cache, or an export of one.
         experiment: a shipped name or a file; None: the one that belongs to the cache's split.
         overrides: `a.b=c` settings.
         run: the folder; None: runs/EXPERIMENT-HASH.

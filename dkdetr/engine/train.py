@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
@@ -48,7 +49,7 @@ _LOG_EVERY = 20
 class TrainRequest:
     """What to train: a sealed cache, an experiment, and where the run lives."""
 
-    cache: Path
+    cache: CachePath
     config: ExperimentConfig
     run: Path
     data_root: Path

@@ -4,16 +4,14 @@ Nothing in it is fetched from anywhere: pictures are inlined, there are no scrip
 escaped wherever they come from.
 """
 
-import base64
-import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from PIL import Image
 
 from dkdetr.atomic_file import write_bytes
@@ -21,6 +19,7 @@ from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split
 from dkdetr.evaluation.detection_metrics import Metrics
 from dkdetr.evaluation.ground_truth import GroundTruth
+from dkdetr.evaluation.inline_pictures import data_uri
 from dkdetr.evaluation.labels import place_labels
 from dkdetr.evaluation.pictures import (
     DRAWING_RULE,
@@ -30,21 +29,36 @@ from dkdetr.evaluation.pictures import (
     detected_boxes,
 )
 from dkdetr.evaluation.protocols import GROUP_KEYS, metric_meaning
+from dkdetr.evaluation.report_analysis import (
+    EXAMPLE_RULE,
+    analyse,
+    error_rows,
+    loss_charts,
+    precision_charts,
+    recall_rows,
+)
 from dkdetr.evaluation.results import Results
 from dkdetr.evaluation.table import format_percent
+from dkdetr.evaluation.teacher_agreement import TeacherAgreement
 
 _LONGEST_SIDE = 800
-_SMALL_ENOUGH_FOR_PNG = 256
 
 
 @dataclass(frozen=True)
 class RunForReport:
-    """One column of the report: a run's name, a line on what it is, its numbers and detections."""
+    """One column of the report: a run's name, a line on what it is, its numbers and detections.
+
+    `history` are the records of its training's diary, `agreement` what was measured of it;
+    `settings` are its flat settings, of which the report shows those that differ between runs.
+    """
 
     name: str
     note: str
     metrics: Metrics
     results: Results
+    history: Sequence[Mapping[str, Any]] = ()
+    agreement: Sequence[TeacherAgreement] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_report(
@@ -76,13 +90,17 @@ def write_report(
     assert runs, "a report needs a run"
     assert all(run.metrics.split == truth.name for run in runs)
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_template),
     )
     environment.filters["percent"] = format_percent
     environment.filters["difference"] = _format_difference
-    template = environment.from_string(
-        (files("dkdetr.evaluation") / "report.html").read_text(encoding="utf-8")
-    )
+    environment.filters["decimals"] = _format_decimals
+    template = environment.get_template("report.html")
+    analyses = [analyse(split, truth, run.results) for run in runs]
     pictures = [_picture(split, truth, runs, image_id) for image_id in chosen.image_ids]
     page = template.render(
         title=title,
@@ -98,6 +116,13 @@ def write_report(
         totals=_totals(pictures, runs),
         choosing_rule=chosen.rule,
         drawing_rule=DRAWING_RULE,
+        precision_charts=precision_charts(analyses),
+        recall_rows=recall_rows(analyses),
+        errors=error_rows(analyses),
+        examples=[each.examples for each in analyses],
+        example_rule=EXAMPLE_RULE,
+        loss_charts=loss_charts([run.history for run in runs]),
+        setting_rows=_setting_rows(runs),
         notes=[*dict.fromkeys(note for run in runs for note in run.metrics.notes), *notes],
     )
     write_bytes(path, page.encode())
@@ -107,6 +132,25 @@ def _format_difference(values: Sequence[float]) -> str:
     first, second = values
     change = second - first
     return "-" if math.isnan(change) else f"{100 * change:+.1f}"
+
+
+def _format_decimals(value: float, places: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{places}f}"
+
+
+def _template(name: str) -> str:
+    return (files("dkdetr.evaluation") / name).read_text(encoding="utf-8")
+
+
+def _setting_rows(runs: Sequence[RunForReport]) -> list[dict[str, Any]]:
+    """Returns the settings that are not the same in all runs that say theirs."""
+    keys = sorted({key for run in runs for key in run.settings})
+    table = {key: [run.settings.get(key, "-") for run in runs] for key in keys}
+    return [
+        {"key": key, "values": values}
+        for key, values in table.items()
+        if any(value != values[0] for value in values)
+    ]
 
 
 def _format_score(score: float) -> str:
@@ -182,7 +226,7 @@ def _picture(
         "width": image.width,
         "height": image.height,
         "stroke": image.width / 180,
-        "data_uri": _data_uri(split.image_path(image), (image.height, image.width)),
+        "data_uri": _picture_uri(split.image_path(image), (image.height, image.width)),
         "num_novel": sum(box.is_novel for box in objects),
         "num_base": sum(not box.is_novel for box in objects),
         "panels": panels,
@@ -218,14 +262,7 @@ def _totals(pictures: Sequence[dict[str, Any]], runs: Sequence[RunForReport]) ->
     }
 
 
-def _data_uri(path: Path, size_hw: tuple[int, int]) -> str:
+def _picture_uri(path: Path, size_hw: tuple[int, int]) -> str:
     picture = Image.fromarray(read_image(path, expected_hw=size_hw))
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    small = max(picture.size) <= _SMALL_ENOUGH_FOR_PNG
-    encoded = io.BytesIO()
-    if small:
-        picture.save(encoded, "PNG", optimize=True)
-    else:
-        picture.save(encoded, "JPEG", quality=85)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+    return data_uri(picture, always_jpeg=False)

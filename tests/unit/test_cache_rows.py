@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cache.arrays import array_specs, blocks_of, quantize, rows_of
+from cache.arrays import array_specs, blocks_of
+from cache.codec import cosine_errors, quantize
 from cache.rows import check_rows, empty_rows, rows_problem
 from cache.spec import CorruptCacheError
 from tests.cache_samples import HEIGHT, WIDTH, sample_plan, sample_rows, unit_rows
@@ -61,15 +62,18 @@ def test_bad_shapes_and_counts_are_refused(plan, rows):
     assert "image_size_hw" in str(rows_problem(replace(rows, image_size_hw=(0, 5)), plan))
 
 
-def test_blocks_give_the_same_rows_back(plan, rows):
-    blocks = blocks_of([empty_rows(7, plan), rows], plan)
-    back = rows_of({name: block[1] for name, block in blocks.items()})
-    assert back.image_id == rows.image_id
-    for name in ("boxes_xyxy", "objectness", "max_base_iou", "gt_boxes_xyxy", "gt_category_ids"):
-        np.testing.assert_array_equal(getattr(back, name), getattr(rows, name))
+def test_blocks_hold_an_image_in_its_place_and_its_truth_without_padding(plan, rows):
+    blocks = blocks_of([rows, empty_rows(7, plan), rows], plan)
+    n, m = rows.num_regions, len(rows.gt_boxes_xyxy)
+    assert blocks["image_id"].tolist() == [rows.image_id, 7, rows.image_id]
+    for name in ("boxes_xyxy", "objectness", "max_base_iou"):
+        np.testing.assert_array_equal(blocks[name][2, :n], getattr(rows, name))
     half = rows.region_embeddings.astype(np.float16)
-    np.testing.assert_array_equal(back.region_embeddings, half.astype(np.float32))
-    assert back.boxes_xyxy.flags.writeable
+    np.testing.assert_array_equal(blocks["region_embeddings"][2, :n], half)
+    assert blocks["gt/num_boxes"].tolist() == [m, 0, m]
+    assert blocks["gt/first_row"].tolist() == [0, m, m]
+    twice = np.concatenate([rows.gt_category_ids, rows.gt_category_ids])
+    np.testing.assert_array_equal(blocks["gt/category_ids"], twice)
 
 
 def test_places_without_a_row_are_nan_or_minus_one(plan):
@@ -91,3 +95,18 @@ def test_int8_keeps_the_norm_and_the_direction(dim):
     cosines = (back * embeddings).sum(1) / np.linalg.norm(back, axis=1)
     assert cosines.min() > 0.9999
     assert levels.min() >= -127
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8"])
+def test_the_error_of_storing_is_the_angle_between_what_goes_in_and_what_comes_out(storage):
+    embeddings = unit_rows(np.random.default_rng(1), 50, 64)
+    errors = cosine_errors(embeddings, storage)
+    levels, scale = quantize(embeddings)
+    back = (
+        embeddings.astype(np.float16) if storage == "fp16" else levels * np.float64(scale)[:, None]
+    )
+    back = back.astype(np.float64) / np.linalg.norm(back.astype(np.float64), axis=1, keepdims=True)
+    given = embeddings.astype(np.float64)
+    given /= np.linalg.norm(given, axis=1, keepdims=True)
+    np.testing.assert_allclose(errors, 1 - (back * given).sum(1), atol=1e-12)
+    assert (1e-9 < errors.max() < 1e-6) if storage == "fp16" else (1e-6 < errors.max() < 1e-4)

@@ -1,14 +1,20 @@
 import copy
 import dataclasses
+import gc
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cache.export import export_cache
+from cache.location import RemotePath
 from cache.plan import make_plan
+from cache.resident import MEMORY_FOLDER
 from cache.rows import ImageRows
 from cache.spec import PART_NAMES, UnsealedCacheError
+from cache.store import open_cache
 from cache.writer import create_or_resume
 from dkdetr.boxes import cxcywh_to_xyxy
 from dkdetr.config import (
@@ -184,6 +190,20 @@ def test_loader_processes_ranks_and_resuming_change_nothing(world):
         if whole.regions is not None:
             together = torch.cat((first.regions.embeddings, second.regions.embeddings))
             assert torch.equal(together, whole.regions.embeddings)
+
+
+def test_exports_shared_memory_and_urls_give_the_same_batches(world, tmp_path):
+    _, _, cache_path = world
+    alone = run(world)
+    export_cache(open_cache(cache_path), tmp_path / "export")
+    assert_same(run(world, cache_path=tmp_path / "export"), alone)
+    resident = config(cache_mode="resident")
+    assert_same(run(world, settings=resident), alone)
+    assert_same(run(world, settings=config(cache_mode="resident", workers=2)), alone)
+    assert_same(run(world, settings=resident, cache_path=tmp_path / "export"), alone)
+    assert_same(run(world, cache_path=RemotePath(f"file://{cache_path}")), alone)
+    gc.collect()
+    assert not list(MEMORY_FOLDER.glob(f"dkdetr-{os.getuid()}-*"))
 
 
 def test_the_global_generators_do_not_notice(world):

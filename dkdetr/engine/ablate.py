@@ -1,0 +1,341 @@
+"""`dkdetr ablate`: every row of a table from one cache and, for each seed, one burn-in.
+
+Each row is a `dkdetr train` and a `dkdetr eval` in processes of their own, so that rows run side
+by side, one that fails takes no other with it, and what is run is what anybody can type.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkdetr.atomic_file import write_bytes, write_text
+from dkdetr.engine.ablation_plan import (
+    BURN_IN,
+    ROW_FILE,
+    SCORE_FILE,
+    AblateRequest,
+    AblationPlan,
+    PlannedRun,
+    make_plan,
+    savings,
+    seconds_per_step,
+)
+from dkdetr.engine.ablation_plot import plot_png
+from dkdetr.engine.ablation_results import (
+    COLUMNS,
+    NOT_RUN,
+    AblationResult,
+    RowResult,
+    comma_separated,
+    markdown,
+)
+from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
+from dkdetr.engine.jobs import STOPPED, Job, Jobs, Outcome
+from dkdetr.engine.metric_log import read_metrics
+from dkdetr.errors import DkdetrError, PreemptedError
+from dkdetr.evaluation.protocols import OVERALL_KEYS
+from dkdetr.progress import progress
+
+
+class RowFailedError(DkdetrError):
+    """Rows failed; the table stands with the others. Carries the first failure's code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class FolderLockedError(DkdetrError):
+    """Another ablation, or rows that one of them left running, writes the folder."""
+
+    exit_code = 7
+
+
+@dataclass(frozen=True)
+class AblationSummary:
+    """What an ablation came to; `failed` is the first failure's exit code, 0 if there is none."""
+
+    text: str
+    result: AblationResult
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    failed: int = 0
+
+    def lines(self) -> list[str]:
+        """Returns what is printed."""
+        return [self.text, *(f"{name}: {path}" for name, path in self.paths.items())]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns every row's metrics by seed, with the paper's (those in percent)."""
+        return {
+            "table": self.result.table.name,
+            "rows": {
+                each.row.run: {
+                    "label": each.row.label,
+                    "seeds": {str(seed): dict(values) for seed, values in each.by_seed.items()},
+                    "failed": {str(seed): why for seed, why in each.failures.items()},
+                    "paper": dict(each.row.paper),
+                }
+                for each in self.result.rows
+            },
+            "files": {name: str(path) for name, path in self.paths.items()},
+        }
+
+    def raise_failures(self) -> None:
+        """Raises RowFailedError if a row failed."""
+        if self.failed:
+            count = sum(len(each.failures) for each in self.result.rows)
+            raise RowFailedError(
+                f"{count} of the table's runs failed, see above; the others stand, and the same "
+                "command tries the failed ones again",
+                self.failed,
+            )
+
+
+def ablate(request: AblateRequest, program: Sequence[str]) -> AblationSummary:
+    """Returns the table after its rows have run; finished rows are not run again.
+
+    Args:
+        request: what to run.
+        program: the words that start `dkdetr`.
+
+    Raises:
+        UsageError: an unknown table, row or setting.
+        MismatchError: the folder holds rows of other settings or another cache.
+        FolderLockedError: another ablation is at work there.
+        PreemptedError: SIGTERM came; every row has saved itself.
+    """
+    plan = make_plan(request)
+    with stop_on_sigterm() as stop, _locked(plan.out) as lock:
+        outcomes = _run(plan, request, program, stop, lock)
+    summary = _write(plan, outcomes)
+    if stop.is_set or any(outcome.code == STOPPED for outcome in outcomes.values()):
+        raise PreemptedError(
+            f"stopped by SIGTERM; rows saved themselves in '{plan.out}'; the same command goes on"
+        )
+    return summary
+
+
+def price_ablation(request: AblateRequest) -> AblationSummary:
+    """Returns what `ablate` would run, what is there already, and what sharing saves."""
+    plan = make_plan(request)
+    lines = [f"{plan.table.title}, {len(plan.seeds)} seed(s), in {plan.out}"]
+    todo = {job.name for job in plan.jobs()}
+    for run in (*plan.burn_ins, *plan.runs):
+        state = "to run" if run.name in todo else NOT_RUN
+        if run.run == BURN_IN:
+            state = "to run or resume" if run.name in todo else "not needed"
+        elif plan.finished(run) is not None:
+            state = "finished"
+        lines.append(f"  {run.name:32s} {run.steps:8,} steps  {state}")
+    left = sum(run.steps for run in (*plan.burn_ins, *plan.runs) if run.name in todo)
+    lines.append(f"{left:,} steps to run at most, {len(_places(request))} run(s) side by side")
+    lines += savings(plan)
+    return AblationSummary("\n".join(lines), _collect(plan, {}))
+
+
+def _run(
+    plan: AblationPlan,
+    request: AblateRequest,
+    program: Sequence[str],
+    stop: StopFlag,
+    lock: int,
+) -> dict[str, Outcome]:
+    todo = plan.jobs()
+    if not todo:
+        return {}
+    by_name = {run.name: run for run in (*plan.burn_ins, *plan.runs)}
+    jobs = Jobs(todo, program, _places(request), held=(lock,))
+    diary = _Diary(plan.out / "ablate.log")
+    diary.tell(f"table {plan.table.name}: {len(todo)} to run")
+
+    def done(job: Job, outcome: Outcome) -> None:
+        run = by_name[job.name]
+        if outcome.code == 0 and run.run != BURN_IN:
+            _record(plan, run)
+        state = "done" if outcome.code == 0 else f"exit {outcome.code}: {outcome.message}"
+        diary.tell(f"{job.name}: {state}")
+
+    runs = [by_name[job.name] for job in todo]
+    with progress(f"ablate {plan.table.name}", sum(run.steps for run in runs)) as advance:
+
+        def watch() -> None:
+            counts = [_steps_done(run, plan) for run in runs]
+            ended = sum(outcome.code == 0 for outcome in jobs.outcomes.values())
+            note = f"{ended} of {len(todo)} done; now {', '.join(jobs.running) or '-'}"
+            advance(sum(counts), note)
+
+        jobs.run(stop, watch=_every(2.0, watch), done=done)
+    return jobs.outcomes
+
+
+def _places(request: AblateRequest) -> list[dict[str, str]]:
+    """Returns the environment of each process: a GPU each where there are several, one thread."""
+    several = request.device in ("auto", "cuda")
+    if several and pick_device(request.device).type == "cuda":
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = range(torch.cuda.device_count())
+        gpus = shown.split(",") if shown else [str(number) for number in numbers]
+        count = request.jobs or len(gpus)
+        return [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(count)]
+    if request.device.startswith("cuda"):
+        return [{} for _ in range(request.jobs or 1)]
+    # One thread whatever the number of jobs: sums, and so results, must not depend on it.
+    cores = len(os.sched_getaffinity(0))
+    return [{"OMP_NUM_THREADS": "1"} for _ in range(request.jobs or cores)]
+
+
+def _record(plan: AblationPlan, run: PlannedRun) -> None:
+    """Writes a row's record, last of all: its presence says that the row is whole."""
+    scored = json.loads((run.folder / SCORE_FILE).read_text(encoding="utf-8"))
+    numbers = {key: value for key, value in scored.items() if key in _metric_names(plan)}
+    record = {
+        "row": run.run,
+        "seed": run.seed,
+        "config_hash": run.hash,
+        "cache_fingerprint": plan.cache_fingerprint,
+        "split": plan.split,
+        "evaluator": scored.get("evaluator"),
+        "metrics": numbers,
+        "steps": run.steps,
+        "seconds_per_step": seconds_per_step(run),
+        "commands": [f"dkdetr {shlex.join(words)}" for words in run.commands],
+    }
+    write_text(run.folder / ROW_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _metric_names(plan: AblationPlan) -> set[str]:
+    return {*OVERALL_KEYS, *COLUMNS[plan.protocol]}
+
+
+def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationResult:
+    records = {(run.run, run.seed): plan.finished(run) for run in plan.runs}
+    failures = {
+        (run.run, run.seed): f"exit {outcome.code}: {outcome.message} (see {run.folder}/log.txt)"
+        for run in plan.runs
+        if (outcome := outcomes.get(run.name)) is not None and outcome.code not in (0, STOPPED)
+    }
+    rows = [
+        RowResult(
+            row=row,
+            by_seed={
+                seed: record["metrics"]
+                for seed in plan.seeds
+                if (record := records[row.run, seed]) is not None
+            },
+            failures={
+                seed: failures[row.run, seed] for seed in plan.seeds if (row.run, seed) in failures
+            },
+        )
+        for row in plan.table.rows
+    ]
+    return AblationResult(
+        table=plan.table,
+        subject=f"{plan.experiment} on {plan.split}, {_seeds_in_words(plan.seeds)}",
+        columns=COLUMNS[plan.protocol],
+        seeds=plan.seeds,
+        rows=tuple(rows),
+        remarks=(*savings(plan), *_step_times(plan, records)),
+    )
+
+
+def _step_times(
+    plan: AblationPlan, records: Mapping[tuple[str, int], Mapping[str, Any] | None]
+) -> list[str]:
+    """Returns a line on what a step of each finished row took, the mean over its seeds."""
+    shown = []
+    for row in plan.table.rows:
+        times = [
+            record["seconds_per_step"]
+            for seed in plan.seeds
+            if (record := records[row.run, seed]) is not None and record["seconds_per_step"]
+        ]
+        if times:
+            shown.append(f"{row.label} {sum(times) / len(times):.3f}")
+    if not shown:
+        return []
+    return [f"seconds a step, beside what else ran on the machine: {'; '.join(shown)}"]
+
+
+def _write(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationSummary:
+    result = _collect(plan, outcomes)
+    stem = f"table_{plan.table.name}"
+    paths = {kind: plan.out / f"{stem}.{kind}" for kind in ("md", "csv", "png", "sh")}
+    text = markdown(result)
+    write_text(paths["md"], text)
+    write_text(paths["csv"], comma_separated(result))
+    write_bytes(paths["png"], plot_png(result, with_paper=plan.split == "lvis_val"))
+    commands = [
+        f"dkdetr {shlex.join(words)}"
+        for run in (*plan.burn_ins, *plan.runs)
+        for words in run.commands
+    ]
+    write_text(paths["sh"], "\n".join(dict.fromkeys(commands)) + "\n")
+    codes = [outcome.code for outcome in outcomes.values() if outcome.code not in (0, STOPPED)]
+    failed = (codes[0] if codes[0] > 0 else 1) if codes else 0
+    return AblationSummary(text, result, paths, failed)
+
+
+def _steps_done(run: PlannedRun, plan: AblationPlan) -> int:
+    """Returns a run's own steps so far, by its diary; a shared burn-in's are not its own."""
+    last = read_metrics(run.folder / "metrics.jsonl")[-1:]
+    if not last:
+        return 0
+    shared = 0
+    if run.run != BURN_IN:
+        shared = next((each.steps for each in plan.burn_ins if each.seed == run.seed), 0)
+    return max(0, min(run.steps, int(last[0]["iteration"]) - shared))
+
+
+def _seeds_in_words(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"one seed ({seeds[0]})"
+    return f"{len(seeds)} seeds ({', '.join(str(seed) for seed in seeds)})"
+
+
+def _every(seconds: float, function: Callable[[], None]) -> Callable[[], None]:
+    last = -seconds
+
+    def call() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            function()
+
+    return call
+
+
+class _Diary:
+    """A line an event, with the time; small enough to keep."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def tell(self, event: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {event}\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Yields the lock's file, which rows keep open: it holds as long as one of them lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderLockedError(
+                f"another ablation is at work in '{folder}', or rows of one that was killed still "
+                "are; wait for them, or end them, or give another --out"
+            ) from None
+        yield file.fileno()

@@ -1,0 +1,286 @@
+"""What an ablation will run: each row's settings, folder and commands, and what sharing saves."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.store import open_cache
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.loader import batches_per_epoch
+from dkdetr.data.split_sources import Protocol
+from dkdetr.data.splits import load_split
+from dkdetr.data.vocabulary import from_metadata
+from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
+from dkdetr.engine.evaluate_run import validation_split
+from dkdetr.engine.jobs import Job
+from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.start import experiment_of_split
+from dkdetr.errors import MismatchError, UsageError
+from dkdetr.experiment_file import ConfigError, config_hash, load_experiment
+
+BURN_IN = "burn_in"
+ROW_FILE = "row.json"
+SCORE_FILE = "score.json"
+
+
+@dataclass(frozen=True)
+class AblateRequest:
+    """What is asked of `dkdetr ablate`.
+
+    `experiment` None: the one of the cache's split; `split` None: its validation split; `out`
+    None: runs/ablate-EXPERIMENT-HASH, which all tables of an experiment share; `rows` empty: all;
+    `jobs` None: as many as there are GPUs, or cores where there are none.
+    """
+
+    cache: Path
+    table: str
+    experiment: str | None
+    overrides: Sequence[str]
+    seeds: int
+    rows: Sequence[str]
+    jobs: int | None
+    split: str | None
+    out: Path | None
+    data_root: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training with one seed. `steps` are its own, those of a shared burn-in left out."""
+
+    run: str
+    seed: int
+    folder: Path
+    hash: str
+    steps: int
+    batch_size: int
+    commands: tuple[tuple[str, ...], ...]
+
+    @property
+    def name(self) -> str:
+        """Returns what it is known by: runs of one folder are one training."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+@dataclass(frozen=True)
+class AblationPlan:
+    """Everything that is decided before anything runs."""
+
+    table: AblationTable
+    out: Path
+    split: str
+    protocol: Protocol
+    experiment: str
+    cache_fingerprint: str
+    seeds: tuple[int, ...]
+    runs: tuple[PlannedRun, ...]
+    """Of all rows of the table, seed by seed; which of them are asked for says `wanted`."""
+    burn_ins: tuple[PlannedRun, ...]
+    """One a seed; none where the experiment distils from its first epoch on."""
+    wanted: frozenset[str]
+
+    def jobs(self) -> list[Job]:
+        """Returns what is left to do: unfinished rows that are asked for, and their burn-ins."""
+        burn_ins = {each.seed: each for each in self.burn_ins}
+        jobs: dict[str, Job] = {}
+        for run in self.runs:
+            if run.run not in self.wanted or self.finished(run) is not None:
+                continue
+            burn_in = burn_ins.get(run.seed)
+            if burn_in is not None:
+                log = burn_in.folder / "log.txt"
+                jobs.setdefault(burn_in.name, Job(burn_in.name, burn_in.commands, log))
+            needs = burn_in.name if burn_in is not None else None
+            jobs[run.name] = Job(run.name, run.commands, run.folder / "log.txt", needs)
+        return list(jobs.values())
+
+    def finished(self, run: PlannedRun) -> dict[str, Any] | None:
+        """Returns a finished row's record, or None.
+
+        Raises:
+            MismatchError: the folder holds a row of other settings, another cache or split.
+        """
+        path = run.folder / ROW_FILE
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {"config_hash": run.hash, "split": self.split}
+        wanted["cache_fingerprint"] = self.cache_fingerprint
+        for key, value in wanted.items():
+            if record.get(key) != value:
+                raise MismatchError(
+                    f"'{run.folder}' holds a finished row with {key} {record.get(key)}, asked for "
+                    f"is {value}: give another --out, or delete that folder"
+                )
+        return record
+
+
+def make_plan(request: AblateRequest) -> AblationPlan:
+    """Returns the plan of a table.
+
+    Raises:
+        UsageError: an unknown table or row, or an experiment that nothing can be taken away from.
+        cache.spec.CacheError: the cache is unsealed, stale or damaged.
+    """
+    table = table_of(request.table)
+    info = open_cache(request.cache).info
+    experiment = request.experiment or experiment_of_split(info.split)
+    resolved = load_experiment(experiment, request.overrides)
+    base = resolved.config
+    known = row_overrides(base)
+    own = {row: known[row] | dict(resolved.rows.get(row, {})) for row in known}
+    wanted = _wanted(table, request.rows)
+    if request.seeds < 1:
+        raise UsageError("--seeds wants 1 or more")
+    seeds = tuple(base.seed + number for number in range(request.seeds))
+    names = _folder_names(experiment, request.overrides, own, [row.run for row in table.rows])
+    out = request.out or Path("runs") / f"ablate-{base.name}-{config_hash(base)}"
+    split = request.split or validation_split(info.split)
+    steps = _steps_per_epoch(request, base, info.split)
+    maker = _RunMaker(request, experiment, out, split, base, steps)
+    return AblationPlan(
+        table=table,
+        out=out,
+        split=split,
+        protocol=load_split(split, request.data_root).protocol,
+        experiment=experiment,
+        cache_fingerprint=info.fingerprint,
+        seeds=seeds,
+        runs=tuple(
+            maker.row(row.run, names[row.run], own[row.run], seed)
+            for seed in seeds
+            for row in table.rows
+        ),
+        burn_ins=tuple(maker.burn_in(seed) for seed in seeds) if base.kd.start_epoch else (),
+        wanted=wanted,
+    )
+
+
+def seconds_per_step(run: PlannedRun) -> float | None:
+    """Returns what a step of this run took, by its diary; None if it has not been timed."""
+    rates = [
+        float(record["images_per_s"])
+        for record in read_metrics(run.folder / "metrics.jsonl")
+        if float(record.get("images_per_s", 0)) > 0
+    ]
+    return run.batch_size / statistics.median(rates) if rates else None
+
+
+def savings(plan: AblationPlan) -> list[str]:
+    """Returns, in words, what the shared burn-in and the shared cache spare these rows."""
+    asked = [run for run in plan.runs if run.run in plan.wanted]
+    timed = [seconds_per_step(run) for run in (*plan.burn_ins, *plan.runs)]
+    known = [seconds for seconds in timed if seconds is not None]
+    lines: list[str] = []
+    if plan.burn_ins:
+        steps = sum(run.steps for run in plan.burn_ins)
+        spared = steps * (len(asked) // len(plan.seeds)) - steps
+        if known:
+            step = statistics.median(known)
+            cost = f"{spared * step / 3600:.2f} device-hours at {step:.3f} s a step, as measured"
+        else:
+            cost = "device-hours unknown: no run here has been timed yet"
+        lines.append(f"one burn-in a seed instead of one a row spares {spared:,} steps ({cost})")
+    else:
+        lines.append("no burn-in to share: the experiment distils from its first epoch on")
+    lines.append(
+        f"one cache serves all {len(asked)} trainings: each but the first spares a whole stage 1 "
+        "(its cost: dkdetr cache-teacher --dry-run)"
+    )
+    return lines
+
+
+@dataclass(frozen=True)
+class _RunMaker:
+    request: AblateRequest
+    experiment: str
+    out: Path
+    split: str
+    base: ExperimentConfig
+    steps_per_epoch: int
+
+    def burn_in(self, seed: int) -> PlannedRun:
+        start = self.base.kd.start_epoch
+        folder = self._folder(seed, BURN_IN)
+        config = self._config({}, seed)
+        words = (*self._train(folder, seed, {}), "--until", str(start))
+        steps = start * self.steps_per_epoch
+        batch = config.data.batch_size
+        return PlannedRun(BURN_IN, seed, folder, config_hash(config), steps, batch, (words,))
+
+    def row(self, run: str, name: str, overrides: Mapping[str, Any], seed: int) -> PlannedRun:
+        folder, start = self._folder(seed, name), self.base.kd.start_epoch
+        config = self._config(overrides, seed)
+        train = self._train(folder, seed, overrides)
+        if start:
+            train = (*train, "--from", str(self._folder(seed, BURN_IN)))
+        request = self.request
+        score = (
+            "eval", str(folder), "--split", self.split, "--data-root", str(request.data_root),
+            "--device", request.device, "--json", str(folder / SCORE_FILE),
+        )  # fmt: skip
+        steps = (config.optim.epochs - start) * self.steps_per_epoch
+        batch = config.data.batch_size
+        return PlannedRun(run, seed, folder, config_hash(config), steps, batch, (train, score))
+
+    def _folder(self, seed: int, name: str) -> Path:
+        return self.out / f"seed{seed}" / name
+
+    def _config(self, overrides: Mapping[str, Any], seed: int) -> ExperimentConfig:
+        words = [*self.request.overrides, *set_words(overrides), f"seed={seed}"]
+        return load_experiment(self.experiment, words).config
+
+    def _train(self, folder: Path, seed: int, overrides: Mapping[str, Any]) -> tuple[str, ...]:
+        request = self.request
+        settings = [*request.overrides, *set_words(overrides)]
+        return (
+            "train", "--cache", str(request.cache), "--experiment", self.experiment,
+            "--run", str(folder), "--data-root", str(request.data_root),
+            "--device", request.device, "--seed", str(seed),
+            *(word for setting in settings for word in ("--set", setting)),
+        )  # fmt: skip
+
+
+def set_words(overrides: Mapping[str, Any]) -> list[str]:
+    """Returns overrides as `--set` takes them: `a.b=value`, the value in TOML."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+def _wanted(table: AblationTable, rows: Sequence[str]) -> frozenset[str]:
+    names = [row.run for row in table.rows]
+    strange = [row for row in rows if row not in names]
+    if strange:
+        raise UsageError(
+            f"table {table.name} has no row '{strange[0]}'; its rows: {', '.join(names)}"
+        )
+    return frozenset(rows or names)
+
+
+def _folder_names(
+    experiment: str,
+    overrides: Sequence[str],
+    own: Mapping[str, Mapping[str, Any]],
+    needed: Sequence[str],
+) -> dict[str, str]:
+    """Returns each run's folder: rows of equal settings share the first one's, in any table."""
+    first_of: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for run, changes in own.items():
+        try:
+            config = load_experiment(experiment, [*overrides, *set_words(changes)]).config
+        except ConfigError:
+            if run in needed:
+                raise
+            continue
+        names[run] = first_of.setdefault(config_hash(config), run)
+    return names
+
+
+def _steps_per_epoch(request: AblateRequest, base: ExperimentConfig, train_split: str) -> int:
+    vocabulary = from_metadata(*open_cache(request.cache).text())
+    split = load_split(train_split, request.data_root)
+    return batches_per_epoch(split, vocabulary, base, cache_path=request.cache)

@@ -1,0 +1,114 @@
+"""`dkdetr report RUN...`: one page on one or several scored runs."""
+
+import json
+import platform
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dkdetr.data.splits import load_split
+from dkdetr.engine.evaluate_run import validation_split
+from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.run_agreement import read_agreement
+from dkdetr.engine.run_folder import RunFolder
+from dkdetr.errors import DataError, UsageError
+from dkdetr.evaluation.detection_metrics import score
+from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
+from dkdetr.evaluation.pictures import choose_images
+from dkdetr.evaluation.report import RunForReport, write_report
+from dkdetr.evaluation.results import read_results
+from dkdetr.experiment_file import flatten
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """What to report: scored runs or results files; `split` None: the first run's validation."""
+
+    runs: Sequence[Path]
+    split: str | None
+    out: Path | None
+    data_root: Path
+    num_pictures: int = 12
+    command: str = "dkdetr report"
+
+
+def report_runs(request: ReportRequest) -> Path:
+    """Returns the page's path: RUN/report.html for one run, report.html for several.
+
+    Everything is computed from what `dkdetr eval` left in the runs and from the annotations.
+
+    Raises:
+        UsageError: no run, or no split to report on.
+        DataError: a run was not scored on the split.
+    """
+    if not request.runs:
+        raise UsageError("report wants a run that `dkdetr eval` scored, or a results json")
+    first = request.runs[0]
+    name = request.split or validation_split(_provenance(first).get("split"))
+    split = load_split(name, request.data_root)
+    truth = ground_truth_of(split)
+    runs = [_read(path, title, truth) for path, title in _titled(request.runs)]
+    out = request.out or (first / "report.html" if len(request.runs) == 1 and first.is_dir()
+                          else Path("report.html"))  # fmt: skip
+    machine = _provenance(first)
+    write_report(
+        out,
+        title=", ".join(run.name for run in runs),
+        about=[
+            ("Command", request.command),
+            ("Date", datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")),
+            ("Versions", f"Python {platform.python_version()}, PyTorch {torch.__version__}"),
+            *([("Trained on", str(machine["device"]))] if "device" in machine else []),
+        ],
+        split=split,
+        truth=truth,
+        runs=runs,
+        chosen=choose_images(truth, count=request.num_pictures),
+        notes=[],
+    )
+    return out
+
+
+def _titled(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Returns each path with a short name that no other has."""
+    short = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
+    return [
+        (path, name if short.count(name) == 1 else f"{path.resolve().parent.name}/{name}")
+        for path, name in zip(paths, short, strict=True)
+    ]
+
+
+def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
+    results = read_results(path if path.is_file() else _results_of(path, truth.name))
+    if results.masks is not None:
+        raise UsageError(f"'{path}' holds masks: report is on boxes, give results.json")
+    run = RunFolder(path)
+    settings: dict[str, Any] = {}
+    if run.config.is_file():
+        settings = flatten(tomllib.loads(run.config.read_text(encoding="utf-8")))
+    return RunForReport(
+        name=title,
+        note=str(settings.get("name", "")),
+        metrics=score(truth, results),
+        results=results,
+        history=read_metrics(run.metrics),
+        agreement=read_agreement(path),
+        settings=settings,
+    )
+
+
+def _results_of(run: Path, split: str) -> Path:
+    for metrics in sorted((run / "eval").glob("*/metrics.json")):
+        if json.loads(metrics.read_text(encoding="utf-8")).get("split") == split:
+            return metrics.with_name("results.json")
+    raise DataError(f"'{run}' was not scored on {split}; next: dkdetr eval {run} --split {split}")
+
+
+def _provenance(run: Path) -> dict[str, Any]:
+    path = RunFolder(run).provenance
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

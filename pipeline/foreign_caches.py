@@ -1,0 +1,174 @@
+"""The caches of other projects: one .pth an image, in a folder or in one zip.
+
+detpro  a tensor (boxes, dim): sums of the vectors of two crops, not normalised; boxes elsewhere
+oadp    {embeddings, bboxes, objectness}, half floats, boxes in pixels xyxy
+hdovd   {proposal_clip_image_embedding, gt_clip_image_embedding, clip_full_image_embedding};
+        boxes elsewhere
+"""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import xxhash
+
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from pipeline.foreign_tensors import load_pth, unit_rows
+
+ForeignFormat = Literal["detpro", "oadp", "hdovd"]
+FORMATS = ("detpro", "oadp", "hdovd")
+NEEDS_BOXES = ("detpro", "hdovd")
+_MAX_MEMBER_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignImage:
+    """What a foreign cache holds of an image, vectors of unit norm; None: it has none of that."""
+
+    boxes_xyxy: np.ndarray | None
+    objectness: np.ndarray | None
+    embeddings: np.ndarray
+    gt_embeddings: np.ndarray | None
+    image_embedding: np.ndarray | None
+
+
+class PthFiles:
+    """The .pth files of a folder or zip, by the stem of the image's file name.
+
+    Raises:
+        DataError: there are none, or two of one stem.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip = zipfile.ZipFile(path) if path.is_file() and zipfile.is_zipfile(path) else None
+        if self._zip is None and not path.is_dir():
+            raise DataError(f"{path} is neither a folder nor a zip of .pth files")
+        self._names: dict[str, str] = {}
+        for name in self._listing():
+            stem = PurePosixPath(name).stem
+            if stem in self._names:
+                raise DataError(
+                    f"{path} has two files for image {stem}: {self._names[stem]}, {name}"
+                )
+            self._names[stem] = name
+        if not self._names:
+            raise DataError(f"{path} holds no .pth files")
+
+    def _listing(self) -> list[str]:
+        if self._zip is not None:
+            names = self._zip.namelist()
+        else:
+            names = [str(file.relative_to(self.path)) for file in self.path.rglob("*.pth")]
+        return sorted(name for name in names if name.endswith(".pth"))
+
+    def __contains__(self, stem: str) -> bool:
+        return stem in self._names
+
+    def identity(self) -> str:
+        """Returns a hash of all names and sizes, and, of a zip, of its own checksums."""
+        digest = xxhash.xxh3_128()
+        for name in sorted(self._names.values()):
+            if self._zip is not None:
+                info = self._zip.getinfo(name)
+                digest.update(f"{PurePosixPath(name).name} {info.file_size} {info.CRC}\n".encode())
+            else:
+                size = (self.path / name).stat().st_size
+                digest.update(f"{PurePosixPath(name).name} {size}\n".encode())
+        return digest.hexdigest()
+
+    def load(self, stem: str) -> Any:
+        """Returns the content of one image's file; raises CorruptArtefactError."""
+        name = self._names[stem]
+        where = f"{self.path}: {name}"
+        if self._zip is None:
+            return load_pth((self.path / name).read_bytes(), where)
+        if self._zip.getinfo(name).file_size > _MAX_MEMBER_BYTES:
+            raise CorruptArtefactError(f"{where} claims more bytes than any image's file can have")
+        try:
+            return load_pth(self._zip.read(name), where)
+        except zipfile.BadZipFile as error:
+            raise CorruptArtefactError(f"{where}: {error}") from None
+
+
+def read_image(files: PthFiles, stem: str, layout: ForeignFormat) -> ForeignImage:
+    """Returns one image of a foreign cache.
+
+    Raises:
+        DataError: a part is missing, or the parts differ in number.
+        CorruptArtefactError: the file is damaged, or asks for code.
+    """
+    where = f"{files.path}: image {stem}"
+    loaded = files.load(stem)
+    if layout == "detpro":
+        rows = loaded[0] if isinstance(loaded, list) and loaded else loaded
+        return ForeignImage(None, None, _vectors(rows, where), None, None)
+    if layout == "oadp":
+        table = _table(loaded, ("embeddings", "bboxes", "objectness"), where)
+        embeddings = _vectors(table["embeddings"], where)
+        boxes = np.asarray(table["bboxes"], dtype=np.float32).reshape(-1, 4)
+        scores = np.asarray(table["objectness"], dtype=np.float32).reshape(-1)
+        if not len(embeddings) == len(boxes) == len(scores):
+            raise DataError(
+                f"{where} has {len(embeddings)} embeddings, {len(boxes)} boxes and {len(scores)} "
+                "scores"
+            )
+        return ForeignImage(boxes, scores, embeddings, None, None)
+    table = _table(loaded, ("proposal_clip_image_embedding",), where)
+    truth = table.get("gt_clip_image_embedding")
+    whole = table.get("clip_full_image_embedding")
+    return ForeignImage(
+        None,
+        None,
+        _vectors(table["proposal_clip_image_embedding"], where),
+        None if truth is None else _vectors(truth, where),
+        None if whole is None else _vectors(np.reshape(whole, (1, -1)), where)[0],
+    )
+
+
+def read_boxes(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Returns boxes xyxy and scores of each image id, in the order of a COCO results json.
+
+    The order counts: it is the order of the foreign cache's embeddings.
+
+    Raises:
+        UsageError: a pickle. DataError: missing or malformed.
+    """
+    if path.suffix in {".pkl", ".pickle"}:
+        raise UsageError(
+            f"'{path}' is a pickle, which can run any code; write it as a COCO results json in the "
+            "same order: [{image_id, bbox: [x, y, w, h], score}, ...]"
+        )
+    try:
+        records = orjson.loads(path.read_bytes())
+        grouped: dict[int, list[list[float]]] = {}
+        for record in records:
+            left, top, width, height = (float(side) for side in record["bbox"])
+            row = [left, top, left + width, top + height, float(record["score"])]
+            grouped.setdefault(int(record["image_id"]), []).append(row)
+        tables = {image_id: np.array(rows, np.float64) for image_id, rows in grouped.items()}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no COCO results json: {error}") from None
+    return {
+        image_id: (table[:, :4].astype(np.float32), table[:, 4].astype(np.float32))
+        for image_id, table in tables.items()
+    }
+
+
+def _table(loaded: Any, keys: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    missing = [key for key in keys if not isinstance(loaded, dict) or key not in loaded]
+    if missing:
+        raise DataError(f"{where} lacks {', '.join(missing)}: another layout?")
+    return loaded
+
+
+def _vectors(rows: Any, where: str) -> np.ndarray:
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.dtype.kind != "f":
+        raise DataError(f"{where} holds no matrix of embeddings: another layout?")
+    return unit_rows(rows, where)

@@ -1,0 +1,122 @@
+"""How many images a second one process reads from a cache: python tests/benchmarks/cache_reader.py
+
+Each way reads the same images in random order: what training asks for (an image's boxes and
+scores, and the embeddings of twenty of its regions), and everything there is. The files are in the
+page cache, so this is the price of checks and conversions and not that of the disk.
+"""
+
+import argparse
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cache.export import export_cache
+from cache.plan import make_plan
+from cache.resident import load_resident
+from cache.rows import ImageRows
+from cache.spec import PART_NAMES
+from cache.store import open_cache
+from cache.writer import create_or_resume
+
+REGIONS, DIM, CHOSEN = 300, 512, 20
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--storage", choices=("fp16", "int8"), default="fp16")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache"
+        _write(path, options.images, options.storage)
+        reader = open_cache(path)
+        export_cache(reader, Path(folder) / "export")
+        exported = open_cache(Path(folder) / "export")
+        print(
+            f"{options.images} images of {REGIONS} regions, {DIM} numbers, {options.storage}; "
+            f"{platform.machine()}, one process, numpy {np.__version__}"
+        )
+        with load_resident(reader, max_base_iou=0.5) as resident:
+            ways: dict[str, Callable[[int], object]] = {
+                "Zarr, what training asks for": _training(reader.regions),
+                "export, what training asks for": _training(exported.regions),
+                "resident, what training asks for": _training(resident.regions),
+                "Zarr, everything": reader.rows,
+                "export, everything": exported.rows,
+            }
+            for name, read in ways.items():
+                rate = _rate(read, reader.image_ids.tolist(), options.seconds)
+                print(f"{name:34s} {rate:9,.0f} images/s")
+
+
+def _training(regions: Callable[[int], object]) -> Callable[[int], object]:
+    generator = np.random.default_rng(1)
+
+    def read(image_id: int) -> object:
+        found = regions(image_id)
+        count = len(found.objectness)
+        chosen = np.sort(generator.permutation(count)[:CHOSEN])
+        return found.boxes_xyxy.sum(), found.embeddings(chosen)
+
+    return read
+
+
+def _rate(read: Callable[[int], object], ids: list[int], seconds: float) -> float:
+    generator = np.random.default_rng(0)
+    for image_id in ids:  # shards are hashed at their first touch
+        read(image_id)
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for image_id in generator.permutation(ids)[:64].tolist():
+            read(image_id)
+            done += 1
+    return done / (time.perf_counter() - started)
+
+
+def _write(path: Path, num_images: int, storage: str) -> None:
+    plan = make_plan(
+        range(num_images), max_regions=REGIONS, embed_dim=DIM, max_gt=60, storage=storage,
+        batch_layout={},
+    )  # fmt: skip
+    parts = {name: {} for name in PART_NAMES}
+    with create_or_resume(path, parts=parts, plan=plan, provenance={}) as writer:
+        for shard in writer.missing_shards():
+            writer.commit_shard(shard, [_image(i) for i in plan.shard_image_ids(shard)])
+        writer.write_text({}, _unit(np.random.default_rng(0), 2))
+        writer.seal()
+
+
+def _image(image_id: int) -> ImageRows:
+    generator = np.random.default_rng(image_id)
+    return ImageRows(
+        image_id=image_id,
+        image_size_hw=(480, 640),
+        boxes_xyxy=_boxes(generator, REGIONS),
+        objectness=np.sort(generator.random(REGIONS, np.float32))[::-1].copy(),
+        max_base_iou=generator.random(REGIONS, np.float32),
+        region_embeddings=_unit(generator, REGIONS),
+        image_embedding=_unit(generator, 1)[0],
+        gt_boxes_xyxy=_boxes(generator, 12),
+        gt_category_ids=generator.integers(1, 1203, 12),
+        gt_embeddings=_unit(generator, 12),
+    )
+
+
+def _boxes(generator: np.random.Generator, count: int) -> np.ndarray:
+    low = generator.uniform(0, [320, 240], (count, 2))
+    return np.concatenate([low, low + generator.uniform(8, 240, (count, 2))], axis=1).astype("f4")
+
+
+def _unit(generator: np.random.Generator, count: int) -> np.ndarray:
+    rows = generator.standard_normal((count, DIM), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`ablate`, `report` and `eval --agreement` as typed, on a few pictures and a sealed cache."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dkdetr.engine.ablate import ablate, price_ablation
+from dkdetr.engine.ablation_plan import AblateRequest, make_plan
+from dkdetr.errors import UsageError
+from tests.e2e.commands import succeed
+from tests.e2e.small_coco import write_coco_folder
+
+SETTINGS = (
+    "optim.epochs=2", "optim.lr_drop_epochs=[1]", "data.image_size=96", "data.batch_size=4",
+    "student.num_queries=12", "kd.start_epoch=1",
+)  # fmt: skip
+ROWS = ("baseline", "both_no_auxiliary")
+
+
+def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
+    train = write_coco_folder(tmp_path, "train2017", num_images=12, seed=1)
+    val = write_coco_folder(tmp_path, "val2017", num_images=4, seed=2)
+    tiny = [word for setting in SETTINGS for word in ("--set", setting)]
+    succeed("cache-teacher", "--teacher", "pictograms", "--prompts", "single", "--keep", "12",
+            "--split", train, "--out", "cache/trial", "--experiment", "trial", "--fit-epochs", "1",
+            *tiny, cwd=tmp_path)  # fmt: skip
+    words = ("ablate", "--cache", "cache/trial", "--experiment", "trial", "--table", "5",
+             "--split", val, "--out", "ablation", "--rows", ",".join(ROWS), "--jobs", "2",
+             "--json", "table.json", *tiny)  # fmt: skip
+    printed = succeed(*words, cwd=tmp_path)
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert rows["baseline"]["seeds"].keys() == {"0"}
+    assert rows["both_no_auxiliary"]["seeds"]["0"]["AP50_all"] is not None
+    assert rows["both"]["seeds"] == {}
+    assert "not run" in printed
+    assert "9.0 / 61.2" in printed  # the paper's baseline on OV-COCO
+    # Both rows go on where the one burn-in ended: 3 steps an epoch.
+    diaries = [tmp_path / "ablation/seed0" / row / "metrics.jsonl" for row in ROWS]
+    first = [json.loads(diary.read_text().splitlines()[0]) for diary in diaries]
+    assert [line["iteration"] for line in first] == [6, 6]
+    assert "skd" in first[1]
+    assert "skd" not in first[0]
+
+    _look_again(tmp_path, val, printed)
+
+    agreed = succeed("eval", "ablation/seed0/baseline", "--agreement", "cache/trial", cwd=tmp_path)
+    assert "TRAINING (not held out) images" in agreed
+    runs = [f"ablation/seed0/{row}" for row in ROWS]
+    succeed("report", *runs, "--split", val, "--out", "page.html", cwd=tmp_path)
+    page = (tmp_path / "page.html").read_text()
+    assert "Agreement with the teacher" in page
+    assert "kd.rkd.weight" in page
+
+
+def _look_again(folder, val, printed):
+    """In this process: the same table from what is there, its price, and what is refused."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        request = AblateRequest(
+            cache=Path("cache/trial"), table="5", experiment="trial", overrides=SETTINGS, seeds=1,
+            rows=ROWS, jobs=1, split=val, out=Path("ablation"), data_root=Path("data"),
+            device="cpu",
+        )  # fmt: skip
+        assert ablate(request, ("/nothing/such",)).text in printed
+        priced = price_ablation(request).text
+        assert "seed0/baseline" in priced
+        assert priced.count("finished") == 2
+        # One burn-in of 3 steps spared, at the measured rate.
+        assert "spares 3 steps" in priced
+        assert "as measured" in priced
+        plan = make_plan(request)
+        assert {run.steps for run in (*plan.runs, *plan.burn_ins)} == {3}
+        with pytest.raises(UsageError, match="its rows: baseline, skd, rkd"):
+            make_plan(AblateRequest(**(vars(request) | {"rows": ("nonsense",)})))
+        with pytest.raises(UsageError, match="1 or more"):
+            make_plan(AblateRequest(**(vars(request) | {"seeds": 0})))
+    finally:
+        os.chdir(before)

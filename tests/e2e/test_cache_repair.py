@@ -1,0 +1,104 @@
+"""`cache repair` on a cache that stage 1 made: the teacher makes the same bytes again."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cache.spec import CorruptCacheError, StaleCacheError
+from cache.store import open_cache
+from cache.verify import verify_cache
+from cli import app
+from dkdetr.errors import UsageError
+from pipeline import repair
+from pipeline.build import cache_teacher
+from pipeline.repair import repair_cache
+from pipeline.request import recorded_request
+from tests.cache_samples import committed_bytes
+from tests.e2e.test_cache_teacher import request_, teacher_spec, world  # noqa: F401  fixtures
+
+
+@pytest.fixture
+def cache(request_):  # noqa: F811  a fixture
+    cache_teacher(replace(request_, storage="int8"))
+    return request_.out
+
+
+def _flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+def test_damaged_shards_and_files_are_made_again_to_the_same_bytes(cache, monkeypatch):
+    before = committed_bytes(cache)
+    _flip(cache / "data.zarr/region_embeddings/c/1/0/0")
+    (cache / "data.zarr/gt/boxes_xyxy/c/2/0").unlink()
+    _flip(cache / "plan.json")
+    _flip(cache / "text/embeddings.npy")
+    with pytest.raises(CorruptCacheError, match=r"plan\.json has changed"):
+        open_cache(cache)
+    made: list[int] = []
+    commit = repair.cache_teacher
+
+    def counted(request, say):
+        summary = commit(request, say)
+        made.append(summary.num_made)
+        return summary
+
+    monkeypatch.setattr(repair, "cache_teacher", counted)
+    said: list[str] = []
+    summary = repair_cache(cache, say=said.append)
+    assert made == [2]
+    assert summary.same_bytes
+    assert set(summary.repaired) == {
+        "shard 000001", "shard 000002", "plan.json", "text/manifest.json",
+    }  # fmt: skip
+    assert committed_bytes(cache) == before
+    assert verify_cache(cache).good
+    assert repair_cache(cache).lines() == [f"{cache}: nothing is damaged"]
+
+
+def test_the_command_line_repairs_one_shard_and_tells(cache):
+    before = committed_bytes(cache)
+    _flip(cache / "data.zarr/objectness/c/0/0")
+    runner = CliRunner()
+    result = runner.invoke(app, ["cache", "verify", str(cache)])
+    assert result.exit_code == 5
+    assert f"dkdetr cache repair {cache}" in result.output
+    result = runner.invoke(app, ["cache", "repair", str(cache), "--shard", "0"])
+    assert result.exit_code == 0, result.output
+    assert "repaired  shard 000000" in result.output
+    assert committed_bytes(cache) == before
+    result = runner.invoke(app, ["cache", "info", str(cache)])
+    assert "1 - cosine = " in result.output
+    export = cache.with_name("export")
+    assert runner.invoke(app, ["cache", "export", str(cache), str(export)]).exit_code == 0
+    result = runner.invoke(app, ["cache", "diff", f"file://{cache}", str(export)])
+    assert "same Merkle root" in result.output
+    assert runner.invoke(app, ["cache", "verify", str(export)]).exit_code == 0
+
+
+def test_changed_pictures_are_no_repair(cache, request_, tmp_path):  # noqa: F811  a fixture
+    shutil.copytree(cache, tmp_path / "copy")
+    (cache / "manifest/000001.json").unlink()
+    _, images, _ = request_.split.split(":")
+    picture = next(iter(sorted(__import__("pathlib").Path(images).glob("*.png"))))
+    before = picture.read_bytes()
+    try:
+        with Image.open(picture) as opened:
+            changed = opened.copy()
+        changed.putpixel((0, 0), (1, 2, 3))
+        changed.save(picture)
+        with pytest.raises(StaleCacheError, match=r"images\.content_xxh3_128  cache: \w+  wanted"):
+            repair_cache(cache)
+    finally:
+        picture.write_bytes(before)
+    assert repair_cache(cache).same_bytes  # its goal is remembered
+
+
+def test_a_cache_that_does_not_know_its_making_says_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match="cache-teacher command again"):
+        recorded_request(None, tmp_path)

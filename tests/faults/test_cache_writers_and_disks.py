@@ -1,0 +1,248 @@
+"""Two writers at once, a disk of any size that fills up, and what the fingerprint must notice."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cache.spec import CacheLockedError, DiskFullError, StaleCacheError
+from cache.store import open_cache
+from cache.verify import verify_cache
+from cache.writer import create_or_resume
+from tests.cache_samples import (
+    committed_bytes,
+    parts,
+    sample_plan,
+    shard_rows,
+    unit_rows,
+    write_sample_cache,
+)
+
+
+def _compete(path, barrier, results):
+    """One of two writers that start together; whoever wins holds on until the other has failed."""
+    import numpy as np
+
+    plan = sample_plan()
+    barrier.wait()
+    started = time.monotonic()
+    try:
+        writer = create_or_resume(path, parts=parts(), plan=plan, provenance={"host": "h"})
+    except CacheLockedError as error:
+        results.put((error.exit_code, time.monotonic() - started))
+        barrier.wait()
+        return
+    with writer:
+        barrier.wait()
+        for shard in writer.missing_shards():
+            rows, quarantined = shard_rows(plan, shard)
+            writer.commit_shard(shard, rows, quarantined=quarantined)
+        writer.write_text({"names": ["cat", "dog"]}, unit_rows(np.random.default_rng(0), 2, 16))
+        writer.seal()
+    results.put((0, 0.0))
+
+
+def _rounds(tmp_path, count):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.test_cache_writers_and_disks"])
+    write_sample_cache(tmp_path / "clean")
+    wanted = committed_bytes(tmp_path / "clean")
+    for number in range(count):
+        path = tmp_path / f"c{number}"
+        barrier, results = context.Barrier(2, timeout=60), context.Queue()
+        both = [context.Process(target=_compete, args=(path, barrier, results)) for _ in range(2)]
+        for process in both:
+            process.start()
+        outcomes = sorted(results.get(timeout=60) for _ in both)
+        for process in both:
+            process.join(60)
+        assert [code for code, _ in outcomes] == [0, 7]
+        assert outcomes[1][1] < 2.0 + 1.0  # the guard's second, and a busy machine's
+        assert committed_bytes(path) == wanted
+        shutil.rmtree(path)
+    return count
+
+
+def test_of_two_writers_exactly_one_writes(tmp_path):
+    assert _rounds(tmp_path, 3) == 3
+
+
+@pytest.mark.slow
+def test_fifty_rounds_of_two_writers(tmp_path):
+    assert _rounds(tmp_path, 50) == 50
+
+
+def _fill_up(path, limit, wanted):
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        write_sample_cache(path)
+        full = False
+    except DiskFullError as error:
+        full = error.exit_code == 6 and "no room to write" in str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    write_sample_cache(path)
+    assert committed_bytes(path) == wanted
+    shutil.rmtree(path)
+    return full
+
+
+def _limits(tmp_path, count):
+    """Returns how many limits of a file's size stopped a writer; none of them lost anything."""
+    write_sample_cache(tmp_path / "clean")
+    wanted = committed_bytes(tmp_path / "clean")
+    largest = max(len(data) for data in wanted.values())
+    sizes = [100 + step * largest // count for step in range(count)]
+    return sum(_fill_up(tmp_path / "c", size, wanted) for size in sizes)
+
+
+def test_a_limit_of_a_files_size_loses_nothing(tmp_path):
+    assert _limits(tmp_path, 5) >= 4
+
+
+@pytest.mark.slow
+def test_thirty_limits_of_a_files_size_lose_nothing(tmp_path):
+    assert _limits(tmp_path, 30) >= 28
+
+
+_ON_SMALL_DISKS = """
+import subprocess, sys
+from pathlib import Path
+from cache.spec import DiskFullError
+from tests.cache_samples import committed_bytes, write_sample_cache
+disk, clean, first, last, steps = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
+wanted = committed_bytes(clean)
+full = 0
+for step in range(steps):
+    size = first + step * (last - first) // (steps - 1)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", disk], check=True)
+    try:
+        write_sample_cache(disk / "c")
+    except DiskFullError as error:
+        assert error.exit_code == 6 and not list((disk / "c").rglob("*.partial"))
+        full += 1
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    write_sample_cache(disk / "c")
+    assert committed_bytes(disk / "c") == wanted, size
+    subprocess.run(["umount", disk], check=True)
+print(full)
+"""
+
+
+@pytest.mark.slow
+def test_thirty_full_disks_lose_nothing_and_go_on_when_enlarged(tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a disk of his own")
+    write_sample_cache(tmp_path / "clean")
+    (tmp_path / "disk").mkdir()
+    used = sum(-(-len(data) // 4096) * 4 for data in committed_bytes(tmp_path / "clean").values())
+    sizes = [str(used // 20), str(used), "30"]
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", _ON_SMALL_DISKS, tmp_path / "disk",
+         tmp_path / "clean", *sizes],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 25
+
+
+# The fields of a real cache's fingerprint, as stage 1 writes them.
+_FIELDS = {
+    "schema": 2,
+    "split": {
+        "name": "lvis_train", "protocol": "lvis", "num_images": 40,
+        "image_ids_xxh3_128": "a1", "base_category_ids_xxh3_128": "b2", "base_boxes_xxh3_128": "c3",
+    },
+    "images": {
+        "content_xxh3_128": "d4", "total_bytes": 12345, "decoder": "pillow 13.0.0",
+        "exif": "ignored",
+    },
+    "proposals": {
+        "source": "fit", "network_sha256": "e5", "keep": 300, "nms_iou": 0.7, "min_side": 4.0,
+        "pre_nms": 3000,
+    },
+    "crops": {
+        "mode": "squash", "scales": [1.0, 1.5], "combine": "mean", "min_side": 2, "views": "orig",
+    },
+    "teacher": {
+        "name": "ViT-B-32-quickgelu:openai", "model": "ViT-B-32-quickgelu",
+        "architecture": {"embed_dim": 512, "vision_cfg": {"layers": 12, "patch_size": 32}},
+        "activation": "quick_gelu", "weights_sha256": "f6", "random": False, "embed_dim": 512,
+        "precision": "fp32", "image_size_hw": [224, 224], "mean": [0.48, 0.46, 0.41],
+        "std": [0.27, 0.26, 0.28], "interpolation": "bicubic",
+    },
+    "storage": {"region_embeddings": "fp16"},
+    "batch_layout": {"crop_batch": 64, "image_batch": 8},
+}  # fmt: skip
+
+
+def _leaves(table, prefix=()):
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def _mutated(path):
+    table = json.loads(json.dumps(_FIELDS))
+    place = table
+    for key in path[:-1]:
+        place = place[key]
+    old = place[path[-1]]
+    place[path[-1]] = not old if isinstance(old, bool) else (
+        old + 1 if isinstance(old, (int, float)) else [*old, 9] if isinstance(old, list)
+        else f"{old}x"
+    )  # fmt: skip
+    return table
+
+
+def test_every_field_of_the_fingerprint_is_refused_by_its_name(tmp_path):
+    fields = list(_leaves(_FIELDS))
+    assert len(fields) >= 30
+    plan = sample_plan(num_images=3)
+    create_or_resume(tmp_path / "c", parts=_FIELDS, plan=plan, provenance={}).__exit__(*[None] * 3)
+    for field in fields:
+        with pytest.raises(StaleCacheError) as caught:
+            create_or_resume(tmp_path / "c", parts=_mutated(field), plan=plan, provenance={})
+        named = [line.split()[0] for line in str(caught.value).splitlines() if "  cache: " in line]
+        assert named == [".".join(field)]
+        assert caught.value.exit_code == 4
+        assert "next: the same command with another --out" in str(caught.value)
+
+
+def test_host_path_and_workers_are_no_reason_to_refuse(tmp_path):
+    first = tmp_path / "c"
+    root = write_sample_cache(first).merkle_root
+    for number in range(20):
+        place = tmp_path / f"moved {number}" / "ünicode" / "c"
+        place.parent.mkdir(parents=True)
+        first.rename(place)
+        provenance = {"host": f"host{number}", "device": f"cuda:{number}", "workers": number}
+        with create_or_resume(
+            place, parts=parts(), plan=sample_plan(), provenance=provenance
+        ) as writer:
+            assert writer.sealed
+            assert writer.missing_shards() == []
+        assert open_cache(place).info.merkle_root == root
+        first = place
+    assert verify_cache(first).good
+    read_only = Path(first)
+    for file in read_only.rglob("*"):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    readers = [open_cache(read_only) for _ in range(8)]
+    assert len({reader.rows(3).objectness.tobytes() for reader in readers}) == 1
+    for file in read_only.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)

@@ -1,0 +1,292 @@
+"""An ablation's bookkeeping, with a stand-in for `dkdetr` that trains nothing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dkdetr.engine import ablate as ablate_module
+from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, price_ablation
+from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, set_words
+from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
+from dkdetr.engine.ablation_tables import TABLE_NAMES, TableRow, row_overrides, table_of
+from dkdetr.errors import MismatchError, PreemptedError, UsageError
+from dkdetr.experiment_file import ConfigError, load_experiment
+
+# train FOLDER START SECONDS CODE STEPS, eval FOLDER APr
+STAND_IN = """
+import json, pathlib, signal, sys, time
+verb, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+with (folder / "calls").open("a") as calls:
+    calls.write(verb + chr(10))
+if verb == "train":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    start, seconds, code, steps = (float(word) for word in sys.argv[3:7])
+    if start and not (folder.parent / "burn_in" / "metrics.jsonl").is_file():
+        sys.exit("no burn-in")
+    (folder / "alive").touch()
+    time.sleep(seconds)
+    line = json.dumps({"iteration": int(start + steps), "images_per_s": 8.0})
+    (folder / "metrics.jsonl").write_text(line + chr(10))
+    if code:
+        print("noise\\nerror [8]: the loss is not finite\\nlast words")
+    sys.exit(int(code))
+scores = {"AP": 0.2, "APr": float(sys.argv[3]), "APc": None, "APf": 0.4, "AP50": 0.5}
+(folder / "score.json").write_text(json.dumps(scores | {"split": "s", "evaluator": "e"}))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    path = tmp_path / "stand_in.py"
+    path.write_text(STAND_IN)
+    return (sys.executable, "-S", str(path))
+
+
+def plan_of(out, *, seeds=(0, 1), seconds=0.0, broken=(), burn_in=10):
+    """Table 7; APr is 10 for the baseline, one more a row and half a point more a seed."""
+    table = table_of("7")
+    runs, burn_ins = [], []
+    for seed in seeds:
+        folder = out / f"seed{seed}"
+        words = ("train", str(folder / "burn_in"), "0", "0", "0", str(burn_in))
+        burn_ins.append(PlannedRun("burn_in", seed, folder / "burn_in", "h", burn_in, 16, (words,)))
+        for place, row in enumerate(table.rows):
+            name = folder / row.run
+            code = "8" if row.run in broken else "0"
+            train = ("train", str(name), str(burn_in), str(seconds), code, "30")
+            score = ("eval", str(name), str((10 + place + seed / 2) / 100))
+            runs.append(PlannedRun(row.run, seed, name, "h", 30, 16, (train, score)))
+    return AblationPlan(
+        table=table, out=out, split="s", protocol="lvis", experiment="trial",
+        cache_fingerprint="f", seeds=tuple(seeds), runs=tuple(runs),
+        burn_ins=tuple(burn_ins) if burn_in else (),
+        wanted=frozenset(row.run for row in table.rows),
+    )  # fmt: skip
+
+
+def request_of(**changes):
+    plain = {
+        "cache": Path("c"), "table": "7", "experiment": None, "overrides": (), "seeds": 2,
+        "rows": (), "jobs": 2, "split": None, "out": None, "data_root": Path("d"), "device": "cpu",
+    }  # fmt: skip
+    return AblateRequest(**(plain | changes))
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    def use(plan):
+        monkeypatch.setattr(ablate_module, "make_plan", lambda _request: plan)
+
+    return use
+
+
+def test_every_row_runs_once_from_its_seeds_burn_in(tmp_path, stand_in, planned):
+    plan = plan_of(tmp_path / "out")
+    planned(plan)
+    summary = ablate(request_of(), stand_in)
+    for seed in (0, 1):
+        folder = tmp_path / "out" / f"seed{seed}"
+        assert (folder / "burn_in/calls").read_text().split() == ["train"]
+        for row in plan.table.rows:
+            assert (folder / row.run / "calls").read_text().split() == ["train", "eval"]
+    # Means of both seeds with the spread between them; then again, when nothing is left to run.
+    assert "| baseline" in summary.text
+    assert "10.2 (0.5)" in summary.text
+    again = ablate(request_of(), ("/nothing/such",))
+    assert again.text == summary.text
+    assert again.failed == 0
+    assert "baseline 2.000; image 2.000" in again.text
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"table_7.md", "table_7.csv", "table_7.png", "table_7.sh", "ablate.log"} <= files
+    assert (tmp_path / "out/table_7.png").read_bytes().startswith(b"\x89PNG")
+    commands = (tmp_path / "out/table_7.sh").read_text().splitlines()
+    assert len(commands) == len(set(commands)) == 2 * (1 + 2 * 4)
+    record = json.loads((tmp_path / "out/seed1/rkd/row.json").read_text())
+    assert record["metrics"]["APr"] == pytest.approx(0.135)
+    assert record["seconds_per_step"] == pytest.approx(2.0)
+
+
+def test_a_row_that_fails_is_shown_and_loses_no_other(tmp_path, stand_in, planned):
+    planned(plan_of(tmp_path, seeds=(0,), broken=("rkd_image",)))
+    summary = ablate(request_of(seeds=1), stand_in)
+    assert summary.failed == 8
+    line = next(line for line in summary.text.splitlines() if line.startswith("| image "))
+    assert line.count("failed") == 4
+    assert "error [8]: the loss is not finite" in summary.text
+    assert "last words" not in summary.text
+    assert "| batch " in summary.text
+    assert "12.0" in summary.text
+    with pytest.raises(RowFailedError) as caught:
+        summary.raise_failures()
+    assert caught.value.exit_code == 8
+    assert not (tmp_path / "seed0/rkd_image/row.json").exists()
+
+
+def test_a_broken_burn_in_fails_its_rows_by_name(tmp_path, stand_in, planned):
+    plan = plan_of(tmp_path, seeds=(0,))
+    broken = ("train", str(tmp_path / "seed0/burn_in"), "0", "0", "9", "10")
+    burn_in = PlannedRun("burn_in", 0, tmp_path / "seed0/burn_in", "h", 10, 16, (broken,))
+    planned(AblationPlan(**(vars(plan) | {"burn_ins": (burn_in,)})))
+    summary = ablate(request_of(seeds=1), stand_in)
+    assert summary.failed == 9
+    assert not (tmp_path / "seed0/rkd").exists()
+    assert "'seed0/burn_in' before it failed" in summary.text
+
+
+def test_rows_not_asked_for_are_not_run_and_say_so(tmp_path, stand_in, planned):
+    plan = plan_of(tmp_path, seeds=(0,))
+    planned(AblationPlan(**(vars(plan) | {"wanted": frozenset({"rkd"})})))
+    summary = ablate(request_of(seeds=1), stand_in)
+    assert sorted(path.name for path in (tmp_path / "seed0").iterdir()) == ["burn_in", "rkd"]
+    for label in ("baseline", "image", "batch"):
+        line = next(each for each in summary.text.splitlines() if each.startswith(f"| {label} "))
+        assert line.count("not run") == 4
+    with (tmp_path / "table_7.csv").open() as file:
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+    assert rows["baseline"]["state"] == "not run"
+    assert rows["baseline"]["APr"] == ""
+    assert rows["rkd"]["APr"] == "13.0000"
+    assert rows["rkd"]["paper_APr"] == "19.8"
+
+
+def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, planned):
+    planned(plan_of(tmp_path, seeds=(0,), seconds=20.0))
+
+    def stop_when_alive():
+        while len(list(tmp_path.glob("seed0/*/alive"))) < 2:  # a burn-in and a row
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_alive)
+    thread.start()
+    with pytest.raises(PreemptedError) as caught:
+        ablate(request_of(seeds=1, jobs=1), stand_in)
+    thread.join()
+    assert caught.value.exit_code == 75
+    assert not list(tmp_path.glob("seed0/*/row.json"))
+    planned(plan_of(tmp_path, seeds=(0,)))
+    assert ablate(request_of(seeds=1), stand_in).failed == 0
+
+
+def test_a_second_ablation_in_the_same_folder_is_refused(tmp_path, stand_in, planned):
+    planned(plan_of(tmp_path))
+    with ablate_module._locked(tmp_path), pytest.raises(FolderLockedError) as caught:
+        ablate(request_of(), stand_in)
+    assert caught.value.exit_code == 7
+
+
+def test_rows_that_outlive_a_killed_ablation_hold_its_lock(tmp_path):
+    with ablate_module._locked(tmp_path) as lock:
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+    try:
+        with pytest.raises(FolderLockedError), ablate_module._locked(tmp_path):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with ablate_module._locked(tmp_path):
+        pass
+
+
+def test_a_finished_row_of_other_settings_is_refused(tmp_path, stand_in, planned):
+    plan = plan_of(tmp_path, seeds=(0,))
+    planned(plan)
+    ablate(request_of(seeds=1), stand_in)
+    other = [PlannedRun(**(vars(run) | {"hash": "other"})) for run in plan.runs]
+    planned(AblationPlan(**(vars(plan) | {"runs": tuple(other)})))
+    with pytest.raises(MismatchError, match="config_hash h, asked for is other"):
+        ablate(request_of(seeds=1), stand_in)
+
+
+def test_the_price_says_what_sharing_saves(tmp_path, stand_in, planned):
+    plan = plan_of(tmp_path, burn_in=900)
+    planned(plan)
+    text = price_ablation(request_of()).text
+    assert "device-hours unknown" in text
+    # 4 rows, 2 seeds: 8 burn-ins of 900 steps become 2.
+    assert "spares 5,400 steps" in text
+    assert not tmp_path.joinpath("seed0").exists()
+    ablate(request_of(), stand_in)
+    # 16 images a step at 8 images/s: 2 s a step, 3 hours.
+    assert "3.00 device-hours at 2.000 s a step" in price_ablation(request_of()).text
+
+
+_BASELINE = TableRow("baseline", "baseline", {"AP": 30.5})
+
+
+def test_paired_differences_and_the_papers():
+    rows = (
+        RowResult(
+            TableRow("baseline", "baseline", {"AP": 30.5}), {0: {"AP": 0.1}, 1: {"AP": 0.2}}, {}
+        ),
+        RowResult(TableRow("skd", "SKD", {"AP": 31.5}), {0: {"AP": 0.14}, 1: {"AP": 0.22}}, {}),
+        RowResult(TableRow("skd_l1", "L1"), {1: {"AP": 0.17}}, {}),
+    )
+    result = AblationResult(table_of("6"), "x", ("AP",), (0, 1), rows, ())
+    text = markdown(result)
+    assert result.differences(rows[1], "AP") == pytest.approx([4.0, 2.0])
+    assert "+3.0 [+2.0, +4.0]" in text
+    assert "+1.0" in text  # the paper's own difference
+    assert "18.0 (8.0)" in text
+    # One seed only: compared with the same seed of the baseline, and said so.
+    assert result.difference_cell(rows[2], "AP") == "-3.0"
+    assert "1 of 2" in text
+    assert (
+        comma_separated(result)
+        .splitlines()[1]
+        .startswith("6,baseline,baseline,0,done,10.0000,30.5")
+    )
+
+
+def test_every_table_is_of_known_rows_and_its_settings_load():
+    base = load_experiment("lvis_r50_36e").config
+    known = row_overrides(base)
+    used = set()
+    for name in TABLE_NAMES:
+        table = table_of(name)
+        assert table.baseline in {row.run for row in table.rows}
+        used |= {row.run for row in table.rows}
+    assert used == set(known)
+    for run, overrides in known.items():
+        config = load_experiment("lvis_r50_36e", set_words(overrides)).config
+        assert config.kd.start_epoch == base.kd.start_epoch, run
+        assert (config == base) == (run in ("both", "layers_last")), run
+    eight = {row.run for name in "567" for row in table_of(name).rows} - {"both_iou"}
+    assert len(eight) == 8
+    with pytest.raises(UsageError, match="no table '8'"):
+        table_of("8")
+
+
+def test_the_papers_numbers_are_the_papers():
+    rows = {row.run: row.paper for name in "567" for row in table_of(name).rows}
+    keys = ("APr", "APc", "APf", "AP")
+    assert [rows["both"][key] for key in keys] == [20.4, 30.9, 37.6, 31.7]
+    assert [rows["both_no_auxiliary"][key] for key in keys] == [19.7, 27.3, 35.6, 29.2]
+    assert [rows["skd_l1"][key] for key in keys] == [18.9, 30.8, 37.3, 31.4]
+    assert rows["both_iou"] == {}
+
+
+def test_an_experiment_without_distillation_is_no_base():
+    for setting in ("kd.regions_per_image=0", "kd.skd.weight=0", "kd.rkd.weight=0"):
+        with pytest.raises(UsageError, match="no base for an ablation"):
+            row_overrides(load_experiment("trial", [setting]).config)
+
+
+def test_an_experiment_file_may_tune_rows(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "trial"\n[ablate.skd_l1.kd.skd]\nweight = 0.3\n')
+    resolved = load_experiment(str(path))
+    assert resolved.rows == {"skd_l1": {"kd.skd.weight": 0.3}}
+    assert resolved.config == load_experiment("trial").config
+    path.write_text('extends = "trial"\nablate = 3\n')
+    with pytest.raises(ConfigError, match="ablate"):
+        load_experiment(str(path))

@@ -1,0 +1,111 @@
+"""`dkdetr report` on run folders as train and eval leave them."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dkdetr.engine.report_runs import ReportRequest, report_runs
+from dkdetr.errors import DataError, UsageError
+from dkdetr.evaluation.teacher_agreement import GroupAgreement, TeacherAgreement
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two pictures with a frequent cat and a rare yak each, and the split's name."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for image_id in (1, 2):
+        noise = rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{image_id}.png")
+        for category_id, x in ((2, 5), (3, 45)):
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id}
+                | {"bbox": [x, 5, 30, 40], "area": 1200}
+            )
+    images = [
+        {"id": i, "file_name": f"{i}.png", "height": 60, "width": 80}
+        | {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+        for i in (1, 2)
+    ]
+    categories = [
+        {"id": 2, "name": "cat", "frequency": "f"}, {"id": 3, "name": "yak<", "frequency": "r"}
+    ]  # fmt: skip
+    path = tmp_path / "val.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return tmp_path, f"lvis:{tmp_path}:{path}"
+
+
+def make_run(folder, split, rows, *, weight, diary=()):
+    scored = folder / "eval" / "val"
+    scored.mkdir(parents=True)
+    results = [
+        {"image_id": i, "category_id": c, "bbox": list(box), "score": s} for i, c, box, s in rows
+    ]
+    (scored / "results.json").write_text(json.dumps(results))
+    (scored / "metrics.json").write_text(json.dumps({"split": split}))
+    (folder / "config.toml").write_text(f'name = "trial"\nseed = 0\n[kd.skd]\nweight = {weight}\n')
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in diary))
+    return folder
+
+
+def test_the_page_compares_runs_and_says_why(world):
+    root, split = world
+    yak, cat = (45, 5, 30, 40), (5, 5, 30, 40)
+    diary = [{"kind": "train", "iteration": n, "time": 0.0, "total": 9.0 / n} for n in (20, 40)]
+    plain = make_run(root / "a", split, [(1, 2, cat, 0.9), (1, 2, yak, 0.8)], weight=0.0)
+    rows = [(1, 2, cat, 0.9), (1, 3, yak, 0.8), (2, 3, (45, 5, 30, 16), 0.7)]
+    better = make_run(root / "b", split, rows, weight=1.0, diary=diary)
+    group = GroupAgreement("all", 12, 0.5, 0.251, 0.0123, math.nan)
+    measured = TeacherAgreement("KD queries", "x_val", True, 3, (group,))
+    (better / "eval" / "agreement.json").write_text(json.dumps([measured.as_json()]))
+    out = root / "page.html"
+    assert report_runs(ReportRequest([plain, better], split, out, root)) == out
+    page = out.read_text(encoding="utf-8")
+    assert "kd.skd.weight" in page
+    assert "<td>seed</td>" not in page  # the same in both
+    assert "precision over recall" in page
+    assert page.count('class="line1"') >= 1
+    assert "classification" in page
+    assert "localisation" in page
+    assert "0.251" in page
+    assert "3 held-out images" in page
+    assert '<path class="line2"' in page  # only the second has a diary, and keeps its colour
+    assert "yak&lt;" in page
+    assert "yak<" not in page.replace("yak&lt;", "")
+    assert "nan" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page).replace("annotat", "")
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    # Yaks: one found of two; the other has a box near it.
+    assert re.search(r"rare</td><td>2</td><td>0\.0</td><td>50\.0</td>", page)
+
+
+def test_a_results_file_alone_is_enough(world):
+    root, split = world
+    run = make_run(root / "a", split, [(1, 2, (5, 5, 30, 40), 0.9)], weight=0.0)
+    results = run / "eval" / "val" / "results.json"
+    page = report_runs(ReportRequest([results], split, root / "p.html", root))
+    assert "Agreement with the teacher" not in page.read_text()
+    assert report_runs(ReportRequest([run], split, None, root)) == run / "report.html"
+
+
+def test_runs_of_one_name_are_told_apart(world):
+    root, split = world
+    runs = [make_run(root / seed / "both", split, [], weight=0.0) for seed in ("seed0", "seed1")]
+    page = report_runs(ReportRequest(runs, split, root / "p.html", root)).read_text()
+    assert "seed0/both" in page
+    assert "seed1/both" in page
+
+
+def test_what_was_not_scored_is_refused_with_the_next_command(world):
+    root, split = world
+    run = make_run(root / "a", "another", [], weight=0.0)
+    with pytest.raises(DataError, match="next: dkdetr eval"):
+        report_runs(ReportRequest([run], split, None, root))
+    with pytest.raises(UsageError):
+        report_runs(ReportRequest([], split, None, root))

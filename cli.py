@@ -420,13 +420,13 @@ def eval_command(
         Path | None, typer.Option(help="Score this results json instead of a run")
     ] = None,
     evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    clean_names: Annotated[
+        bool, typer.Option("--clean-names", help="Objects365, VOC: names put right, not verbatim")
+    ] = False,
     agreement: Annotated[
         Path | None,
         typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
     ] = None,
-    clean_names: Annotated[
-        bool, typer.Option("--clean-names", help="Objects365, VOC: names put right, not verbatim")
-    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,

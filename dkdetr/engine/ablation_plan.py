@@ -10,7 +10,8 @@ from typing import Any
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import batches_per_epoch
-from dkdetr.data.splits import Protocol, load_split
+from dkdetr.data.split_sources import Protocol
+from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import from_metadata
 from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
 from dkdetr.engine.evaluate_run import validation_split

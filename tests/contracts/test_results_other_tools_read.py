@@ -133,7 +133,7 @@ def test_masks_are_scored_from_a_file(tmp_path):
     assert values["segm.AP"] == 1
     assert any("areas of the boxes" in note for note in values["notes"])
     for each in both:
-        each["segmentation"]["size"] = [5, 5]
+        each["segmentation"]["size"].reverse()
     (tmp_path / "both.json").write_text(json.dumps(both))
     done = dkdetr(*words[:2], "both.json", *words[3:], cwd=tmp_path)
     assert done.returncode == 3

@@ -424,7 +424,7 @@ def eval_command(
         bool, typer.Option("--clean-names", help="Objects365, VOC: names put right, not verbatim")
     ] = False,
     agreement: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
     ] = None,
     data_root: DataRoot = Path("data"),
@@ -463,14 +463,15 @@ def eval_command(
 
 
 def _measure_agreement(
-    run: Path | None, cache: Path, data_root: Path, device: str, json_out: str | None
+    run: Path | None, cache: str, data_root: Path, device: str, json_out: str | None
 ) -> None:
+    from cache.location import cache_path
     from dkdetr.engine.run_agreement import measure_run_agreement
     from dkdetr.errors import UsageError
 
     if run is None:
         raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
-    measured = measure_run_agreement(run, cache, data_root, device)
+    measured = measure_run_agreement(run, cache_path(cache), data_root, device)
     _tell([line for each in measured for line in each.lines()], json_out)
     _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
@@ -548,7 +549,7 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
 
 @_command(app, "ablate")
 def ablate_command(
-    cache: Annotated[Path, typer.Option(help="A sealed teacher cache, shared by all rows")],
+    cache: Annotated[str, typer.Option(help="A sealed cache, shared by all rows")],
     table: Annotated[str, typer.Option(help="5, 6, 7, neighbors, alignment or controls")],
     experiment: Annotated[
         str | None, typer.Option(help="What rows take away from; default: by the cache's split")
@@ -568,11 +569,12 @@ def ablate_command(
     verbose: Verbose = False,
 ) -> None:
     """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
+    from cache.location import cache_path
     from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
     chosen = tuple(name for name in (rows or "").split(",") if name)
     request = AblateRequest(
-        cache=cache,
+        cache=cache_path(cache),
         table=table,
         experiment=experiment,
         overrides=overrides or (),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import batches_per_epoch
@@ -35,7 +36,7 @@ class AblateRequest:
     `jobs` None: as many as there are GPUs, or cores where there are none.
     """
 
-    cache: Path
+    cache: CachePath
     table: str
     experiment: str | None
     overrides: Sequence[str]

@@ -3,11 +3,13 @@
 Nothing heavy is imported before a command needs it, so that `dkdetr --help` is quick.
 """
 
+import contextlib
 import functools
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +46,7 @@ Overrides = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
+_REPORTED_BY_ANOTHER = "PeerFailedError"
 
 
 def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Any]:
@@ -63,7 +66,8 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                 code = _exit_code(error)
                 if kwargs.get("verbose"):
                     traceback.print_exc()
-                _say(f"error [{code}]: {_sentence(error, code)}")
+                if type(error).__name__ != _REPORTED_BY_ANOTHER:
+                    _say(f"error [{code}]: {_sentence(error, code)}")
                 raise typer.Exit(code) from None
 
         return group.command(name)(guarded)
@@ -94,7 +98,9 @@ def _sentence(error: Exception, code: int) -> str:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    """Prints for people, on stderr; with the rank in front where it is not the first of several."""
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr)
 
 
 def _tell(lines: Sequence[str], json_out: str | None) -> None:
@@ -235,6 +241,25 @@ def train_command(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder; default runs/EXPERIMENT-HASH")] = None,
     data_root: DataRoot = Path("data"),
+    start_from: Annotated[
+        Path | None, typer.Option("--from", help="Begin with this burn-in: a run or checkpoint")
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option(help="End before this epoch, saved: makes a burn-in to share")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="8 images through every phase")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic algorithms only; slower")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Make no network call")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Event files in RUN/tensorboard too")
+    ] = False,
+    track: Annotated[str | None, typer.Option(help="trackio or wandb, if installed")] = None,
+    pictures_every: Annotated[
+        int, typer.Option(help="Draw detections and KD regions every so many steps")
+    ] = 0,
+    profile: Annotated[int, typer.Option(help="Profile so many steps, then end")] = 0,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Overrides the experiment's seed")] = None,
     json_out: Json = None,
@@ -243,16 +268,51 @@ def train_command(
     """Train a student from a cache; the same command resumes. CLIP is not loaded.
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
+    Fewer GPUs than the batch wants: --set compute.micro_batches=K computes a rank's share in K
+    parts. K parts equal K ranks; batch relations (kd.rkd) and batch-norm statistics stay those of
+    a part. SIGTERM saves and ends with code 75.
     """
-    from dkdetr.engine.start import start_training
+    with _prepared(offline=offline):
+        from dkdetr.engine.start import StartOptions, start_training
 
-    settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-    summary = start_training(cache, experiment, settings, run, data_root, device)
+        settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+        options = StartOptions(
+            start_from=start_from,
+            until_epoch=until,
+            smoke=smoke,
+            deterministic=deterministic,
+            watch=_watch(tensorboard, track, pictures_every, profile),
+        )
+        summary = start_training(cache, experiment, settings, run, data_root, device, options)
     _say(
         f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
         f"next: dkdetr eval {summary.run}"
     )
     _report(vars(summary), json_out)
+
+
+@contextlib.contextmanager
+def _prepared(*, offline: bool) -> Iterator[None]:
+    """Holds SIGTERM as a flag, from before the seconds of imports on; forbids the network."""
+    from dkdetr.engine.interruption import stop_on_sigterm
+    from dkdetr.offline import go_offline
+
+    if offline:
+        go_offline()
+    with stop_on_sigterm():
+        yield
+
+
+def _watch(tensorboard: bool, track: str | None, pictures_every: int, profile: int) -> Any:
+    from dkdetr.engine.train import Watch
+    from dkdetr.errors import UsageError
+
+    if min(pictures_every, profile) < 0:
+        raise UsageError("--pictures-every and --profile want 0 or more steps")
+    trackers: list[Any] = ["tensorboard"] if tensorboard else []
+    if track is not None:
+        trackers.append(_one_of("--track", track, ("trackio", "wandb")))
+    return Watch(trackers=tuple(trackers), pictures_every=pictures_every, profile_steps=profile)
 
 
 @_command(app, "eval")

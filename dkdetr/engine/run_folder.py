@@ -18,7 +18,7 @@ from dkdetr.experiment_file import config_from_dict, deciding_settings, dump_tom
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`config.toml metrics.jsonl checkpoints/ eval/ run.json`."""
+    """`config.toml metrics.jsonl checkpoints/ eval/ run.json nonfinite/ pictures/ profile/`."""
 
     path: Path
 
@@ -36,6 +36,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def dumps(self) -> Path:
+        """The folder of reports on steps whose loss was not finite."""
+        return self.path / "nonfinite"
 
     @property
     def provenance(self) -> Path:

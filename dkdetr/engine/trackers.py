@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from dkdetr.config import ExperimentConfig
 from dkdetr.errors import UsageError
@@ -13,6 +13,7 @@ from dkdetr.experiment_file import config_to_dict
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Takes numbers by iteration."""
 

@@ -360,6 +360,38 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
     return build_split_vocabulary(split, teacher, templates)
 
 
+@_command(app, "convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Another project's .pth, .bin or .safetensors")],
+    out: Annotated[Path, typer.Argument(help="The student file to write (.safetensors)")],
+    experiment: Annotated[
+        str, typer.Option(help="Whose student it becomes: a shipped name or a TOML file")
+    ] = "lvis_r50_70e",
+    protocol: Annotated[
+        str, typer.Option(help="What it will be scored by: lvis, ovcoco or coco")
+    ] = "lvis",
+    vocab: Annotated[
+        Path | None, typer.Option(help="The vocabulary file that its classifier speaks")
+    ] = None,
+    overrides: Overrides = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Take over weights of DK-DETR (opera), Deformable DETR, transformers, or a ResNet-50."""
+    from dkdetr.inference.conversion import convert_file
+
+    report = convert_file(
+        source,
+        out,
+        experiment,
+        overrides or (),
+        protocol=_one_of("--protocol", protocol, ("lvis", "ovcoco", "coco")),
+        vocabulary_path=vocab,
+    )
+    _tell([*report.lines(), f"written: {out}"], json_out)
+    _report(report.to_json(), json_out)
+
+
 @_command(data_app, "list")
 def data_list(
     data_root: DataRoot = Path("data"), json_out: Json = None, verbose: Verbose = False

@@ -35,6 +35,8 @@ class StudentConfig:
     """Two-stage, box-refining Deformable DETR (method A.2)."""
 
     __pydantic_config__ = _STRICT
+    weights: str | None = None
+    """A student file to start from (`dkdetr convert`, `dkdetr export`); absent = a fresh start."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     neck_bias: bool = False
     """Biases of the neck's convolutions: the original Deformable DETR has them, DK-DETR none."""

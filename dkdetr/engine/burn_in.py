@@ -22,6 +22,8 @@ BURN_IN_FILE = "burn_in.pt"
 _SAME_ALWAYS = ("student.", "classifier.")
 # In mid-epoch the next batch must be the one that this checkpoint's run would have taken.
 _SAME_IN_MID_EPOCH = ("data.batch_size", "data.sampler", "data.repeat_threshold", "seed")
+# Where weights began is past.
+_ANY = ("student.weights", "student.backbone.weights")
 _DISTILLING = "kd_"
 
 
@@ -37,7 +39,7 @@ def check_burn_in(checkpoint: Checkpoint, config: ExperimentConfig, vocabulary: 
     before, now = deciding_settings(checkpoint.config), deciding_settings(config)
     wanted = _SAME_ALWAYS if at.batch == 0 else (*_SAME_ALWAYS, *_SAME_IN_MID_EPOCH)
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith(wanted) and before.get(key) != now.get(key):
+        if key.startswith(wanted) and key not in _ANY and before.get(key) != now.get(key):
             raise MismatchError(
                 f"the burn-in was trained with {key}={before.get(key, 'absent')}, this run has "
                 f"{now.get(key, 'absent')}: set it to the burn-in's value"

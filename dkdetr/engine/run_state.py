@@ -7,6 +7,7 @@ from torch.optim import AdamW
 
 from cache.store import CacheInfo
 from dkdetr.config import ExperimentConfig
+from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.burn_in import BURN_IN_FILE, averaged_start, check_burn_in, take_over
 from dkdetr.engine.checkpoint import (
@@ -18,6 +19,7 @@ from dkdetr.engine.checkpoint import (
     write_checkpoint,
 )
 from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.initial_weights import start_from_file
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
@@ -34,6 +36,7 @@ class RunState:
 
     Args:
         config: the experiment.
+        split: what is trained on; `student.weights` may not have seen its novel boxes.
         vocabulary: of the cache.
         cache: what checkpoints say of where they come from.
         ranks: this process among the job's.
@@ -43,6 +46,7 @@ class RunState:
     def __init__(
         self,
         config: ExperimentConfig,
+        split: Split,
         vocabulary: Vocabulary,
         cache: CacheInfo,
         ranks: Ranks,
@@ -52,6 +56,8 @@ class RunState:
         self._ranks, self._folder = ranks, folder
         torch.manual_seed(config.seed)
         self.student: DKDETR = build_student(config, text_dim=vocabulary.embed_dim)
+        if config.student.weights is not None:
+            start_from_file(self.student, Path(config.student.weights), split)
         self.student.to(ranks.device)
         prepare_student(self.student, config.compute)
         self._optimizer: AdamW = make_optimizer(self.student, config.optim)

@@ -112,7 +112,7 @@ class _Run:
                 file=sys.stderr,
             )
         self.folder = self._open_folder()
-        self.state = RunState(config, self.vocabulary, self.cache, ranks, self.folder)
+        self.state = RunState(config, split, self.vocabulary, self.cache, ranks, self.folder)
         self.state.restore(request.start_from)
         self._stop_early()
         limit = request.image_limit

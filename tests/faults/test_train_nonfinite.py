@@ -172,11 +172,8 @@ def test_more_than_ten_in_a_row_end_the_run_across_a_resumed_start_too(world, mo
     train(world.request("row", config, until_iteration=19))
     with pytest.raises(NonFiniteLossError):
         train(world.request("row", config))
-    dump = json.loads(
-        (
-            world.root / "runs/row/nonfinite" / f"step_{14 + MAX_OVERFLOWS:08d}_rank0.json"
-        ).read_text()
-    )
+    dumps = world.root / "runs" / "row" / "nonfinite"
+    dump = json.loads((dumps / f"step_{14 + MAX_OVERFLOWS:08d}_rank0.json").read_text())
     assert dump["overflows"] == MAX_OVERFLOWS + 1
 
 

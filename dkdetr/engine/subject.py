@@ -1,0 +1,87 @@
+"""What is scored or shared: a run, one of its checkpoints, or a student file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.engine.checkpoint import load_student, open_checkpoint
+from dkdetr.engine.run_folder import RunFolder
+from dkdetr.errors import MismatchError, UsageError
+from dkdetr.student.detector import DKDETR
+from dkdetr.student_file import build_from_file, load_student_file
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student and what belongs to it.
+
+    `train_split` is None where the file does not say; `folder` is where results go.
+    """
+
+    path: Path
+    student: DKDETR
+    config: ExperimentConfig
+    vocabulary: Vocabulary
+    train_split: str | None
+    provenance: Mapping[str, Any]
+    folder: Path
+
+
+def load_subject(
+    place: Path, vocabulary: Vocabulary | None = None, *, averaged: bool = False
+) -> Subject:
+    """Returns the student of a run folder, a `.pt` checkpoint or a `.safetensors` student file.
+
+    Args:
+        place: the folder or the file.
+        vocabulary: taken where a student file brings none of its own.
+        averaged: with the run's average of its weights (`optim.ema_decay`), not the last ones.
+
+    Raises:
+        DataError: there is nothing.
+        CorruptArtefactError: it is damaged or something else.
+        UsageError: an average is asked for and there is none.
+        MismatchError: the file holds no whole student, or no vocabulary and none is given.
+    """
+    if place.suffix == ".safetensors":
+        if averaged:
+            raise UsageError(f"'{place}' holds one set of weights: leave --ema out")
+        return _from_file(place, vocabulary)
+    path, checkpoint = open_checkpoint(place)
+    run = path.parent.parent
+    return Subject(
+        path=path,
+        student=load_student(checkpoint, averaged=averaged),
+        config=checkpoint.config,
+        vocabulary=checkpoint.vocabulary,
+        train_split=checkpoint.cache_split,
+        provenance=_run_provenance(run),
+        folder=run,
+    )
+
+
+def _from_file(path: Path, vocabulary: Vocabulary | None) -> Subject:
+    file = load_student_file(path)
+    known = file.vocabulary or vocabulary
+    if known is None:
+        raise MismatchError(
+            f"'{path}' brings no vocabulary: give the text embeddings it learned with (--vocab)"
+        )
+    return Subject(
+        path=path,
+        student=build_from_file(path, file, text_dim=known.embed_dim),
+        config=file.config,
+        vocabulary=known,
+        train_split=file.provenance.get("train_split"),
+        provenance=file.provenance,
+        folder=path.with_suffix(""),
+    )
+
+
+def _run_provenance(run: Path) -> dict[str, Any]:
+    path = RunFolder(run).provenance
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

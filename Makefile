@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults-cache clean
+.PHONY: demo test check unit faults faults-cache faults-train clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -26,7 +26,13 @@ unit: $(INSTALLED)
 
 # The long fault tests: 200 kills, 1,000 flipped bits.
 faults-cache: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_cache_*.py
+
+# Fifty cuts, fifty SIGTERMs, a hundred kills inside a save, ranks that die, losses that break.
+faults-train: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults/test_train_*.py
+
+faults: faults-cache faults-train
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -46,7 +46,8 @@ Overrides = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
-_REPORTED_BY_ANOTHER = "PeerFailedError"
+# Of several ranks, the one with an error of its own says so; the others end with it.
+_REPORTED_BY_ANOTHER, _LOST_ANOTHER = "PeerFailedError", "PeerLostError"
 
 
 def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Any]:
@@ -66,7 +67,10 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                 code = _exit_code(error)
                 if kwargs.get("verbose"):
                     traceback.print_exc()
-                if type(error).__name__ != _REPORTED_BY_ANOTHER:
+                kind = type(error).__name__
+                if kind == _LOST_ANOTHER:
+                    _say(str(error))
+                elif kind != _REPORTED_BY_ANOTHER:
                     _say(f"error [{code}]: {_sentence(error, code)}")
                 raise typer.Exit(code) from None
 
@@ -328,6 +332,9 @@ def eval_command(
         Path | None, typer.Option(help="Score this results json instead of a run")
     ] = None,
     evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -343,6 +350,7 @@ def eval_command(
         data_root,
         device,
         _one_of("--evaluator", evaluator, ("fast", "official")),
+        averaged=ema,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
@@ -358,6 +366,36 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
     from pipeline.vocabularies import build_split_vocabulary
 
     return build_split_vocabulary(split, teacher, templates)
+
+
+@_command(app, "export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run folder, checkpoint or student file")],
+    out: Annotated[Path | None, typer.Option(help="Default: the run's name.safetensors")] = None,
+    form: Annotated[str, typer.Option("--format", help="safetensors")] = "safetensors",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
+    ] = False,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's student alone, for sharing, with a model card beside it."""
+    from dkdetr.engine.subject import load_subject
+    from dkdetr.inference.export import export_student
+
+    _one_of("--format", form, ("safetensors",))
+    subject = load_subject(run, averaged=ema)
+    path = out or Path(f"{subject.folder.name}{'-ema' if ema else ''}.safetensors")
+    written = export_student(
+        path,
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        {**subject.provenance, "train_split": subject.train_split, "averaged": ema},
+        scores=subject.folder / "eval",
+    )
+    _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
+    _report(vars(written), json_out)
 
 
 @_command(app, "convert")

@@ -76,8 +76,9 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
         if not _is_lost_peer(error):
             raise
         raise PeerLostError(
-            f"rank {rank} has lost another rank, which died or did not answer for {timeout_s:g} s "
-            f"(compute.rank_timeout_s): {str(error).splitlines()[0]}"
+            "lost another rank: it died, or did not answer for compute.rank_timeout_s = "
+            f"{timeout_s:g} s; this rank ends too. What was saved stands, the same command goes on "
+            f"({str(error).splitlines()[0]})"
         ) from None
     finally:
         # After an error the others may be gone, and nobody waits for a good-bye.

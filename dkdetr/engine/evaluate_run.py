@@ -38,6 +38,8 @@ class EvalRequest:
     device: str = "auto"
     evaluator: Evaluator = "fast"
     runs: Path = Path("runs")
+    averaged: bool = False
+    """Scores the run's average of its weights; the files lie in `eval/SPLIT-ema/`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
             f"no run below '{request.runs}/'; name one, or train: dkdetr train --cache CACHE"
         )
     given = load_vocabulary(request.vocabulary) if request.vocabulary else None
-    subject = load_subject(run, given)
+    subject = load_subject(run, given, averaged=request.averaged)
     split = load_split(request.split or validation_split(subject.train_split), request.data_root)
     vocabulary = given or subject.vocabulary
     if given is None:
@@ -101,7 +103,9 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
         vocabulary,
         subject.config,
         device=device,
-        out_dir=subject.folder / "eval" / _folder_name(split.name),
+        out_dir=subject.folder
+        / "eval"
+        / (_folder_name(split.name) + ("-ema" if request.averaged else "")),
         evaluator=request.evaluator,
     )
     return Scored(subject=subject.path, split=split.name, evaluation=evaluation)

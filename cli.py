@@ -430,6 +430,23 @@ def convert_command(
     _report(report.to_json(), json_out)
 
 
+@_command(app, "doctor")
+def doctor_command(
+    data_root: DataRoot = Path("data"),
+    runs: Annotated[Path, typer.Option(help="Where runs go")] = Path("runs"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Look at this machine: GPU against torch, disk, shared memory, offline assets."""
+    from dkdetr.doctor import examine
+
+    examination = examine(data_root, runs)
+    _tell(examination.lines(), json_out)
+    _report(examination.as_json(), json_out)
+    if not examination.healthy:
+        raise typer.Exit(1)
+
+
 @_command(data_app, "list")
 def data_list(
     data_root: DataRoot = Path("data"), json_out: Json = None, verbose: Verbose = False

@@ -1,5 +1,6 @@
 """Puts around the student what computing asks for: DDP, recomputed activations, a compiler."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,12 @@ def wrap_for_ranks(student: DKDETR, ranks: Ranks) -> nn.Module:
 
 
 def make_deterministic() -> None:
-    """Lets torch use deterministic algorithms only; it raises where there is none."""
+    """Lets torch use deterministic algorithms only; it raises where there is none.
+
+    On CUDA the sampling of deformable attention goes by gathering then, which is slower.
+    """
+    # cuBLAS reads it when its first matrix is multiplied.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 

@@ -107,7 +107,7 @@ def _card(
 
 
 def _scores_of(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns the numbers of every evaluation of the run, in percent's hundredth parts."""
+    """Returns the numbers of every evaluation of the run, as shares of 1."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob("*/metrics.json")):
         table = json.loads(path.read_text(encoding="utf-8"))

@@ -174,9 +174,7 @@ def _faiss() -> Finding:
     installed = [name for name in _faiss_packages() if _version(name)]
     described = ", ".join(f"{name} {_version(name)}" for name in installed) or "none"
     if len(installed) > 1:
-        advice = (
-            f"one overwrites the other: pip uninstall {' '.join(installed)}, then take one"
-        )
+        advice = f"one overwrites the other: pip uninstall {' '.join(installed)}, then take one"
         return Finding("faiss", "problem", described, advice)
     if not installed:
         advice = "neighbour lists want it: pip install 'dkdetr[cpu]'"

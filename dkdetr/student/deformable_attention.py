@@ -65,10 +65,12 @@ def sample_by_gathering(
     x = (grid[..., 0] + 1) * (width / 2) - 0.5
     y = (grid[..., 1] + 1) * (height / 2) - 0.5
     left, top = x.floor(), y.floor()
+    right_share, bottom_share = x - left, y - top
     total = maps.new_zeros(N, C, Q, P)
     for corner_x, corner_y in ((0, 0), (1, 0), (0, 1), (1, 1)):
         column, row = left + corner_x, top + corner_y
-        share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+        share = right_share if corner_x else 1 - right_share
+        share = share * (bottom_share if corner_y else 1 - bottom_share)
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
         place = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
         picked = flat.gather(2, place.view(N, 1, Q * P).expand(-1, C, -1)).view(N, C, Q, P)

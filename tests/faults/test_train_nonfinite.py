@@ -87,6 +87,7 @@ INJECTIONS = {
     "gradient nan": (_in_gradient, "gradient of"),
 }
 assert len(INJECTIONS) == 20
+QUICK = {"image nan in the second part", "teacher inf", "huge weight", "gradient nan"}
 
 
 def spoil_at(monkeypatch, steps, spoil, *, part=0) -> None:
@@ -101,7 +102,10 @@ def spoil_at(monkeypatch, steps, spoil, *, part=0) -> None:
     monkeypatch.setattr(TrainingStep, "__call__", spoiled)
 
 
-@pytest.mark.parametrize("kind", INJECTIONS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in INJECTIONS],
+)
 def test_an_injection_ends_the_run_with_a_report_and_is_not_saved(world, monkeypatch, kind) -> None:
     spoil, suspect = INJECTIONS[kind]
     part = 1 if "second" in kind else 0

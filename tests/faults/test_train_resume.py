@@ -70,7 +70,9 @@ def cut_and_resume(world, run: str, how, step: int, part: int, *, every_s: float
     return difference(checkpoint_of(world, "whole"), checkpoint_of(world, run))
 
 
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(
+    "edge", [pytest.param(e, marks=[] if e == "part" else pytest.mark.slow) for e in EDGES]
+)
 def test_sigterm_at_an_edge(world, edge) -> None:
     step, part = EDGES[edge]
     assert cut_and_resume(world, f"term {edge}", terminate, step, part, every_s=1e6) == ""
@@ -79,11 +81,12 @@ def test_sigterm_at_an_edge(world, edge) -> None:
     assert f"step_{step + 1:08d}.pt" in [path.name for path in saved]
 
 
-@pytest.mark.parametrize("edge", ["burn-in", "part"])
+@pytest.mark.parametrize("edge", ["burn-in", pytest.param("part", marks=pytest.mark.slow)])
 def test_a_crash_at_an_edge(world, edge) -> None:
     assert cut_and_resume(world, f"crash {edge}", crash, *EDGES[edge], every_s=0.0) == ""
 
 
+@pytest.mark.slow
 def test_a_crash_before_the_first_checkpoint_begins_anew(world) -> None:
     assert cut_and_resume(world, "crash early", crash, 4, 0, every_s=1e6) == ""
 

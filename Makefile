@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults faults-cache faults-train clean
+.PHONY: demo test check unit faults faults-cache faults-train bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -34,11 +34,18 @@ faults-train: $(INSTALLED)
 
 faults: faults-cache faults-train
 
+# Small sizes, each table with machine, versions and date above it; one thread.
+bench: $(INSTALLED)
+	for what in $(sort $(basename $(notdir $(filter-out %/machine.py,$(wildcard tests/benchmarks/*.py))))); do \
+		echo; echo "== $$what"; \
+		OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/benchmarks/$$what.py || exit 1; \
+	done
+
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,track]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,track,video]"
 	touch $(INSTALLED)
 
 clean:

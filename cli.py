@@ -26,7 +26,9 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Look at a teacher cache and check it.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets: what is known, what is there.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments and their settings.", no_args_is_help=True)
+vocab_app = typer.Typer(help="Vocabularies: names and their embeddings.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+app.add_typer(vocab_app, name="vocab")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
@@ -157,6 +159,7 @@ def cache_teacher_command(
         float, typer.Option(help="Share of unreadable images that is set aside")
     ] = 0.001,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs")] = False,
+    neighbors: Annotated[bool, typer.Option(help="Build neighbour lists at the end")] = True,
     experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
     fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
     overrides: Overrides = None,
@@ -186,6 +189,7 @@ def cache_teacher_command(
         overrides=tuple(overrides or ()),
         fit_epochs=fit_epochs,
         max_bad=max_bad,
+        neighbors=neighbors,
         command=" ".join(sys.argv[1:]),
     )
     result = price_cache(request) if dry_run else cache_teacher(request, _say)
@@ -226,14 +230,43 @@ def cache_verify(
 @_command(cache_app, "neighbors")
 def cache_neighbors(
     path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    image: Annotated[int | None, typer.Option(help="Show this image's regions")] = None,
+    box: Annotated[int | None, typer.Option(help="Show this region's neighbours")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Even if they are there")] = False,
     per_image: Annotated[int, typer.Option(help="Best regions of an image that take part")] = 50,
+    k: Annotated[int, typer.Option("--neighbors", help="Neighbours listed of each region")] = 16,
+    exact_below: Annotated[
+        int, typer.Option(help="From so many regions on an inverted file is searched")
+    ] = 1_000_000,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu (needs faiss-gpu)")] = "auto",
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Build the neighbour lists of a cache anew (exact search; quadratic in regions)."""
-    from pipeline.neighbor_stage import rebuild_neighbors
+    """Build the neighbour lists, or show those of one image or one region (--image, --box)."""
+    from pipeline.region_views import neighbors_command
 
-    rebuild_neighbors(path, per_image=per_image)
-    _say(f"neighbour lists of {path} are ready")
+    settings = {"per_image": per_image, "k": k, "exact_below": exact_below}
+    settings["device"] = _one_of("--device", device, ("auto", "cpu", "gpu"))
+    result = neighbors_command(path, image, box, settings, rebuild=rebuild)
+    _tell(result.lines(), json_out)
+    _report(result.as_json(), json_out)
+
+
+@_command(cache_app, "browse")
+def cache_browse(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    out: Annotated[Path, typer.Option(help="The page to write")] = Path("browse.html"),
+    images: Annotated[str, typer.Option(help="How many images, or their ids: 17,42,")] = "12",
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one page with regions, their neighbours and the teacher's names for them."""
+    from pipeline.browse import browse_cache
+
+    summary = browse_cache(path, out, images=images, data_root=data_root)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
 
 
 @_command(app, "train")
@@ -269,7 +302,9 @@ def train_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train a student from a cache; the same command resumes. CLIP is not loaded.
+    """Train a student from a cache; the same command resumes.
+
+    CLIP is not loaded, unless kd.alignment=online asks for it.
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     Fewer GPUs than the batch wants: --set compute.micro_batches=K computes a rank's share in K
@@ -286,6 +321,7 @@ def train_command(
             smoke=smoke,
             deterministic=deterministic,
             watch=_watch(tensorboard, track, pictures_every, profile),
+            build_teacher=_load_cache_teacher,
         )
         summary = start_training(cache, experiment, settings, run, data_root, device, options)
     _say(
@@ -317,6 +353,12 @@ def _watch(tensorboard: bool, track: str | None, pictures_every: int, profile: i
     if track is not None:
         trackers.append(_one_of("--track", track, ("trackio", "wandb")))
     return Watch(trackers=tuple(trackers), pictures_every=pictures_every, profile_steps=profile)
+
+
+def _load_cache_teacher(cache: Path, device: Any) -> Any:
+    from pipeline.online_teacher import teacher_of_cache
+
+    return teacher_of_cache(cache, device)
 
 
 @_command(app, "eval")
@@ -360,6 +402,71 @@ def eval_command(
     if json_out != "-":
         scored.print_table()
     _report(scored.as_json(), json_out)
+
+
+@_command(app, "predict")
+def predict_command(
+    pictures: Annotated[
+        list[str], typer.Argument(help="Pictures, folders, globs, videos, or - for a list on stdin")
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="A run, a checkpoint or a student file; default: newest run")
+    ] = None,
+    words: Annotated[
+        str | None, typer.Option("--classes", "-c", help='What to look for: "cat, traffic cone"')
+    ] = None,
+    vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
+    threshold: Annotated[float, typer.Option(help="Least score")] = 0.3,
+    class_thresholds: Annotated[
+        list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
+    ] = None,
+    nms: Annotated[
+        float | None, typer.Option(help="Suppress overlaps above this IoU, whatever the names")
+    ] = None,
+    every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
+    draw: Annotated[bool, typer.Option(help="Write annotated pictures")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
+    teacher: Annotated[
+        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+    ] = None,
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Find what words name in pictures: boxes, names and scores."""
+    from dkdetr.inference.picture_sources import find_sources, open_pictures
+    from dkdetr.inference.prediction_files import predict_to_folder
+    from pipeline.open_vocabulary import load_detector
+
+    sources = find_sources(pictures)
+    detector, looked_for = load_detector(model, words, vocab, teacher, device)
+    summary = predict_to_folder(
+        detector,
+        open_pictures(sources, every=every),
+        looked_for,
+        out,
+        draw=draw,
+        threshold=threshold,
+        thresholds=_scores_by_name(class_thresholds or ()),
+        nms_iou=nms,
+        batch_size=batch_size,
+    )
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
+
+
+def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:
+    from dkdetr.errors import UsageError
+
+    scores: dict[str, float] = {}
+    for pair in pairs:
+        name, _, score = pair.rpartition("=")
+        try:
+            scores[name.strip()] = float(score)
+        except ValueError:
+            raise UsageError(f"--class-threshold {pair}: give NAME=SCORE") from None
+    return scores
 
 
 def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> Any:
@@ -445,6 +552,41 @@ def doctor_command(
     _report(examination.as_json(), json_out)
     if not examination.healthy:
         raise typer.Exit(1)
+
+
+@_command(vocab_app, "build")
+def vocab_build(
+    names: Annotated[Path, typer.Argument(help="A name a line, or: name, synonym, ...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
+    teacher: Annotated[
+        str, typer.Option(help="Whose text tower: as for cache-teacher")
+    ] = "ViT-B-32-quickgelu:openai",
+    prompts: Annotated[str, typer.Option(help="vild63, clip7 or single")] = "vild63",
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Embed names once; eval, predict and convert then need no CLIP."""
+    from pipeline.open_vocabulary import build_vocabulary_file
+
+    built = build_vocabulary_file(names, out, teacher, prompts, device)
+    _tell(built.lines(), json_out)
+    _report(built.as_json(), json_out)
+
+
+@_command(vocab_app, "show")
+def vocab_show(
+    path: Annotated[Path, typer.Argument(help="A vocabulary file")],
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print a vocabulary's names, teacher, prompts and near-duplicates; loads no CLIP."""
+    from dkdetr.data.vocabulary import load_vocabulary
+    from dkdetr.data.vocabulary_check import describe_vocabulary
+
+    described = describe_vocabulary(load_vocabulary(path))
+    _tell(described.lines(), json_out)
+    _report(described.as_json(), json_out)
 
 
 @_command(data_app, "list")

@@ -1,4 +1,7 @@
-"""Which values the numeric settings may have; `experiment_file` refuses any other."""
+"""Which values the numeric settings may have; `experiment_file` refuses any other.
+
+Those that are annotated with a range of their own (`Positive`, `Fraction`, ...) are not here.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -40,17 +43,7 @@ RANGES: Mapping[str, _Range] = {
     "detection.weight_giou": _NOT_NEGATIVE,
     "detection.focal_alpha": _SHARE,
     "detection.focal_gamma": _NOT_NEGATIVE,
-    "kd.start_epoch": _NOT_NEGATIVE,
-    "kd.regions_per_image": _NOT_NEGATIVE,
-    "kd.skd.weight": _NOT_NEGATIVE,
-    "kd.skd.temperature": _POSITIVE,
     "kd.skd.bias": _ANY,
-    "kd.rkd.weight": _NOT_NEGATIVE,
-    "kd.rkd.temperature": _POSITIVE,
-    "kd.selection.max_base_iou": _SHARE,
-    "kd.selection.nms_iou": _SHARE,
-    "kd.selection.min_visible": _SHARE,
-    "kd.selection.min_side": _NOT_NEGATIVE,
     "optim.lr": _POSITIVE,
     "optim.slow_lr_factor": _NOT_NEGATIVE,
     "optim.weight_decay": _NOT_NEGATIVE,

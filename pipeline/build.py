@@ -95,7 +95,7 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         if not writer.sealed:
             writer.seal()
-    notes = add_neighbors(request.out, plan) if request.neighbors else ()
+    notes = add_neighbors(request.out) if request.neighbors else ()
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
 
 

@@ -151,7 +151,7 @@ def embed_shard(job: ShardJob, shard: int, tools: ShardTools) -> ShardReport:
         _rows(pending.popleft(), embeddings, num_scales=len(rule.scales))
         for embeddings in embed_stream(stacks(), teacher.encode_crops, batch_size=job.crop_batch)
     ]
-    manifest = commit_shard(job.cache_path, shard, rows, quarantined=quarantined)
+    manifest = commit_shard(job.cache_path, shard, rows, quarantined=quarantined, plan=plan)
     return ShardReport(
         num_images=manifest.num_images,
         num_regions=manifest.num_regions,

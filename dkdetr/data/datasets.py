@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from cache.rows import ImageRows
 from cache.store import CacheReader
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.image_files import ImageFolder, read_image
 from dkdetr.data.region_selection import select_regions
 from dkdetr.data.samplers import SampleKey, derive_seed
+from dkdetr.data.segmentations import SegmentationTable, read_segmentations, render_masks
 from dkdetr.data.splits import Split
 from dkdetr.data.transforms import (
     ViewGeometry,
@@ -28,7 +28,7 @@ from dkdetr.data.transforms import (
 )
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import DataError, MismatchError
-from dkdetr.structures import ImageBatch, Targets, TeacherRegions, TrainingBatch
+from dkdetr.structures import ImageBatch, OriginalImage, Targets, TeacherRegions, TrainingBatch
 
 _SHOWN = 20
 
@@ -38,12 +38,14 @@ class TrainingImages:
     """The images of a split that can be trained on: readable ones with a base box.
 
     `boxes` holds base boxes only, crowds left out; `labels` index the vocabulary's base rows.
+    `segmentations` are the boxes' outlines, row by row, where masks are trained.
     """
 
     folder: ImageFolder
     images: tuple[ImageInfo, ...]
     boxes: BoxTable
     labels: Int[np.ndarray, "num_boxes"]
+    segmentations: SegmentationTable | None = None
 
     def first(self, count: int | None) -> "TrainingImages":
         """Returns only the first `count` images; all of them for None."""
@@ -61,6 +63,7 @@ class _View:
     padding_mask: Bool[Tensor, "size size"]
     geometry: ViewGeometry
     image_id: int
+    original: UInt8[np.ndarray, "height width 3"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,17 @@ class _Regions:
 
 
 def training_images(
-    split: Split, vocabulary: Vocabulary, *, leave_out: Container[int] = ()
+    split: Split,
+    vocabulary: Vocabulary,
+    *,
+    leave_out: Container[int] = (),
+    with_masks: bool = False,
 ) -> TrainingImages:
     """Returns what training may know of a split, without the image ids of `leave_out`.
 
     Raises:
-        DataError: the split is not for training, or the vocabulary would train novel names.
+        DataError: the split is not for training, the vocabulary would train novel names, or
+            masks are wanted and an object has none.
         MismatchError: the vocabulary's base names are not the split's.
     """
     if not split.is_train:
@@ -93,7 +101,10 @@ def training_images(
     label_of = {number: base.label_of(number) for number in base.category_ids}
     labels = np.array([label_of[number] for number in boxes.category_ids.tolist()], dtype=np.int64)
     images = tuple(image for image, kept in zip(split.images, keep, strict=True) if kept)
-    return TrainingImages(split.folder, images, boxes, labels)
+    segmentations = None
+    if with_masks:
+        segmentations = read_segmentations(split.annotations_path, boxes, images)
+    return TrainingImages(split.folder, images, boxes, labels, segmentations)
 
 
 def _check_vocabulary(split: Split, base: Vocabulary) -> None:
@@ -139,12 +150,13 @@ class TrainingBatches:
             views.append(view)
             targets.append(target)
             if self._reader is not None and key.epoch >= self._config.kd.start_epoch:
-                rows = self._reader.rows(view.image_id)
-                regions.append(self._regions_of(rows, key.image_index, view.geometry))
+                regions.append(self._regions_of(self._reader, view, key.image_index))
+        online = self._config.kd.alignment == "online" and len(regions) > 0
         return TrainingBatch(
             images=_collate_views(views),
             targets=tuple(targets),
             regions=_collate_regions(regions) if regions else None,
+            originals=tuple(_original(view) for view in views) if online else (),
         )
 
     def _base_boxes_of(self, image_index: int) -> Float[Tensor, "num_boxes 4"]:
@@ -168,32 +180,50 @@ class TrainingBatches:
         targets = Targets(
             labels=torch.from_numpy(self._images.labels[rows])[seen],
             boxes_cxcywh=geometry.normalise(cut[seen]),
+            masks=self._masks_of(np.arange(rows.start, rows.stop)[seen.numpy()], geometry),
         )
         return _load_view(self._images.folder, image, geometry, settings.image_size), targets
 
-    def _regions_of(self, rows: ImageRows, image_index: int, geometry: ViewGeometry) -> _Regions:
+    def _masks_of(
+        self, rows: Int[np.ndarray, "num_boxes"], geometry: ViewGeometry
+    ) -> Bool[Tensor, "num_boxes side side"] | None:
+        table, student = self._images.segmentations, self._config.student
+        if table is None:
+            return None
+        outlines = [table.of_row(row) for row in rows.tolist()]
+        side = student.mask_side(self._config.data.image_size)
+        return render_masks(outlines, geometry, side=side, stride=student.mask_stride)
+
+    def _regions_of(self, reader: CacheReader, view: _View, image_index: int) -> _Regions:
+        kd, geometry = self._config.kd, view.geometry
+        places = kd.offered_regions
+        if places == 0:  # the teacher will see the student's own anchors
+            dim = reader.info.embed_dim
+            return _Regions(
+                torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dtype=torch.bool)
+            )
+        rows = reader.rows(view.image_id)
         if tuple(rows.image_size_hw) != geometry.original_hw:
             raise MismatchError(
                 f"the cache saw image {rows.image_id} with size {tuple(rows.image_size_hw)}, the "
                 f"annotations say {geometry.original_hw} (height, width): made from other files"
             )
-        kd = self._config.kd
         chosen = select_regions(
             torch.tensor(rows.boxes_xyxy),  # copies: the cache's arrays may be read-only
             torch.tensor(rows.objectness),
             torch.tensor(rows.max_base_iou),
             base_boxes_xyxy=self._base_boxes_of(image_index),
             geometry=geometry,
-            num_regions=kd.regions_per_image,
+            num_regions=places,
             settings=kd.selection,
         )
         count = len(chosen.indices)
         # Places left empty get an anchor that every later formula survives: the whole view.
-        boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
+        boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(places, 1)
         boxes[:count] = chosen.boxes_cxcywh
-        embeddings = torch.zeros(kd.regions_per_image, rows.region_embeddings.shape[1])
+        embeddings = torch.zeros(places, rows.region_embeddings.shape[1])
         embeddings[:count] = torch.from_numpy(rows.region_embeddings[chosen.indices.numpy()])
-        return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
+        return _Regions(boxes, embeddings, torch.arange(places) < count)
 
 
 class EvaluationBatches:
@@ -223,7 +253,11 @@ def _load_view(
     path = folder.path(image.file_name)
     pixels = read_image(path, expected_hw=geometry.original_hw)
     view, padding_mask = render_view(pixels, geometry, image_size=image_size)
-    return _View(view, padding_mask, geometry, image.image_id)
+    return _View(view, padding_mask, geometry, image.image_id, pixels)
+
+
+def _original(view: _View) -> OriginalImage:
+    return OriginalImage(view.original, *view.geometry.to_original())
 
 
 def _collate_views(views: Sequence[_View]) -> ImageBatch:

@@ -21,6 +21,7 @@ from dkdetr.engine.checkpoint import (
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.initial_weights import start_from_file
 from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.pairing import TeacherSide
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
 from dkdetr.engine.student_setup import prepare_student, wrap_for_ranks
@@ -41,6 +42,7 @@ class RunState:
         cache: what checkpoints say of where they come from.
         ranks: this process among the job's.
         folder: the run's.
+        teacher: what the settings' options want of the teacher and the training set.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class RunState:
         cache: CacheInfo,
         ranks: Ranks,
         folder: RunFolder,
+        teacher: TeacherSide,
     ) -> None:
         self._config, self._vocabulary, self._cache = config, vocabulary, cache
         self._ranks, self._folder = ranks, folder
@@ -71,6 +74,7 @@ class RunState:
             ranks,
             precision=choose_precision(config.optim.precision, ranks.device),
             dumps=folder.dumps,
+            teacher=teacher,
         )
         decay = config.optim.ema_decay
         self._average = WeightAverage(self.student, decay) if decay > 0 else None
@@ -164,14 +168,14 @@ class RunState:
     def _enter_epoch(self) -> None:
         """Wraps the student for several ranks, anew where distillation sets in.
 
-        DDP wants a gradient for every parameter at every step, and the KD queries' content has
-        none during burn-in.
+        DDP wants a gradient for every parameter at every step, and the KD parameters have none
+        during burn-in.
         """
-        content = self.student.kd_content
         distilling = self._config.kd.enabled and self.progress.epoch >= self._config.kd.start_epoch
-        changed = content is not None and content.requires_grad != distilling
-        if changed and content is not None:
-            content.requires_grad_(distilling)
+        weights = self.student.kd_parameters()
+        changed = any(weight.requires_grad != distilling for weight in weights)
+        for weight in weights:
+            weight.requires_grad_(distilling)
         if changed or not self._wrapped:
             self._step.student = wrap_for_ranks(self.student, self._ranks)
             self._wrapped = True

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache.store import open_cache
+from dkdetr.engine.pairing import TeacherBuilder
 from dkdetr.engine.smoke import smoke
 from dkdetr.engine.train import TrainRequest, TrainSummary, Watch, train
 from dkdetr.errors import UsageError
@@ -22,6 +23,7 @@ class StartOptions:
     smoke: bool = False
     deterministic: bool = False
     watch: Watch = field(default_factory=Watch)
+    build_teacher: TeacherBuilder | None = None
 
 
 _PLAIN = StartOptions()
@@ -61,6 +63,7 @@ def start_training(
         until_epoch=options.until_epoch,
         deterministic=options.deterministic,
         watch=options.watch,
+        build_teacher=options.build_teacher,
     )
     return smoke(request) if options.smoke else train(request)
 

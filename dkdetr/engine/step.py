@@ -7,7 +7,7 @@ counts of boxes and regions, known before the first forward pass.
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,15 +20,14 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.nonfinite import diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
+from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
 from dkdetr.errors import NonFiniteLossError, PeerFailedError, UsageError
-from dkdetr.losses.criterion import (
-    Criterion,
-    Normalisers,
-    count_boxes,
-    count_regions,
-    distillation_statistics,
-)
-from dkdetr.structures import StudentOutput, TrainingBatch
+from dkdetr.losses.alignment import AlignedOutput, Alignment
+from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
+from dkdetr.losses.denoising import make_denoising
+from dkdetr.losses.distillation import distillation_statistics
+from dkdetr.losses.federated import draw_classes
+from dkdetr.structures import DenoisingQueries, InstanceMasks, StudentOutput, TrainingBatch
 
 MAX_OVERFLOWS = 10
 """Steps in a row that the fp16 scaler may skip."""
@@ -45,6 +44,15 @@ class StepResult:
     """True if the fp16 scaler found an overflow and left the weights alone."""
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """When and where a micro-batch is computed: `place` counts all ranks' parts of a step."""
+
+    epoch: int
+    iteration: int
+    place: int
+
+
 class TrainingStep:
     """Runs steps on one rank's batches.
 
@@ -55,6 +63,7 @@ class TrainingStep:
         config: the experiment.
         ranks: this process among the job's.
         precision: from `choose_precision`.
+        teacher: what the settings' options want of the teacher and the training set.
         dumps: folder for the report of a step whose loss is not finite.
     """
 
@@ -68,13 +77,21 @@ class TrainingStep:
         *,
         precision: torch.dtype,
         dumps: Path,
+        teacher: TeacherSide | None = None,
     ) -> None:
         self.student = student
         self.optimizer = optimizer
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision is torch.float16)
         self._overflows_in_row = 0
         self._text_embeddings = text_embeddings
-        self._criterion = Criterion(config.detection, config.kd)
+        self._teacher = teacher or TeacherSide()
+        self._alignment = Alignment(config.kd)
+        self._criterion = Criterion(
+            config.detection,
+            config.kd,
+            across_ranks=ranks if ranks.world_size > 1 else None,
+            teacher_mean=self._teacher.mean,
+        )
         self._config = config
         self._ranks = ranks
         self._precision = precision
@@ -91,14 +108,16 @@ class TrainingStep:
         config = self._config.optim
         factor = learning_rate_factor(config, epoch=epoch, iteration=iteration)
         learning_rate = set_learning_rate(self.optimizer, config, factor)
-        normalisers = self._normalisers(group)
+        counts = self._mean_counts(group)
         buffers = self._copy_of_buffers()
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for number, batch in enumerate(group):
-            self._seed(iteration, number, len(group))
+            moment = _Moment(epoch, iteration, self._ranks.rank * len(group) + number)
+            # Dropout is a function of the moment, so that a resumed run draws the same.
+            torch.manual_seed(self._chance(moment))
             with self._exchange(last=number == len(group) - 1):
-                results.append(self._backward(batch, normalisers, share=1 / len(group)))
+                results.append(self._backward(batch, moment, counts, share=1 / len(group)))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         parts, statistics = (_means(each[kind] for each in results) for kind in (0, 1))
@@ -122,37 +141,86 @@ class TrainingStep:
         self._overflows_in_row = int(state["overflows_in_row"])
 
     def _backward(
-        self, batch: TrainingBatch, normalisers: Normalisers, *, share: float
+        self, batch: TrainingBatch, moment: "_Moment", counts: Tensor, *, share: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds a micro-batch's share to the gradients; returns its loss parts and statistics."""
         batch = batch.to(self._ranks.device)
-        output = self._forward(batch)
+        denoising = self._make_denoising(batch, moment)
+        output = self._forward(batch, moment.epoch, denoising)
+        pairs = None
         try:
-            report = self._criterion(output, batch.targets, batch.regions, normalisers)
+            pairs = self._pair(output, batch)
+            paired, regions = (output, None) if pairs is None else (pairs.output, pairs.regions)
+            report = self._criterion(
+                paired,
+                batch.targets,
+                regions,
+                self._normalisers(counts, pairs),
+                drawn_classes=self._draw_classes(batch, moment),
+                denoising=denoising,
+            )
         except NonFiniteLossError:
+            if self._config.kd.rkd.gather and self._ranks.world_size > 1:
+                raise  # the others wait within the loss: they lose this rank, which speaks
             # No loss without a matching. The other ranks are about to exchange gradients: these
             # tell them that the step is broken.
-            broken = _sum_of_outputs(output) * math.nan
+            broken = _sum_of(output) * math.nan
             self.scaler.scale(broken).backward()
             return {"total": broken.detach()}, {}
         self.scaler.scale(report.total * share).backward()
         parts = {name: value.detach() for name, value in report.parts.items()}
         parts["total"] = report.total.detach()
-        statistics: dict[str, Tensor] = {}
-        if output.distillation is not None and batch.regions is not None:
-            statistics = distillation_statistics(output.distillation, batch.regions)
-        return parts, statistics
+        return parts, {} if pairs is None else distillation_statistics(pairs)
 
-    def _forward(self, batch: TrainingBatch) -> StudentOutput:
+    def _forward(
+        self, batch: TrainingBatch, epoch: int, denoising: DenoisingQueries | None
+    ) -> StudentOutput:
+        kd = self._config.kd
+        hybrid = kd.hybrid_queries > 0 and epoch >= kd.start_epoch
+        regions = batch.regions if kd.auxiliary_queries else None
         enabled = self._precision is not torch.float32
         device = self._ranks.device.type
         with torch.autocast(device, dtype=self._precision, enabled=enabled):
-            return self.student(batch.images, self._text_embeddings, batch.regions)
+            return self.student(
+                batch.images, self._text_embeddings, regions, hybrid=hybrid, denoising=denoising
+            )
 
-    def _seed(self, iteration: int, number: int, parts: int) -> None:
-        """Makes dropout a function of the iteration and the place among all ranks' parts."""
-        place = self._ranks.rank * parts + number
-        torch.manual_seed(hash((self._config.seed, iteration, place)) % 2**63)
+    def _pair(self, output: StudentOutput, batch: TrainingBatch) -> AlignedOutput | None:
+        """Returns the pairs to distil; every rank must hear of one whose pairing broke."""
+        try:
+            return pair_with_teacher(
+                output, batch, self._alignment, self._criterion, self._teacher.encoder
+            )
+        except NonFiniteLossError:
+            if counts_late(self._config):
+                self._ranks.mean(torch.zeros((), device=self._ranks.device))
+            raise
+
+    def _draw_classes(self, batch: TrainingBatch, moment: "_Moment") -> Tensor | None:
+        weights = self._teacher.class_weights
+        if weights is None:
+            return None
+        number = self._config.detection.fed_classes
+        chance = torch.Generator().manual_seed(self._chance(moment, 1))
+        drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
+        return drawn.to(self._ranks.device)
+
+    def _make_denoising(self, batch: TrainingBatch, moment: "_Moment") -> DenoisingQueries | None:
+        student = self._config.student
+        if student.denoising == 0:
+            return None
+        return make_denoising(
+            batch.targets,
+            len(self._text_embeddings),
+            num_groups=student.denoising,
+            box_noise=student.denoising_box_noise,
+            label_noise=student.denoising_label_noise,
+            generator=torch.Generator().manual_seed(self._chance(moment, 2)),
+        )
+
+    def _chance(self, moment: "_Moment", *purpose: int) -> int:
+        """Returns a seed for one purpose: a function of iteration and place, not of the past."""
+        return hash((self._config.seed, moment.iteration, moment.place, *purpose)) % 2**63
 
     def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Lets DDP exchange gradients after the last micro-batch only."""
@@ -160,8 +228,8 @@ class TrainingStep:
             return self.student.no_sync()
         return contextlib.nullcontext()
 
-    def _normalisers(self, group: Sequence[TrainingBatch]) -> Normalisers:
-        """Returns mean counts over all ranks' micro-batches, from tensors still on the CPU."""
+    def _mean_counts(self, group: Sequence[TrainingBatch]) -> Tensor:
+        """Returns boxes and offered regions: means over all ranks' parts, counted on the CPU."""
         cpu = torch.device("cpu")
         boxes = sum(count_boxes(batch.targets, cpu).item() for batch in group)
         regions = sum(count_regions(batch.regions, cpu).item() for batch in group)
@@ -170,7 +238,14 @@ class TrainingStep:
             torch.full((), count / len(group), device=self._ranks.device)
             for count in (boxes, regions)
         ]
-        num_boxes, num_regions = self._ranks.mean(torch.stack(own)).clamp(min=1).unbind()
+        return self._ranks.mean(torch.stack(own))
+
+    def _normalisers(self, counts: Tensor, pairs: AlignedOutput | None) -> Normalisers:
+        """Returns the counts that divide the losses; of regions, those that were paired."""
+        num_boxes, num_regions = counts.clamp(min=1).unbind()
+        if pairs is not None and counts_late(self._config):
+            paired = count_regions(pairs.regions, self._ranks.device)
+            num_regions = self._ranks.mean(paired).clamp(min=1)
         return Normalisers(num_boxes=num_boxes, num_regions=num_regions)
 
     def _copy_of_buffers(self) -> list[Tensor]:
@@ -200,7 +275,13 @@ class TrainingStep:
         if isinstance(self.student, DistributedDataParallel):
             # From here on this rank is alone: nothing may wait for the others.
             self.student = self.student.module.eval()
-        diagnosis = diagnose(self.student, self._forward, group, parts, device=self._ranks.device)
+        diagnosis = diagnose(
+            self.student,
+            lambda batch: self._forward(batch, epoch, None),
+            group,
+            parts,
+            device=self._ranks.device,
+        )
         place = {"epoch": epoch, "iteration": iteration, "rank": self._ranks.rank}
         path = write_dump(self._dumps, diagnosis, place | {"overflows": self._overflows_in_row})
         raise NonFiniteLossError(f"{diagnosis.sentence()}; see {path}")
@@ -223,13 +304,21 @@ def choose_precision(setting: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setting]
 
 
-def _sum_of_outputs(output: StudentOutput) -> Tensor:
-    """Returns a sum that every parameter of the student has a part in."""
-    total = output.logits.sum() + output.detection.boxes_cxcywh.sum()
-    total = total + output.encoder.objectness_logits.sum() + output.encoder.boxes_cxcywh.sum()
-    if output.distillation is not None:
-        total = total + output.distillation.features.sum()
-    return total
+def counts_late(config: ExperimentConfig) -> bool:
+    """Returns True if the number of distilled regions is known only after the forward pass."""
+    return config.kd.alignment != "cached" or not config.kd.auxiliary_queries
+
+
+def _sum_of(output: Any) -> Tensor:
+    """Returns the sum of an output's tensors, which every parameter has a part in."""
+    if isinstance(output, Tensor):
+        return output.sum() if output.is_floating_point() else output.new_zeros(()).float()
+    if isinstance(output, InstanceMasks):
+        return output.graph_zero()
+    if is_dataclass(output):
+        parts = [getattr(output, each.name) for each in fields(output)]
+        return torch.stack([_sum_of(part) for part in parts if part is not None]).sum()
+    raise TypeError(f"an output holds a {type(output).__name__}")
 
 
 def _means(results: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,11 +18,13 @@ from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
+from dkdetr.engine.pairing import TeacherBuilder, teacher_side
 from dkdetr.engine.profiling import WARMUP_STEPS, profiled
 from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
+from dkdetr.engine.step import counts_late
 from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
@@ -53,6 +55,8 @@ class TrainRequest:
     run: Path
     data_root: Path
     device: str = "auto"
+    build_teacher: TeacherBuilder | None = None
+    """Loads the cache's teacher; called for `kd.alignment = "online"` alone."""
     start_from: Path | None = None
     """A burn-in to begin with (`dkdetr.engine.burn_in`): a checkpoint or a run's folder."""
     until_epoch: int | None = None
@@ -112,7 +116,15 @@ class _Run:
                 file=sys.stderr,
             )
         self.folder = self._open_folder()
-        self.state = RunState(config, split, self.vocabulary, self.cache, ranks, self.folder)
+        self.state = RunState(
+            config,
+            split,
+            self.vocabulary,
+            self.cache,
+            ranks,
+            self.folder,
+            teacher_side(config, reader, split, ranks.device, request.build_teacher),
+        )
         self.state.restore(request.start_from)
         self._stop_early()
         limit = request.image_limit
@@ -297,11 +309,17 @@ def _timed(
 
 def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
     kd = config.kd
-    if kd.enabled and kd.start_epoch >= config.optim.epochs:
+    if (kd.enabled or kd.hybrid_queries) and kd.start_epoch >= config.optim.epochs:
         raise UsageError(
             f"kd.start_epoch={kd.start_epoch} lies behind the last of the {config.optim.epochs} "
             "epochs: nothing would be distilled. Set it lower, or switch distillation off with "
-            "kd.regions_per_image=0"
+            "kd.regions_per_image=0 (and kd.hybrid_queries=0)"
+        )
+    if kd.enabled and counts_late(config) and config.compute.micro_batches > 1:
+        raise UsageError(
+            f"compute.micro_batches={config.compute.micro_batches}: only kd.alignment=cached with "
+            "auxiliary queries knows the number of regions of a step before it is computed, and "
+            "its losses are divided by it; use more ranks, or kd.alignment=cached"
         )
     sync = config.student.backbone.norm == "sync_batch"
     if sync and ranks.world_size > 1 and ranks.device.type == "cpu":

@@ -16,8 +16,10 @@ from tiny_student import (
     tiny_student,
 )
 
-from dkdetr.losses.criterion import Criterion, Normalisers, distillation_statistics
+from dkdetr.losses.alignment import AlignedOutput
+from dkdetr.losses.criterion import Criterion, Normalisers
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
+from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.structures import EncoderOutput, QueryOutput, StudentOutput, Targets
 
 
@@ -70,18 +72,21 @@ def hand_made_output() -> StudentOutput:
     )
 
 
-def test_criterion_by_hand():
+@pytest.mark.parametrize("encoder_tokens", ["all", "valid"])
+def test_criterion_by_hand(encoder_tokens: str):
     wanted = [Targets(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]
     config = tiny_config()
     normalisers = Normalisers(num_boxes=torch.tensor(4.0), num_regions=torch.tensor(1.0))
-    criterion = Criterion(config.detection, config.kd)
+    detection = replace(config.detection, encoder_tokens=encoder_tokens)
+    criterion = Criterion(detection, config.kd)
     parts = criterion(hand_made_output(), wanted, None, normalisers).parts
     yes, no = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
     expected = {
         "class": 2 * (yes + no) / 4,
         "bbox": 5 * 0.1 / 4,
         "giou": 2 * (2 / 3) / 4,
-        "class.encoder": 2 * yes / 4,  # the token that is not valid says nothing
+        # The token that is not valid is background, or says nothing.
+        "class.encoder": 2 * (yes + (no if encoder_tokens == "all" else 0)) / 4,
         "bbox.encoder": 5 * 0.1 / 4,
         "giou.encoder": 2 * (2 / 3) / 4,
     }
@@ -160,7 +165,9 @@ def test_statistics_by_hand():
     refined = boxes_inside(1, 2, 4, seed=9)
     refined[0, 0] = regions.boxes_cxcywh[0]
     features = regions.embeddings[None]
-    shown = distillation_statistics(QueryOutput(features, refined), regions)
+    output = replace(hand_made_output(), distillation=QueryOutput(features, refined))
+    shown = distillation_statistics(AlignedOutput(output, regions, torch.tensor(3.0)))
+    assert shown["kd_dropped_per_image"].item() == 1.5
     assert shown["kd_regions_per_image"].item() == 1
     assert shown["kd_anchor_giou"].item() == pytest.approx(1)
     cosine = (regions.embeddings[0, 0] * regions.embeddings[0, 1]).sum().item()

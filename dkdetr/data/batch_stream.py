@@ -4,17 +4,20 @@ Loader processes start by forkserver: forking a process that has read Zarr (an e
 or used OpenMP can deadlock.
 """
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -111,14 +114,21 @@ class BatchStream(Generic[Batch]):
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
+        others = set(multiprocessing.active_children())
         batches = iter(self._loader)
-        for _ in range(self._num_batches):
-            batch = self._wait_for(batches)
-            if batch is None:
-                return
-            if isinstance(batch, _Failure):
-                raise batch.error
-            yield batch
+        mine = [child for child in multiprocessing.active_children() if child not in others]
+        # Registered after DataLoader's own: at the end of the program it comes first.
+        last_word = atexit.register(partial(_kill, mine))
+        try:
+            for _ in range(self._num_batches):
+                batch = self._wait_for(batches)
+                if batch is None:
+                    return
+                if isinstance(batch, _Failure):
+                    raise batch.error
+                yield batch
+        finally:
+            atexit.unregister(last_word)
 
     def _wait_for(self, batches: Iterator[Any]) -> Any:
         """Returns the next batch, or None once `should_stop` says so."""
@@ -137,6 +147,13 @@ class BatchStream(Generic[Batch]):
                 warned = now
                 _ask_workers(now - asked)
         return None
+
+
+def _kill(children: Sequence[BaseProcess]) -> None:
+    """Ends loader processes of a stream that nobody closed: SIGTERM would not reach them."""
+    for child in children:
+        if child.is_alive():
+            child.kill()
 
 
 def _loss_of(error: RuntimeError) -> str:

@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from dkdetr.data.batch_stream import BatchStream, LoaderLostError
+from tests.e2e.commands import ROOT
 
 
 def ten_times(key: int) -> int:
@@ -53,3 +56,24 @@ def test_a_sigterm_for_all_does_not_end_the_loader_processes() -> None:
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM)
     assert list(stream) == [10 * key for key in range(1, 200)]
+
+
+_LEFT_OPEN = """
+import time
+from dkdetr.data.batch_stream import BatchStream
+from tests.unit.test_data_batch_stream import ten_times
+
+if __name__ == "__main__":
+    left_open = iter(BatchStream(ten_times, list(range(500)), workers=1))
+    next(left_open)
+"""
+
+
+def test_a_stream_that_nobody_closed_does_not_keep_the_program_alive(tmp_path) -> None:
+    script = tmp_path / "left_open.py"
+    script.write_text(_LEFT_OPEN)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=90, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0

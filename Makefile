@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults-cache bench clean
+.PHONY: demo test check unit faults faults-cache faults-train bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -26,7 +26,13 @@ unit: $(INSTALLED)
 
 # The long fault tests on the cache and its inputs; tests/faults/README.md lists them.
 faults-cache: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_cache_*.py
+
+# Fifty cuts, fifty SIGTERMs, a hundred kills inside a save, ranks that die, losses that break.
+faults-train: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults/test_train_*.py
+
+faults: faults-cache faults-train
 
 # Small sizes, each table with machine, versions and date above it; one thread.
 bench: $(INSTALLED)

@@ -3,11 +3,13 @@
 Nothing heavy is imported before a command needs it, so that `dkdetr --help` is quick.
 """
 
+import contextlib
 import functools
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,8 @@ Overrides = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
+# Of several ranks, the one with an error of its own says so; the others end with it.
+_REPORTED_BY_ANOTHER, _LOST_ANOTHER = "PeerFailedError", "PeerLostError"
 
 
 def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Any]:
@@ -65,7 +69,11 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                 code = _exit_code(error)
                 if kwargs.get("verbose"):
                     traceback.print_exc()
-                _say(f"error [{code}]: {_sentence(error, code)}")
+                kind = type(error).__name__
+                if kind == _LOST_ANOTHER:
+                    _say(str(error))
+                elif kind != _REPORTED_BY_ANOTHER:
+                    _say(f"error [{code}]: {_sentence(error, code)}")
                 raise typer.Exit(code) from None
 
         return group.command(name)(guarded)
@@ -96,7 +104,9 @@ def _sentence(error: Exception, code: int) -> str:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    """Prints for people, on stderr; with the rank in front where it is not the first of several."""
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr)
 
 
 def _tell(lines: Sequence[str], json_out: str | None) -> None:
@@ -376,6 +386,25 @@ def train_command(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder; default runs/EXPERIMENT-HASH")] = None,
     data_root: DataRoot = Path("data"),
+    start_from: Annotated[
+        Path | None, typer.Option("--from", help="Begin with this burn-in: a run or checkpoint")
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option(help="End before this epoch, saved: makes a burn-in to share")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="8 images through every phase")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic algorithms only; slower")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Make no network call")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Event files in RUN/tensorboard too")
+    ] = False,
+    track: Annotated[str | None, typer.Option(help="trackio or wandb, if installed")] = None,
+    pictures_every: Annotated[
+        int, typer.Option(help="Draw detections and KD regions every so many steps")
+    ] = 0,
+    profile: Annotated[int, typer.Option(help="Profile so many steps, then end")] = 0,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Overrides the experiment's seed")] = None,
     json_out: Json = None,
@@ -386,19 +415,55 @@ def train_command(
     CLIP is not loaded, unless kd.alignment=online asks for it.
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
+    Fewer GPUs than the batch wants: --set compute.micro_batches=K computes a rank's share in K
+    parts. K parts equal K ranks; batch relations (kd.rkd) and batch-norm statistics stay those of
+    a part. SIGTERM saves and ends with code 75.
     """
-    from cache.location import cache_path
-    from dkdetr.engine.start import start_training
+    with _prepared(offline=offline):
+        from cache.location import cache_path
+        from dkdetr.engine.start import StartOptions, start_training
 
-    settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-    summary = start_training(
-        cache_path(cache), experiment, settings, run, data_root, device, _load_cache_teacher
-    )
+        settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+        options = StartOptions(
+            start_from=start_from,
+            until_epoch=until,
+            smoke=smoke,
+            deterministic=deterministic,
+            watch=_watch(tensorboard, track, pictures_every, profile),
+            build_teacher=_load_cache_teacher,
+        )
+        summary = start_training(
+            cache_path(cache), experiment, settings, run, data_root, device, options
+        )
     _say(
         f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
         f"next: dkdetr eval {summary.run}"
     )
     _report(vars(summary), json_out)
+
+
+@contextlib.contextmanager
+def _prepared(*, offline: bool) -> Iterator[None]:
+    """Holds SIGTERM as a flag, from before the seconds of imports on; forbids the network."""
+    from dkdetr.engine.interruption import stop_on_sigterm
+    from dkdetr.offline import go_offline
+
+    if offline:
+        go_offline()
+    with stop_on_sigterm():
+        yield
+
+
+def _watch(tensorboard: bool, track: str | None, pictures_every: int, profile: int) -> Any:
+    from dkdetr.engine.train import Watch
+    from dkdetr.errors import UsageError
+
+    if min(pictures_every, profile) < 0:
+        raise UsageError("--pictures-every and --profile want 0 or more steps")
+    trackers: list[Any] = ["tensorboard"] if tensorboard else []
+    if track is not None:
+        trackers.append(_one_of("--track", track, ("trackio", "wandb")))
+    return Watch(trackers=tuple(trackers), pictures_every=pictures_every, profile_steps=profile)
 
 
 def _load_cache_teacher(cache: Any, device: Any) -> Any:
@@ -427,6 +492,9 @@ def eval_command(
         str | None,
         typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -449,6 +517,7 @@ def eval_command(
         device,
         _one_of("--evaluator", evaluator, ("fast", "official")),
         clean_names=clean_names,
+        averaged=ema,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
@@ -616,6 +685,36 @@ def report_command(
     _report({"page": str(page)}, json_out)
 
 
+@_command(app, "export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run folder, checkpoint or student file")],
+    out: Annotated[Path | None, typer.Option(help="Default: the run's name.safetensors")] = None,
+    form: Annotated[str, typer.Option("--format", help="safetensors")] = "safetensors",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
+    ] = False,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's student alone, for sharing, with a model card beside it."""
+    from dkdetr.engine.subject import load_subject
+    from dkdetr.inference.export import export_student
+
+    _one_of("--format", form, ("safetensors",))
+    subject = load_subject(run, averaged=ema)
+    path = out or Path(f"{subject.folder.name}{'-ema' if ema else ''}.safetensors")
+    written = export_student(
+        path,
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        {**subject.provenance, "train_split": subject.train_split, "averaged": ema},
+        scores=subject.folder / "eval",
+    )
+    _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
+    _report(vars(written), json_out)
+
+
 @_command(app, "convert")
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Another project's .pth, .bin or .safetensors")],
@@ -646,6 +745,23 @@ def convert_command(
     )
     _tell([*report.lines(), f"written: {out}"], json_out)
     _report(report.to_json(), json_out)
+
+
+@_command(app, "doctor")
+def doctor_command(
+    data_root: DataRoot = Path("data"),
+    runs: Annotated[Path, typer.Option(help="Where runs go")] = Path("runs"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Look at this machine: GPU against torch, disk, shared memory, offline assets."""
+    from dkdetr.doctor import examine
+
+    examination = examine(data_root, runs)
+    _tell(examination.lines(), json_out)
+    _report(examination.as_json(), json_out)
+    if not examination.healthy:
+        raise typer.Exit(1)
 
 
 @_command(vocab_app, "build")

@@ -251,6 +251,8 @@ class OptimConfig:
     lr_drop_factor: float = 0.1
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
     """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU."""
+    ema_decay: float = 0.0
+    """Decay of a running average of the weights, scored by `eval --ema`; 0 = none, the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +284,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the machines at hand do the work. A run may be resumed with other values."""
+
+    __pydantic_config__ = _STRICT
+    micro_batches: int = 1
+    """Parts that a rank computes its share of a batch in, one after the other: k equal k ranks."""
+    activation_checkpointing: bool = False
+    """Computes encoder and decoder layers twice instead of keeping what backward needs."""
+    compile: Literal["off", "inductor", "aot_eager", "eager"] = "off"
+    """The backend of torch.compile for the student."""
+    rank_timeout_s: float = 600.0
+    """How long a rank waits for the others before it gives the job up."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One experiment, whole. `name` is the experiment file's."""
 
@@ -295,4 +312,5 @@ class ExperimentConfig:
     kd: KDConfig = field(default_factory=KDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -41,6 +41,18 @@ class NonFiniteLossError(DkdetrError):
     exit_code = 8
 
 
+class PeerFailedError(DkdetrError):
+    """Another rank has an error of its own and reports it; this one only ends with it."""
+
+    exit_code = 8
+
+
+class PeerLostError(DkdetrError):
+    """Another rank died, or has not answered for `compute.rank_timeout_s`."""
+
+    exit_code = 1
+
+
 class PreemptedError(DkdetrError):
     """SIGTERM came; everything is saved and the same command goes on from here."""
 

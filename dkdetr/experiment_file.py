@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dkdetr.config import ExperimentConfig
 from dkdetr.errors import UsageError
+from dkdetr.setting_ranges import range_problem
 
 
 class ConfigError(UsageError):
@@ -37,6 +38,7 @@ class ResolvedConfig:
 
 
 _ADAPTER = TypeAdapter(ExperimentConfig)
+_HOW_NOT_WHAT = ("compute.", "data.workers", "checkpoint_every_s")
 
 
 def shipped_experiments() -> list[str]:
@@ -67,13 +69,17 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
 def config_from_dict(table: Mapping[str, Any]) -> ExperimentConfig:
     """Returns the configuration of a plain table; raises ConfigError with the dotted path."""
     try:
-        return _ADAPTER.validate_python(dict(table))
+        config = _ADAPTER.validate_python(dict(table))
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError(f"unknown setting '{path}'{_nearest_keys(path)}") from None
         raise ConfigError(f"setting '{path}': {first['msg']}, got {first['input']!r}") from None
+    problem = range_problem(config, flatten(asdict(config)))
+    if problem is not None:
+        raise ConfigError(f"setting {problem}")
+    return config
 
 
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
@@ -86,9 +92,18 @@ def dump_toml(config: ExperimentConfig) -> str:
     return tomli_w.dumps(config_to_dict(config))
 
 
+def deciding_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns what decides a run's course, as `{"a.b": value}`.
+
+    Left out is how the machines at hand do the work: a run may go on with other values.
+    """
+    flat = flatten(json.loads(json.dumps(config_to_dict(config))))
+    return {key: value for key, value in flat.items() if not key.startswith(_HOW_NOT_WHAT)}
+
+
 def config_hash(config: ExperimentConfig) -> str:
-    """Returns 8 hex digits that change with any setting."""
-    canonical = json.dumps(config_to_dict(config), sort_keys=True)
+    """Returns 8 hex digits that change with any of the `deciding_settings`."""
+    canonical = json.dumps(deciding_settings(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 

@@ -75,6 +75,7 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
         student=replace(config.student, mask_head=False),
         kd=replace(config.kd, regions_per_image=0),
         data=replace(config.data, batch_size=batch_size),
+        compute=replace(config.compute, micro_batches=1),
         optim=replace(config.optim, epochs=epochs, lr=lr),
     )
     return FitPlan(config, epochs * (with_boxes // batch_size))

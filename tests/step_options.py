@@ -1,6 +1,7 @@
 """Steps of the tiny student under every option of distillation."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class OptionStep:
     teacher: FakeTeacher
 
     def __call__(self, batch: TrainingBatch, *, epoch: int = 40) -> StepResult:
-        return self.step(batch, epoch=epoch, iteration=10_000)
+        return self.step([batch], epoch=epoch, iteration=10_000)
 
 
 def option_config(name: str, *, all_base: bool = False) -> ExperimentConfig:
@@ -113,6 +114,7 @@ def step_of(name: str, *, all_base: bool = False) -> OptionStep:
         config,
         Ranks(rank=0, world_size=1, device=torch.device("cpu")),
         precision=torch.float32,
+        dumps=Path("nonfinite"),
         teacher=teacher_side(config, teacher),
     )
     return OptionStep(student, step, config, teacher)

@@ -47,6 +47,15 @@ class TrainingImages:
     labels: Int[np.ndarray, "num_boxes"]
     segmentations: SegmentationTable | None = None
 
+    def first(self, count: int | None) -> "TrainingImages":
+        """Returns only the first `count` images; all of them for None."""
+        if count is None:
+            return self
+        keep = np.arange(len(self.images)) < count
+        boxes = self.boxes.keep_images(keep)
+        labels = self.labels[: len(boxes.category_ids)]
+        return TrainingImages(self.folder, self.images[:count], boxes, labels)
+
 
 @dataclass(frozen=True)
 class _View:

@@ -1,26 +1,15 @@
-"""The loaders: one for a whole training run, one for a pass over a split.
+"""The loaders: one for a whole training run, one for a pass over a split."""
 
-Loader processes start by forkserver: forking a process that has read Zarr (an event-loop thread)
-or used OpenMP can deadlock.
-"""
-
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.context import BaseContext
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from cache.location import CachePath
 from cache.regions import RegionSource
 from cache.resident import load_resident
-from cache.spec import CacheError
 from cache.store import CacheReader, open_cache
 from dkdetr.config import ExperimentConfig
+from dkdetr.data.batch_stream import BatchStream, KeyLists
 from dkdetr.data.datasets import (
     EvaluationBatches,
     TrainingBatches,
@@ -30,6 +19,7 @@ from dkdetr.data.datasets import (
 from dkdetr.data.neighbor_batches import RelatedCompany, places_for_neighbors, related_images
 from dkdetr.data.samplers import (
     BatchPlan,
+    SampleKey,
     TrainingBatchSampler,
     epoch_length,
     repeat_factors,
@@ -37,71 +27,25 @@ from dkdetr.data.samplers import (
 )
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.errors import DkdetrError, MismatchError, UsageError
+from dkdetr.errors import MismatchError, UsageError
 from dkdetr.structures import ImageBatch, TrainingBatch
 
-Batch = TypeVar("Batch")
 
+class MicroBatches:
+    """Cuts each list of keys into `parts` of the same length, in order."""
 
-@dataclass(frozen=True)
-class _Failure:
-    """An error for the user on its way from a loader process.
-
-    DataLoader itself would re-raise it with a traceback of the worker for a message.
-    """
-
-    error: Exception
-
-
-class _BatchDataset(Dataset[Any]):
-    """Hands whole batches to a DataLoader that does no batching of its own."""
-
-    def __init__(self, make_batch: Callable[[Any], Any]) -> None:
-        self._make_batch = make_batch
-
-    def __getitem__(self, keys: Any) -> Any:
-        try:
-            return self._make_batch(keys)
-        except (DkdetrError, CacheError) as error:
-            return _Failure(error)
-
-
-class BatchStream(Generic[Batch]):
-    """Yields batches once through; its length is the number of batches left.
-
-    Args:
-        make_batch: makes a batch of a sampler's list of keys; goes to the loader processes.
-        keys: the lists of keys, in order; its length is known.
-        workers: loader processes; 0 loads here.
-    """
-
-    def __init__(
-        self, make_batch: Callable[[Any], Batch], keys: Iterable[Any], *, workers: int
-    ) -> None:
-        num_batches = len(keys)  # type: ignore[arg-type]
-        workers = min(workers, num_batches)
-        self._loader: DataLoader[Any] = DataLoader(
-            _BatchDataset(make_batch),
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            multiprocessing_context=_forkserver() if workers else None,
-            worker_init_fn=_prepare_worker if workers else None,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            # Its own: DataLoader draws a seed, and the run's global state must not notice.
-            generator=torch.Generator(),
-        )
-        self._num_batches = num_batches
+    def __init__(self, batches: KeyLists, parts: int) -> None:
+        self._batches = batches
+        self._parts = parts
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._batches) * self._parts
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, _Failure):
-                raise batch.error
-            yield batch
+    def __iter__(self) -> Iterator[Sequence[SampleKey]]:
+        for keys in self._batches:
+            size = len(keys) // self._parts
+            for part in range(self._parts):
+                yield keys[part * size : (part + 1) * size]
 
 
 def make_training_loader(
@@ -114,8 +58,14 @@ def make_training_loader(
     world_size: int = 1,
     start_epoch: int = 0,
     start_batch: int = 0,
+    image_limit: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> BatchStream[TrainingBatch]:
-    """Returns one rank's batches from (start_epoch, start_batch) to the end of the run.
+    """Returns one rank's micro-batches from (start_epoch, start_batch) to the end of the run.
+
+    Each batch comes as `compute.micro_batches` parts; without them it is one part, the whole
+    share of the rank. `image_limit` keeps the first images only; `should_stop` is asked while
+    no batch is ready, and ends the stream early.
 
     A sample is a function of the seed, its epoch and its place in the epoch's order: neither the
     number of ranks nor that of loader processes changes it (with `kd.rkd.neighbor_fraction` the
@@ -139,9 +89,15 @@ def make_training_loader(
             "--set kd.regions_per_image=0"
         )
     reader = open_cache(cache_path) if cache_path is not None else None
-    with_masks = config.student.mask_head
-    images = _usable_images(split, vocabulary, reader, with_masks=with_masks)
+    images = _usable_images(split, vocabulary, reader, with_masks=config.student.mask_head)
+    images = images.first(image_limit)
     split.require_images()
+    parts = config.compute.micro_batches
+    if config.data.batch_size % (world_size * parts):
+        raise UsageError(
+            f"data.batch_size = {config.data.batch_size} does not divide by {world_size} ranks "
+            f"times compute.micro_batches = {parts}"
+        )
     factors = _factors(images, config)
     plan = BatchPlan(epoch_length(factors), config.data.batch_size, rank, world_size)
     sampler = TrainingBatchSampler(
@@ -155,15 +111,26 @@ def make_training_loader(
     )
     source = _region_source(reader, config) if reader is not None and distils else None
     make_batch = TrainingBatches(images, config, source)
-    return BatchStream(make_batch, sampler, workers=config.data.workers)
+    return BatchStream(
+        make_batch,
+        MicroBatches(sampler, parts),
+        workers=config.data.workers,
+        should_stop=should_stop,
+    )
 
 
 def batches_per_epoch(
-    split: Split, vocabulary: Vocabulary, config: ExperimentConfig, *, cache_path: CachePath | None
+    split: Split,
+    vocabulary: Vocabulary,
+    config: ExperimentConfig,
+    *,
+    cache_path: CachePath | None,
+    image_limit: int | None = None,
 ) -> int:
     """Returns the number of steps of an epoch, the same for each epoch and rank."""
     reader = open_cache(cache_path) if cache_path is not None else None
-    factors = _factors(_usable_images(split, vocabulary, reader), config)
+    images = _usable_images(split, vocabulary, reader).first(image_limit)
+    factors = _factors(images, config)
     return BatchPlan(epoch_length(factors), config.data.batch_size, 0, 1).batches_per_epoch
 
 
@@ -244,20 +211,3 @@ def _company(
         seed=config.seed,
         start_epoch=config.kd.start_epoch,
     )
-
-
-def _forkserver() -> BaseContext:
-    """Returns the start method; its server imports torch once, for all loaders of the run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _prepare_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C reaches every process of the terminal; the main one alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -6,6 +6,7 @@ fitting marker does not count.
 """
 
 import json
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from typing import Any
 import torch
 import xxhash
 
+from cache.faults import fault_point
 from dkdetr.atomic_file import atomic_file, write_text
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
-from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.experiment_file import config_from_dict, config_to_dict
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ class Checkpoint:
     """What a checkpoint file holds."""
 
     student: Mapping[str, torch.Tensor]
+    average: Mapping[str, torch.Tensor]
+    """The running average of the weights; empty without `optim.ema_decay`."""
     optimizer: Mapping[str, Any]
-    scaler: Mapping[str, Any]
+    step: Mapping[str, Any]
+    """The loss scaler's state and what belongs to it."""
     progress: Progress
     config: ExperimentConfig
     vocabulary: Vocabulary
@@ -51,15 +56,32 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Writes a checkpoint, returns its path, and removes all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a checkpoint, returns its path, and removes all but the newest `keep` whole ones."""
     path = folder / f"step_{checkpoint.progress.iteration:08d}.pt"
+    write_checkpoint(path, checkpoint)
+    # Files of later iterations are leftovers of a run that was set back, those without a marker
+    # of a kill: they count for nothing.
+    files = sorted(folder.glob("step_*.pt"))
+    kept = [file for file in files if file <= path and _marker_of(file).is_file()][-keep:]
+    for old in files:
+        if old not in kept:
+            _marker_of(old).unlink(missing_ok=True)
+            fault_point("checkpoint.before_prune")
+            old.unlink()
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint and, once it is on the disk, its marker."""
     vocabulary = checkpoint.vocabulary
     state = {
         "format": _FORMAT,
         "student": dict(checkpoint.student),
+        "average": dict(checkpoint.average),
         "optimizer": dict(checkpoint.optimizer),
-        "scaler": dict(checkpoint.scaler),
+        "step": dict(checkpoint.step),
         "progress": vars(checkpoint.progress),
         "config": json.dumps(config_to_dict(checkpoint.config)),
         "vocabulary": json.dumps(vocabulary.metadata()),
@@ -67,24 +89,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         "cache_fingerprint": checkpoint.cache_fingerprint,
         "cache_split": checkpoint.cache_split,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     # While the file changes its old marker must not vouch for it.
     _marker_of(path).unlink(missing_ok=True)
+    fault_point("checkpoint.before_data")
     with atomic_file(path) as file:
         torch.save(state, file)
+        fault_point("checkpoint.before_rename")
+    fault_point("checkpoint.before_marker")
     marker = {
         "size": path.stat().st_size,
         "xxh3_128": _hash_file(path),
         "iteration": checkpoint.progress.iteration,
     }
     write_text(_marker_of(path), json.dumps(marker))
-    # Files of later iterations are leftovers of a run that was set back: they count for nothing.
-    files = sorted(folder.glob("step_*.pt"))
-    kept = [file for file in files if file <= path][-keep:]
-    for old in files:
-        if old not in kept:
-            _marker_of(old).unlink(missing_ok=True)
-            old.unlink()
-    return path
+    fault_point("checkpoint.after_marker")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -107,14 +126,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     return Checkpoint(
         student=state["student"],
+        average=state["average"],
         optimizer=state["optimizer"],
-        scaler=state["scaler"],
+        step=state["step"],
         progress=Progress(**state["progress"]),
         config=config_from_dict(json.loads(state["config"])),
         vocabulary=from_metadata(json.loads(state["vocabulary"]), state["text_embeddings"].numpy()),
         cache_fingerprint=state["cache_fingerprint"],
         cache_split=state["cache_split"],
     )
+
+
+def load_latest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """Returns the newest checkpoint that is whole, read and hashed once, and its path, or None.
+
+    Incomplete and damaged ones are passed over, with a line that says so.
+    """
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            return path, load_checkpoint(path)
+        except CorruptArtefactError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    return None
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -132,26 +165,65 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
         DataError: there is none.
     """
     if run_or_checkpoint.suffix == ".pt":
-        if not run_or_checkpoint.is_file():
-            raise DataError(f"no checkpoint '{run_or_checkpoint}'")
-        return run_or_checkpoint
-    if not run_or_checkpoint.is_dir():
-        raise DataError(f"no run folder '{run_or_checkpoint}'")
-    latest = latest_checkpoint(run_or_checkpoint / "checkpoints")
+        return _existing(run_or_checkpoint)
+    latest = latest_checkpoint(_checkpoints_of(run_or_checkpoint))
     if latest is None:
-        raise DataError(
-            f"'{run_or_checkpoint}' holds no complete checkpoint; "
-            "train one: dkdetr train --cache CACHE --run " + str(run_or_checkpoint)
-        )
+        raise _no_checkpoint(run_or_checkpoint)
     return latest
 
 
-def load_student(checkpoint: Checkpoint) -> DKDETR:
-    """Returns the student of a checkpoint, in evaluation mode, on the CPU."""
+def open_checkpoint(run_or_checkpoint: Path) -> tuple[Path, Checkpoint]:
+    """Returns path and content of the checkpoint that a run folder or a file name means.
+
+    Raises:
+        DataError: there is none.
+        CorruptArtefactError: the named file is damaged.
+    """
+    if run_or_checkpoint.suffix == ".pt":
+        return _existing(run_or_checkpoint), load_checkpoint(run_or_checkpoint)
+    latest = load_latest(_checkpoints_of(run_or_checkpoint))
+    if latest is None:
+        raise _no_checkpoint(run_or_checkpoint)
+    return latest
+
+
+def load_student(checkpoint: Checkpoint, *, averaged: bool = False) -> DKDETR:
+    """Returns the student of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        averaged: with the running average of the weights instead of the last.
+
+    Raises:
+        UsageError: the run kept no average.
+    """
+    if averaged and not checkpoint.average:
+        raise UsageError(
+            "this run kept no average of its weights: train with --set optim.ema_decay=0.9998, "
+            "or leave --ema out"
+        )
     text_dim = checkpoint.vocabulary.embeddings.shape[1]
     student = build_student(checkpoint.config, text_dim=text_dim, load_weights=False)
-    student.load_state_dict(dict(checkpoint.student))
+    student.load_state_dict(dict(checkpoint.average if averaged else checkpoint.student))
     return student.eval()
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise DataError(f"no checkpoint '{file}'")
+    return file
+
+
+def _checkpoints_of(run: Path) -> Path:
+    if not run.is_dir():
+        raise DataError(f"no run folder '{run}'")
+    return run / "checkpoints"
+
+
+def _no_checkpoint(run: Path) -> DataError:
+    return DataError(
+        f"'{run}' holds no complete checkpoint; train one: dkdetr train --cache CACHE --run {run}"
+    )
 
 
 def _marker_of(path: Path) -> Path:

@@ -1,16 +1,18 @@
 """Ranks: who am I, and sums and votes over all of us. `torchrun` sets the environment."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
-from dkdetr.errors import UsageError
+from dkdetr.errors import PeerLostError, PreemptedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,15 @@ class _AllGather(torch.autograd.Function):
 
 
 @contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Yields this process's place; starts and ends the process group where there are several.
 
     Args:
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        timeout_s: how long this rank waits for the others' part in anything.
+
+    Raises:
+        PeerLostError: another rank died or did not answer in time.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -91,11 +97,30 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=chosen)
         return
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
     try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         yield Ranks(rank=rank, world_size=world_size, device=chosen)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise PeerLostError(
+            "lost another rank: it died, or did not answer for compute.rank_timeout_s = "
+            f"{timeout_s:g} s; this rank ends too. What was saved stands, the same command goes on "
+            f"({str(error).splitlines()[0]})"
+        ) from None
     finally:
-        distributed.destroy_process_group()
+        # After an error the others may be gone, and nobody waits for a good-bye.
+        if distributed.is_initialized() and sys.exc_info()[0] in (None, PreemptedError):
+            distributed.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Returns True for what gloo, NCCL and their store say when another rank is gone."""
+    if isinstance(error, distributed.DistError):
+        return True
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+    return any(sign in str(error) for sign in signs)
 
 
 def pick_device(device: str, *, local_rank: int = 0) -> torch.device:

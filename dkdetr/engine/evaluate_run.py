@@ -43,6 +43,8 @@ class EvalRequest:
     runs: Path = Path("runs")
     clean_names: bool = False
     """Builds the vocabulary of names put right (`dkdetr.data.clean_names`)."""
+    averaged: bool = False
+    """Scores the run's average of its weights; the files lie in `eval/SPLIT-ema/`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _evaluate(
             f"no run below '{request.runs}/'; name one, or train: dkdetr train --cache CACHE"
         )
     given = load_vocabulary(request.vocabulary) if request.vocabulary else None
-    subject = load_subject(run, given)
+    subject = load_subject(run, given, averaged=request.averaged)
     split = load_split(request.split or validation_split(subject.train_split), request.data_root)
     vocabulary = given or subject.vocabulary
     if given is None:
@@ -113,13 +115,14 @@ def _evaluate(
         )
     if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
+    folder = _folder_name(split.name) + ("-ema" if request.averaged else "")
     evaluation = evaluate_student(
         subject.student.to(ranks.device),
         split,
         vocabulary,
         subject.config,
         device=ranks.device,
-        out_dir=subject.folder / "eval" / _folder_name(split.name),
+        out_dir=subject.folder / "eval" / folder,
         evaluator=request.evaluator,
         shard=Shard(ranks.rank, ranks.world_size),
     )

@@ -15,19 +15,32 @@ class StopFlag:
         self.is_set = False
 
 
+_FLAG = StopFlag()
+_guarded = False
+
+
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopFlag]:
-    """Yields the flag; the handler before is put back at the end."""
-    flag = StopFlag()
+    """Yields the flag; the handler before is put back at the end of the outermost such block.
 
-    def remember(_signal: int, _frame: FrameType | None) -> None:
-        flag.is_set = True
-
-    before = signal.signal(signal.SIGTERM, remember)
+    A command opens one before its imports, which take seconds; what runs in it opens another.
+    """
+    global _guarded
+    if _guarded:
+        yield _FLAG
+        return
+    _FLAG.is_set = False
+    before = signal.signal(signal.SIGTERM, _remember)
+    _guarded = True
     try:
-        yield flag
+        yield _FLAG
     finally:
+        _guarded = False
         signal.signal(signal.SIGTERM, before)
+
+
+def _remember(_signal: int, _frame: FrameType | None) -> None:
+    _FLAG.is_set = True
 
 
 class _Terminated(BaseException):

@@ -24,23 +24,32 @@ def parameter_groups(student: nn.Module, config: OptimConfig) -> list[dict[str, 
         "norm": {"lr_scale": 1.0, "weight_decay": 0.0},
         "rest": {"lr_scale": 1.0, "weight_decay": config.weight_decay},
     }
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in groups}
     for name, parameter, owner in _named_parameters(student):
         if any(slow in name for slow in _SLOW_NAMES):
-            members["slow"].append(parameter)
+            members["slow"][name] = parameter
         elif isinstance(owner, _NORMS) or name.startswith("kd_calibration."):
-            members["norm"].append(parameter)
+            members["norm"][name] = parameter
         else:
-            members["rest"].append(parameter)
+            members["rest"][name] = parameter
     return [
-        {"params": members[name], "lr": config.lr * options["lr_scale"], "name": name, **options}
+        {
+            "params": list(members[name].values()),
+            "param_names": list(members[name]),
+            "lr": config.lr * options["lr_scale"],
+            "name": name,
+            **options,
+        }
         for name, options in groups.items()
         if members[name]
     ]
 
 
 def make_optimizer(student: nn.Module, config: OptimConfig) -> AdamW:
-    """Returns AdamW over `parameter_groups`; frozen stages are left out."""
+    """Returns AdamW over `parameter_groups`; frozen stages are left out.
+
+    Its state knows the parameters' names (`param_names`), so that another student can take it over.
+    """
     return AdamW(
         parameter_groups(student, config),
         lr=config.lr,

@@ -13,12 +13,12 @@ import torch
 from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig
 from dkdetr.errors import CorruptArtefactError, MismatchError
-from dkdetr.experiment_file import config_to_dict, dump_toml, flatten
+from dkdetr.experiment_file import config_from_dict, deciding_settings, dump_toml
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`config.toml metrics.jsonl checkpoints/ eval/ run.json`."""
+    """`config.toml metrics.jsonl checkpoints/ eval/ run.json nonfinite/ pictures/ profile/`."""
 
     path: Path
 
@@ -36,6 +36,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def dumps(self) -> Path:
+        """The folder of reports on steps whose loss was not finite."""
+        return self.path / "nonfinite"
 
     @property
     def provenance(self) -> Path:
@@ -79,10 +84,10 @@ def newest_run(runs: Path) -> Path | None:
 
 def _refuse_other_settings(run: RunFolder, config: ExperimentConfig) -> None:
     try:
-        before = flatten(tomllib.loads(run.config.read_text(encoding="utf-8")))
+        there = tomllib.loads(run.config.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise CorruptArtefactError(f"'{run.config}' is damaged: {error}") from None
-    now = flatten(json.loads(json.dumps(config_to_dict(config))))
+    before, now = deciding_settings(config_from_dict(there)), deciding_settings(config)
     different = [
         f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
         for key in sorted(before.keys() | now.keys())

@@ -1,24 +1,36 @@
-"""One optimisation step: forward, loss, backward, clip, update."""
+"""One optimisation step over a group of micro-batches: forward, loss, backward, clip, update.
 
+The gradients of k micro-batches are those of k ranks: every loss is divided by the group's mean
+counts of boxes and regions, known before the first forward pass.
+"""
+
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from dkdetr.config import ExperimentConfig
 from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.nonfinite import diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
 from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
-from dkdetr.errors import NonFiniteLossError, UsageError
-from dkdetr.losses.alignment import Alignment
+from dkdetr.errors import NonFiniteLossError, PeerFailedError, UsageError
+from dkdetr.losses.alignment import AlignedOutput, Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
 from dkdetr.losses.denoising import make_denoising
 from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.losses.federated import draw_classes
-from dkdetr.structures import DenoisingQueries, StudentOutput, TeacherRegions, TrainingBatch
+from dkdetr.structures import DenoisingQueries, InstanceMasks, StudentOutput, TrainingBatch
+
+MAX_OVERFLOWS = 10
+"""Steps in a row that the fp16 scaler may skip."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,15 @@ class StepResult:
     """True if the fp16 scaler found an overflow and left the weights alone."""
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """When and where a micro-batch is computed: `place` counts all ranks' parts of a step."""
+
+    epoch: int
+    iteration: int
+    place: int
+
+
 class TrainingStep:
     """Runs steps on one rank's batches.
 
@@ -43,6 +64,7 @@ class TrainingStep:
         ranks: this process among the job's.
         precision: from `choose_precision`.
         teacher: what the settings' options want of the teacher and the training set.
+        dumps: folder for the report of a step whose loss is not finite.
     """
 
     def __init__(
@@ -54,11 +76,13 @@ class TrainingStep:
         ranks: Ranks,
         *,
         precision: torch.dtype,
+        dumps: Path,
         teacher: TeacherSide | None = None,
     ) -> None:
         self.student = student
         self.optimizer = optimizer
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision is torch.float16)
+        self._overflows_in_row = 0
         self._text_embeddings = text_embeddings
         self._teacher = teacher or TeacherSide()
         self._alignment = Alignment(config.kd)
@@ -71,54 +95,82 @@ class TrainingStep:
         self._config = config
         self._ranks = ranks
         self._precision = precision
+        self._dumps = dumps
 
-    def __call__(self, batch: TrainingBatch, *, epoch: int, iteration: int) -> StepResult:
-        """Returns the figures of one step; the weights have moved.
+    def __call__(self, group: Sequence[TrainingBatch], *, epoch: int, iteration: int) -> StepResult:
+        """Returns the figures of one step on a group of micro-batches; the weights have moved.
 
         Raises:
-            NonFiniteLossError: the loss or a gradient is not finite (without a scaler to explain
-                it); the weights have not moved.
+            NonFiniteLossError: the loss or a gradient is not finite and no scaler explains it, or
+                it happened too often in a row; the weights have not moved.
+            PeerFailedError: the same, and this rank's own part was finite.
         """
-        batch = batch.to(self._ranks.device)
         config = self._config.optim
         factor = learning_rate_factor(config, epoch=epoch, iteration=iteration)
         learning_rate = set_learning_rate(self.optimizer, config, factor)
-        # Dropout is a function of the iteration, so that a resumed run draws the same.
-        torch.manual_seed(hash((self._config.seed, iteration, self._ranks.rank)) % 2**63)
-        denoising = self._make_denoising(batch, iteration)
-        output = self._forward(batch, epoch, denoising)
-        regions = None
+        counts = self._mean_counts(group)
+        buffers = self._copy_of_buffers()
+        self.optimizer.zero_grad(set_to_none=True)
+        results = []
+        for number, batch in enumerate(group):
+            moment = _Moment(epoch, iteration, self._ranks.rank * len(group) + number)
+            # Dropout is a function of the moment, so that a resumed run draws the same.
+            torch.manual_seed(self._chance(moment))
+            with self._exchange(last=number == len(group) - 1):
+                results.append(self._backward(batch, moment, counts, share=1 / len(group)))
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        parts, statistics = (_means(each[kind] for each in results) for kind in (0, 1))
+        skipped = not math.isfinite(norm.item())
+        self._overflows_in_row = self._overflows_in_row + 1 if skipped else 0
+        if skipped and not (self.scaler.is_enabled() and self._overflows_in_row <= MAX_OVERFLOWS):
+            self._give_up(group, [parts for parts, _ in results], epoch, iteration)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if skipped:
+            self._put_back(buffers)
+        return StepResult(parts, statistics | {"grad_norm": norm.detach()}, learning_rate, skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the scaler's state and the overflows in a row."""
+        return {"scaler": self.scaler.state_dict(), "overflows_in_row": self._overflows_in_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self.scaler.load_state_dict(dict(state["scaler"]))
+        self._overflows_in_row = int(state["overflows_in_row"])
+
+    def _backward(
+        self, batch: TrainingBatch, moment: "_Moment", counts: Tensor, *, share: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adds a micro-batch's share to the gradients; returns its loss parts and statistics."""
+        batch = batch.to(self._ranks.device)
+        denoising = self._make_denoising(batch, moment)
+        output = self._forward(batch, moment.epoch, denoising)
+        pairs = None
         try:
-            pairs = pair_with_teacher(
-                output, batch, self._alignment, self._criterion, self._teacher.encoder
-            )
-            if pairs is not None:
-                output, regions = pairs.output, pairs.regions
+            pairs = self._pair(output, batch)
+            paired, regions = (output, None) if pairs is None else (pairs.output, pairs.regions)
             report = self._criterion(
-                output,
+                paired,
                 batch.targets,
                 regions,
-                self._normalisers(batch, regions),
-                drawn_classes=self._draw_classes(batch, iteration),
+                self._normalisers(counts, pairs),
+                drawn_classes=self._draw_classes(batch, moment),
                 denoising=denoising,
             )
         except NonFiniteLossError:
-            raise NonFiniteLossError(self._explain({}, output, batch)) from None
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(report.total).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
-        skipped = not math.isfinite(norm.item())
-        if skipped and not self.scaler.is_enabled():
-            raise NonFiniteLossError(self._explain(report.parts, output, batch))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        statistics = {"grad_norm": norm.detach()}
-        if pairs is not None:
-            statistics |= distillation_statistics(pairs)
+            if self._config.kd.rkd.gather and self._ranks.world_size > 1:
+                raise  # the others wait within the loss: they lose this rank, which speaks
+            # No loss without a matching. The other ranks are about to exchange gradients: these
+            # tell them that the step is broken.
+            broken = _sum_of(output) * math.nan
+            self.scaler.scale(broken).backward()
+            return {"total": broken.detach()}, {}
+        self.scaler.scale(report.total * share).backward()
         parts = {name: value.detach() for name, value in report.parts.items()}
         parts["total"] = report.total.detach()
-        return StepResult(parts, statistics, learning_rate, skipped)
+        return parts, {} if pairs is None else distillation_statistics(pairs)
 
     def _forward(
         self, batch: TrainingBatch, epoch: int, denoising: DenoisingQueries | None
@@ -133,16 +185,27 @@ class TrainingStep:
                 batch.images, self._text_embeddings, regions, hybrid=hybrid, denoising=denoising
             )
 
-    def _draw_classes(self, batch: TrainingBatch, iteration: int) -> Tensor | None:
+    def _pair(self, output: StudentOutput, batch: TrainingBatch) -> AlignedOutput | None:
+        """Returns the pairs to distil; every rank must hear of one whose pairing broke."""
+        try:
+            return pair_with_teacher(
+                output, batch, self._alignment, self._criterion, self._teacher.encoder
+            )
+        except NonFiniteLossError:
+            if counts_late(self._config):
+                self._ranks.mean(torch.zeros((), device=self._ranks.device))
+            raise
+
+    def _draw_classes(self, batch: TrainingBatch, moment: "_Moment") -> Tensor | None:
         weights = self._teacher.class_weights
         if weights is None:
             return None
         number = self._config.detection.fed_classes
-        chance = self._generator(iteration, 1)
+        chance = torch.Generator().manual_seed(self._chance(moment, 1))
         drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
         return drawn.to(self._ranks.device)
 
-    def _make_denoising(self, batch: TrainingBatch, iteration: int) -> DenoisingQueries | None:
+    def _make_denoising(self, batch: TrainingBatch, moment: "_Moment") -> DenoisingQueries | None:
         student = self._config.student
         if student.denoising == 0:
             return None
@@ -152,45 +215,76 @@ class TrainingStep:
             num_groups=student.denoising,
             box_noise=student.denoising_box_noise,
             label_noise=student.denoising_label_noise,
-            generator=self._generator(iteration, 2),
+            generator=torch.Generator().manual_seed(self._chance(moment, 2)),
         )
 
-    def _generator(self, iteration: int, purpose: int) -> torch.Generator:
-        """Returns chance for one purpose, a function of the iteration, for resumed runs."""
-        seed = hash((self._config.seed, iteration, self._ranks.rank, purpose)) % 2**63
-        return torch.Generator().manual_seed(seed)
+    def _chance(self, moment: "_Moment", *purpose: int) -> int:
+        """Returns a seed for one purpose: a function of iteration and place, not of the past."""
+        return hash((self._config.seed, moment.iteration, moment.place, *purpose)) % 2**63
 
-    def _normalisers(self, batch: TrainingBatch, regions: TeacherRegions | None) -> Normalisers:
-        device = self._ranks.device
-        counts = torch.stack((count_boxes(batch.targets, device), count_regions(regions, device)))
-        num_boxes, num_regions = self._ranks.mean(counts).clamp(min=1).unbind()
+    def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Lets DDP exchange gradients after the last micro-batch only."""
+        if isinstance(self.student, DistributedDataParallel) and not last:
+            return self.student.no_sync()
+        return contextlib.nullcontext()
+
+    def _mean_counts(self, group: Sequence[TrainingBatch]) -> Tensor:
+        """Returns boxes and offered regions: means over all ranks' parts, counted on the CPU."""
+        cpu = torch.device("cpu")
+        boxes = sum(count_boxes(batch.targets, cpu).item() for batch in group)
+        regions = sum(count_regions(batch.regions, cpu).item() for batch in group)
+        # `full` takes its value along with the kernel: nobody waits for a copy.
+        own = [
+            torch.full((), count / len(group), device=self._ranks.device)
+            for count in (boxes, regions)
+        ]
+        return self._ranks.mean(torch.stack(own))
+
+    def _normalisers(self, counts: Tensor, pairs: AlignedOutput | None) -> Normalisers:
+        """Returns the counts that divide the losses; of regions, those that were paired."""
+        num_boxes, num_regions = counts.clamp(min=1).unbind()
+        if pairs is not None and counts_late(self._config):
+            paired = count_regions(pairs.regions, self._ranks.device)
+            num_regions = self._ranks.mean(paired).clamp(min=1)
         return Normalisers(num_boxes=num_boxes, num_regions=num_regions)
 
-    def _explain(
-        self, parts: Mapping[str, Tensor], output: StudentOutput, batch: TrainingBatch
-    ) -> str:
-        """Names the images, the bad parts and the first bad tensor of a broken step."""
-        bad_parts = [name for name, value in parts.items() if not math.isfinite(value.item())]
-        suspects = {
-            "image": batch.images.pixels,
-            "target boxes": torch.cat([t.boxes_cxcywh for t in batch.targets]),
-            "objectness": output.encoder.objectness_logits,
-            "logits": output.logits,
-            "boxes": output.detection.boxes_cxcywh,
-        }
-        if batch.regions is not None:
-            suspects["teacher embeddings"] = batch.regions.embeddings
-        weights = dict(self.student.named_parameters())
-        first = next(
-            (name for name, value in (weights | suspects).items() if not value.isfinite().all()),
-            next((f"gradient of {n}" for n, w in weights.items()
-                  if w.grad is not None and not w.grad.isfinite().all()), "none"),
-        )  # fmt: skip
-        return (
-            f"the loss or its gradient is not finite (parts: {', '.join(bad_parts) or 'none'}; "
-            f"first bad tensor: {first}; images {list(batch.images.image_ids)}); the weights were "
-            "left as they were. Look at these images, or lower optim.lr"
+    def _copy_of_buffers(self) -> list[Tensor]:
+        """Returns running statistics as they are, where a step may have to be taken back."""
+        if not self.scaler.is_enabled():
+            return []
+        return [buffer.clone() for buffer in self.student.buffers()]
+
+    def _put_back(self, buffers: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for buffer, before in zip(self.student.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    def _give_up(
+        self,
+        group: Sequence[TrainingBatch],
+        parts: Sequence[Mapping[str, Tensor]],
+        epoch: int,
+        iteration: int,
+    ) -> NoReturn:
+        """Raises what broke this step, with a report in the dump's folder."""
+        own = not all(value.isfinite().all() for each in parts for value in each.values())
+        # A gradient that broke under finite losses is nobody's own: the first rank speaks.
+        somebody_s = self._ranks.any(own)
+        if not own and (somebody_s or not self._ranks.is_first):
+            raise PeerFailedError("another rank's loss or gradient is not finite")
+        if isinstance(self.student, DistributedDataParallel):
+            # From here on this rank is alone: nothing may wait for the others.
+            self.student = self.student.module.eval()
+        diagnosis = diagnose(
+            self.student,
+            lambda batch: self._forward(batch, epoch, None),
+            group,
+            parts,
+            device=self._ranks.device,
         )
+        place = {"epoch": epoch, "iteration": iteration, "rank": self._ranks.rank}
+        path = write_dump(self._dumps, diagnosis, place | {"overflows": self._overflows_in_row})
+        raise NonFiniteLossError(f"{diagnosis.sentence()}; see {path}")
 
 
 def choose_precision(setting: str, device: torch.device) -> torch.dtype:
@@ -208,3 +302,29 @@ def choose_precision(setting: str, device: torch.device) -> torch.dtype:
     if setting == "bf16" and on_gpu and not native_bf16:
         raise UsageError("optim.precision=bf16: this GPU has no bf16; use fp16 or auto")
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setting]
+
+
+def counts_late(config: ExperimentConfig) -> bool:
+    """Returns True if the number of distilled regions is known only after the forward pass."""
+    return config.kd.alignment != "cached" or not config.kd.auxiliary_queries
+
+
+def _sum_of(output: Any) -> Tensor:
+    """Returns the sum of an output's tensors, which every parameter has a part in."""
+    if isinstance(output, Tensor):
+        return output.sum() if output.is_floating_point() else output.new_zeros(()).float()
+    if isinstance(output, InstanceMasks):
+        return output.graph_zero()
+    if is_dataclass(output):
+        parts = [getattr(output, each.name) for each in fields(output)]
+        return torch.stack([_sum_of(part) for part in parts if part is not None]).sum()
+    raise TypeError(f"an output holds a {type(output).__name__}")
+
+
+def _means(results: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns each figure's mean over the micro-batches that have it."""
+    columns: dict[str, list[Tensor]] = {}
+    for figures in results:
+        for name, value in figures.items():
+            columns.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in columns.items()}

@@ -8,9 +8,9 @@ from typing import Any
 
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
+from dkdetr.engine.checkpoint import load_student, open_checkpoint
 from dkdetr.engine.run_folder import RunFolder
-from dkdetr.errors import MismatchError
+from dkdetr.errors import MismatchError, UsageError
 from dkdetr.student.detector import DKDETR
 from dkdetr.student_file import build_from_file, load_student_file
 
@@ -31,26 +31,31 @@ class Subject:
     folder: Path
 
 
-def load_subject(place: Path, vocabulary: Vocabulary | None = None) -> Subject:
+def load_subject(
+    place: Path, vocabulary: Vocabulary | None = None, *, averaged: bool = False
+) -> Subject:
     """Returns the student of a run folder, a `.pt` checkpoint or a `.safetensors` student file.
 
     Args:
         place: the folder or the file.
         vocabulary: taken where a student file brings none of its own.
+        averaged: with the run's average of its weights (`optim.ema_decay`), not the last ones.
 
     Raises:
         DataError: there is nothing.
         CorruptArtefactError: it is damaged or something else.
+        UsageError: an average is asked for and there is none.
         MismatchError: the file holds no whole student, or no vocabulary and none is given.
     """
     if place.suffix == ".safetensors":
+        if averaged:
+            raise UsageError(f"'{place}' holds one set of weights: leave --ema out")
         return _from_file(place, vocabulary)
-    path = find_checkpoint(place)
-    checkpoint = load_checkpoint(path)
+    path, checkpoint = open_checkpoint(place)
     run = path.parent.parent
     return Subject(
         path=path,
-        student=load_student(checkpoint),
+        student=load_student(checkpoint, averaged=averaged),
         config=checkpoint.config,
         vocabulary=checkpoint.vocabulary,
         train_split=checkpoint.cache_split,

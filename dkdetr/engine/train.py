@@ -2,47 +2,49 @@
 
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
-
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from typing import Any, NoReturn
 
 from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
-from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
+from dkdetr.data.batch_stream import BatchStream
+from dkdetr.data.loader import batches_per_epoch, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.engine.allocator import keep_freed_memory
-from dkdetr.engine.checkpoint import (
-    Checkpoint,
-    Progress,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
 from dkdetr.engine.distributed import Ranks, join_ranks
-from dkdetr.engine.initial_weights import start_from_file
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
-from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.pairing import TeacherBuilder, teacher_side
+from dkdetr.engine.profiling import WARMUP_STEPS, profiled
+from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
-from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
+from dkdetr.engine.run_state import RunState
+from dkdetr.engine.sample_pictures import draw_samples
+from dkdetr.engine.step import counts_late
+from dkdetr.engine.student_setup import make_deterministic
+from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
 from dkdetr.progress import progress
 from dkdetr.structures import TrainingBatch
-from dkdetr.student.build import build_student
-from dkdetr.student.detector import DKDETR
 
 _LOG_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What else a run shows of itself; nothing of it changes what it learns."""
+
+    trackers: tuple[TrackerName, ...] = ()
+    pictures_every: int = 0
+    """Steps between sample pictures in RUN/pictures; 0 = none."""
+    profile_steps: int = 0
+    """Profiles so many steps, saves, and ends; 0 = off."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class TrainRequest:
     device: str = "auto"
     build_teacher: TeacherBuilder | None = None
     """Loads the cache's teacher; called for `kd.alignment = "online"` alone."""
+    start_from: Path | None = None
+    """A burn-in to begin with (`dkdetr.engine.burn_in`): a checkpoint or a run's folder."""
+    until_epoch: int | None = None
+    """Ends, saved, before this epoch: how a burn-in to share is made."""
+    deterministic: bool = False
+    watch: Watch = field(default_factory=Watch)
+    image_limit: int | None = None
+    """Trains on the first images only."""
+    until_iteration: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +86,17 @@ def train(request: TrainRequest) -> TrainSummary:
 
     Raises:
         cache.spec.CacheError: the cache is unsealed, stale or damaged.
-        MismatchError: the folder holds another experiment or another cache's run.
+        MismatchError: the folder holds another experiment or another cache's run, or the burn-in
+            does not fit.
         NonFiniteLossError: training broke; the last checkpoint stands.
+        PeerLostError: another rank died or hangs.
         PreemptedError: SIGTERM came; everything is saved.
     """
     keep_freed_memory()
-    with join_ranks(request.device) as ranks, stop_on_sigterm() as stop:
+    if request.deterministic:
+        make_deterministic()
+    timeout_s = request.config.compute.rank_timeout_s
+    with stop_on_sigterm() as stop, join_ranks(request.device, timeout_s=timeout_s) as ranks:
         return _Run(request, ranks, stop).go()
 
 
@@ -88,34 +104,31 @@ class _Run:
     def __init__(self, request: TrainRequest, ranks: Ranks, stop: StopFlag) -> None:
         config = self.config = request.config
         self.request, self.ranks, self.stop = request, ranks, stop
+        _refuse_impossible(config, ranks)
+        self._stop_early()
         reader = open_cache(request.cache)
         self.cache = reader.info
         self.vocabulary: Vocabulary = from_metadata(*reader.text())
         split = load_split(self.cache.split, request.data_root)
-        _refuse_impossible(config, ranks)
+        self._stop_early()
         if self.cache.random_teacher and ranks.is_first:
             print(
                 f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
                 file=sys.stderr,
             )
         self.folder = self._open_folder()
-        torch.manual_seed(config.seed)
-        self.student = build_student(config, text_dim=self.vocabulary.embed_dim)
-        if config.student.weights is not None:
-            start_from_file(self.student, Path(config.student.weights), split)
-        self.student.to(ranks.device)
-        self.optimizer: AdamW = make_optimizer(self.student, config.optim)
-        self.step = TrainingStep(
-            self.student,
-            self.optimizer,
-            torch.from_numpy(self.vocabulary.base().embeddings.copy()).to(ranks.device),
+        self.state = RunState(
             config,
+            split,
+            self.vocabulary,
+            self.cache,
             ranks,
-            precision=choose_precision(config.optim.precision, ranks.device),
-            teacher=teacher_side(config, reader, split, ranks.device, request.build_teacher),
+            self.folder,
+            teacher_side(config, reader, split, ranks.device, request.build_teacher),
         )
-        self._saved_at = -1
-        self.progress = self._restore()
+        self.state.restore(request.start_from)
+        self._stop_early()
+        limit = request.image_limit
         self.loader: BatchStream[TrainingBatch] = make_training_loader(
             split,
             self.vocabulary,
@@ -123,61 +136,117 @@ class _Run:
             cache_path=request.cache,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            start_epoch=self.progress.epoch,
-            start_batch=self.progress.batch,
+            start_epoch=self.state.progress.epoch,
+            start_batch=self.state.progress.batch,
+            image_limit=limit,
+            # Several ranks stop together, after a step.
+            should_stop=(lambda: stop.is_set) if ranks.world_size == 1 else None,
         )
         self.epoch_length = batches_per_epoch(
-            split, self.vocabulary, config, cache_path=request.cache
+            split, self.vocabulary, config, cache_path=request.cache, image_limit=limit
         )
+        self.recent = RecentFigures(ranks.device)
 
     def go(self) -> TrainSummary:
         """Returns how the run ended, after its last epoch."""
         started = time.monotonic()
-        total = self.epoch_length * self.config.optim.epochs
-        recent = _Recent()
-        log = None
-        if self.ranks.is_first:
-            log = MetricLog(self.folder.metrics, after_iteration=self.progress.iteration)
-        try:
-            self._train(total, recent, log)
-        except (RuntimeError, EOFError, OSError):
-            # A SIGTERM for the whole group ends the loader's processes too.
-            if not self.stop.is_set or self.ranks.world_size > 1:
-                raise
-            self._stop()
-        finally:
-            if log is not None:
-                log.close()
-        path = self._save()
+        with ExitStack() as closing:
+            log, trackers = None, list[Tracker]()
+            watch = self.request.watch
+            if self.ranks.is_first:
+                at = self.state.progress.iteration
+                log = MetricLog(self.folder.metrics, after_iteration=at)
+                closing.callback(log.close)
+                opened = open_trackers(
+                    watch.trackers, self.request.run, self.config, after_iteration=at
+                )
+                trackers = closing.enter_context(opened)
+            self._train(log, trackers)
+        path = self.state.save()
         seconds = time.monotonic() - started
-        return TrainSummary(self.request.run, path, total, seconds, recent.last)
+        done = self.state.progress.iteration
+        return TrainSummary(self.request.run, path, done, seconds, self.recent.last)
 
-    def _train(self, total: int, recent: "_Recent", log: MetricLog | None) -> None:
+    def _train(self, log: MetricLog | None, trackers: Sequence[Tracker]) -> None:
         last_saved = time.monotonic()
-        quiet = not self.ranks.is_first
+        total = self._last_iteration()
+        state, first = self.state, self.state.progress.iteration
         if self.ranks.any(self.stop.is_set):
             self._stop()
-        with progress("train", total, done=self.progress.iteration, quiet=quiet) as advance:
-            for batch, wait in _timed(self.loader):
-                self._enter_epoch()
-                now = self.progress
-                result = self.step(batch, epoch=now.epoch, iteration=now.iteration)
-                self.progress = self._next(now)
-                recent.add(result, wait, len(batch.targets) * self.ranks.world_size)
-                done = self.progress.iteration
+        with ExitStack() as open_ones:
+            quiet = not self.ranks.is_first
+            advance = open_ones.enter_context(progress("train", total, done=first, quiet=quiet))
+            profiler = open_ones.enter_context(self._profiler())
+            self._keep_burn_in()
+            for group, wait in self._groups(total):
+                result = state.train_on(group, epoch_length=self.epoch_length)
+                done = state.progress.iteration
+                self.recent.add(result, wait, self.config.data.batch_size)
                 if done % _LOG_EVERY == 0 or done == total:
-                    self._log(log, recent)
-                    advance(done, recent.note())
+                    self._log(log, trackers, total - done)
+                    advance(done, self.recent.note())
+                self._keep_burn_in()
+                self._draw(group)
+                if profiler is not None:
+                    profiler.step()
                 if self.ranks.any(self.stop.is_set):
                     self._stop()
                 if self._due(last_saved):
-                    self._save()
+                    state.save()
                     last_saved = time.monotonic()
+        # The stream ends early only on SIGTERM.
+        if state.progress.iteration < total:
+            self._stop()
+
+    def _groups(self, total: int) -> Iterator[tuple[list[TrainingBatch], float]]:
+        """Yields each batch's micro-batches with the seconds that training waited for them."""
+        groups = iter(_timed(self.loader, self.config.compute.micro_batches))
+        while self.state.progress.iteration < total:
+            group = next(groups, None)
+            if group is None:
+                return
+            yield group
+
+    def _keep_burn_in(self) -> None:
+        if self.request.start_from is None:
+            self.state.keep_burn_in()
+
+    def _last_iteration(self) -> int:
+        """Returns the iteration to end at: the last epoch's, or an earlier one that was asked for.
+
+        Iterations count the steps before a shared burn-in too.
+        """
+        at, request = self.state.progress, self.request
+        epochs = min(self.config.optim.epochs, request.until_epoch or self.config.optim.epochs)
+        left = (epochs - at.epoch) * self.epoch_length - at.batch
+        ends = [at.iteration + max(0, left)]
+        if request.until_iteration is not None:
+            ends.append(max(at.iteration, request.until_iteration))
+        if request.watch.profile_steps > 0:
+            ends.append(at.iteration + WARMUP_STEPS + request.watch.profile_steps)
+        return min(ends)
+
+    @contextmanager
+    def _profiler(self) -> Iterator[Any]:
+        steps = self.request.watch.profile_steps
+        if steps == 0 or not self.ranks.is_first:
+            yield None
+            return
+        with profiled(self.folder.path / "profile", steps) as profiler:
+            yield profiler
+
+    def _stop_early(self) -> None:
+        """Ends a start-up that SIGTERM met; several ranks stop together later, before a step."""
+        if self.stop.is_set and self.ranks.world_size == 1:
+            raise PreemptedError(
+                "stopped by SIGTERM while starting; what was saved before stands, the same "
+                "command goes on"
+            )
 
     def _stop(self) -> NoReturn:
-        path = self._save()
+        path = self.state.save()
         raise PreemptedError(
-            f"stopped by SIGTERM at iteration {self.progress.iteration}; saved {path}; "
+            f"stopped by SIGTERM at iteration {self.state.progress.iteration}; saved {path}; "
             "the same command goes on from there"
         )
 
@@ -191,6 +260,7 @@ class _Run:
             "teacher": self.cache.teacher,
             "teacher_spec": self.cache.provenance.get("teacher_spec"),
             "random_teacher": self.cache.random_teacher,
+            "started_from": str(self.request.start_from or ""),
             "world_size": self.ranks.world_size,
             **describe_machine(self.ranks.device),
         }
@@ -200,136 +270,45 @@ class _Run:
         self.ranks.wait()
         return open_run(self.request.run, self.config, provenance)
 
-    def _restore(self) -> Progress:
-        path = latest_checkpoint(self.folder.checkpoints)
-        if path is None:
-            return Progress(epoch=0, batch=0, iteration=0)
-        checkpoint = load_checkpoint(path)
-        self.student.load_state_dict(dict(checkpoint.student))
-        self.optimizer.load_state_dict(dict(checkpoint.optimizer))
-        self.step.scaler.load_state_dict(dict(checkpoint.scaler))
-        self._saved_at = checkpoint.progress.iteration
-        return checkpoint.progress
-
-    def _enter_epoch(self) -> None:
-        """Wraps the student for several ranks, anew where distillation sets in.
-
-        DDP wants a gradient for every parameter at every step, and the KD parameters have none
-        during burn-in.
-        """
-        distilling = self.config.kd.enabled and self.progress.epoch >= self.config.kd.start_epoch
-        weights = self.student.kd_parameters()
-        changed = any(weight.requires_grad != distilling for weight in weights)
-        for weight in weights:
-            weight.requires_grad_(distilling)
-        unwrapped = isinstance(self.step.student, DKDETR)
-        if self.ranks.world_size > 1 and (changed or unwrapped):
-            self.step.student = _wrap(self.student, self.ranks)
-        self.step.student.train()
-
-    def _next(self, now: Progress) -> Progress:
-        batch = now.batch + 1
-        if batch < self.epoch_length:
-            return Progress(now.epoch, batch, now.iteration + 1)
-        return Progress(now.epoch + 1, 0, now.iteration + 1)
-
     def _due(self, last_saved: float) -> bool:
         # Rank clocks differ; the first rank's decides for all.
         late = time.monotonic() - last_saved > self.config.checkpoint_every_s
         return self.ranks.any(late and self.ranks.is_first)
 
-    def _save(self) -> Path:
-        path = self.folder.checkpoints / f"step_{self.progress.iteration:08d}.pt"
-        if self._saved_at == self.progress.iteration:
-            return path
-        self._saved_at = self.progress.iteration
-        if self.ranks.is_first:
-            path = save_checkpoint(
-                self.folder.checkpoints,
-                Checkpoint(
-                    student=self.student.state_dict(),
-                    optimizer=self.optimizer.state_dict(),
-                    scaler=self.step.scaler.state_dict(),
-                    progress=self.progress,
-                    config=self.config,
-                    vocabulary=self.vocabulary,
-                    cache_fingerprint=self.cache.fingerprint,
-                    cache_split=self.cache.split,
-                ),
-            )
-        self.ranks.wait()
-        return path
-
-    def _log(self, log: MetricLog | None, recent: "_Recent") -> None:
-        values = recent.means()
-        if self.ranks.device.type == "cuda":
-            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        values["epoch"] = self.progress.epoch
+    def _log(self, log: MetricLog | None, trackers: Sequence[Tracker], left: int) -> None:
+        values = self.recent.means(left) | {"epoch": self.state.progress.epoch}
+        iteration = self.state.progress.iteration
         if log is not None:
-            log.write("train", self.progress.iteration, values)
+            log.write("train", iteration, values)
+        for tracker in trackers:
+            tracker.write(iteration, values)
+
+    def _draw(self, group: Sequence[TrainingBatch]) -> None:
+        every, iteration = self.request.watch.pictures_every, self.state.progress.iteration
+        if every > 0 and iteration % every == 0 and self.ranks.is_first:
+            draw_samples(
+                self.state.student,
+                group[0],
+                self.state.text_embeddings,
+                self.vocabulary.base().names,
+                self.folder.path / "pictures",
+                iteration,
+            )
 
 
-class _Recent:
-    """Figures since the last line of the log; tensors stay on the device until it is written."""
-
-    def __init__(self) -> None:
-        self.last: dict[str, float] = {}
-        self._clear()
-
-    def add(self, result: StepResult, wait: float, num_images: int) -> None:
-        self._steps += 1
-        for name, value in (result.parts | result.statistics).items():
-            self._tensors[name].append(value)
-        self._wait += wait
-        self._images += num_images
-        self._skipped += result.skipped
-        self._learning_rate = result.learning_rate
-
-    def means(self) -> dict[str, float]:
-        seconds = time.monotonic() - self._since
-        means = {k: round(torch.stack(v).mean().item(), 6) for k, v in self._tensors.items()}
-        means |= {
-            "learning_rate": self._learning_rate,
-            "images_per_s": round(self._images / seconds, 3),
-            "data_wait": round(self._wait / seconds, 4),
-            "skipped_steps": self._skipped,
-        }
-        self._clear()
-        self.last = means
-        return dict(means)
-
-    def note(self) -> str:
-        wait = f"{100 * self.last['data_wait']:.0f}% wait"
-        parts = [f"loss {self.last['total']:.2f}", f"lr {self.last['learning_rate']:.1e}"]
-        if "kd_margin" in self.last:
-            parts.append(f"margin {self.last['kd_margin']:.2f}")
-        return ", ".join([*parts, f"{self.last['images_per_s']:.1f} img/s", wait])
-
-    def _clear(self) -> None:
-        self._tensors: dict[str, list[Tensor]] = defaultdict(list)
-        self._steps = self._images = self._skipped = 0
-        self._wait = self._learning_rate = 0.0
-        self._since = time.monotonic()
-
-
-def _timed(loader: BatchStream[TrainingBatch]) -> Iterator[tuple[TrainingBatch, float]]:
-    """Yields each batch with the seconds that training waited for it."""
+def _timed(
+    loader: BatchStream[TrainingBatch], parts: int
+) -> Iterator[tuple[list[TrainingBatch], float]]:
     asked = time.monotonic()
+    group: list[TrainingBatch] = []
     for batch in loader:
-        yield batch, time.monotonic() - asked
-        asked = time.monotonic()
-
-
-def _wrap(student: DKDETR, ranks: Ranks) -> nn.Module:
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=devices)
+        group.append(batch)
+        if len(group) == parts:
+            yield group, time.monotonic() - asked
+            asked, group = time.monotonic(), []
 
 
 def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
-    if config.data.batch_size % ranks.world_size:
-        raise UsageError(
-            f"data.batch_size={config.data.batch_size} does not divide by {ranks.world_size} ranks"
-        )
     kd = config.kd
     if (kd.enabled or kd.hybrid_queries) and kd.start_epoch >= config.optim.epochs:
         raise UsageError(
@@ -337,8 +316,12 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             "epochs: nothing would be distilled. Set it lower, or switch distillation off with "
             "kd.regions_per_image=0 (and kd.hybrid_queries=0)"
         )
-    if config.optim.lr <= 0 or config.optim.epochs < 1:
-        raise UsageError("optim.lr and optim.epochs must be above 0")
+    if kd.enabled and counts_late(config) and config.compute.micro_batches > 1:
+        raise UsageError(
+            f"compute.micro_batches={config.compute.micro_batches}: only kd.alignment=cached with "
+            "auxiliary queries knows the number of regions of a step before it is computed, and "
+            "its losses are divided by it; use more ranks, or kd.alignment=cached"
+        )
     sync = config.student.backbone.norm == "sync_batch"
     if sync and ranks.world_size > 1 and ranks.device.type == "cpu":
         raise UsageError(

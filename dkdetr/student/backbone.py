@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.offline import is_offline
 
 Norm = Literal["sync_batch", "batch", "frozen"]
 _SLIM_BLOCKS = {2: 1, 3: 2, 4: 2, 5: 2}
@@ -155,11 +156,13 @@ def _initialise_convolutions(module: nn.Module) -> None:
 
 def _imagenet_weights() -> dict[str, Tensor]:
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    name = weights.url.rsplit("/", 1)[-1]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
+        if is_offline() and not (folder / name).is_file():
+            raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except OSError as error:
-        name = weights.url.rsplit("/", 1)[-1]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise DataError(
             f"torchvision's ImageNet weights of ResNet-50 cannot be reached ({error}). Put {name} "
             f"into {folder}, or name a file: --set student.backbone.weights=/path/{name}; for a "

@@ -102,6 +102,7 @@ def train_unevenly(name: str, ranks: Ranks) -> dict[str, object]:
         config,
         ranks,
         precision=torch.float32,
+        dumps=Path("nonfinite"),
         teacher=teacher_side(config, FakeTeacher()),
     )
     finite = True
@@ -113,7 +114,7 @@ def train_unevenly(name: str, ranks: Ranks) -> dict[str, object]:
             filled=(0, 0) if empty else (4, 3),
             seed=10 * number + ranks.rank,
         )
-        result = step(batch, epoch=40, iteration=10_000 + number)
+        result = step([batch], epoch=40, iteration=10_000 + number)
         finite &= all(bool(value.isfinite()) for value in result.parts.values())
     weights = torch.cat([weight.detach().flatten() for weight in student.parameters()])
     return {"finite": finite, "weights": weights.double().sum().item()}

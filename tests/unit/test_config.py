@@ -1,5 +1,8 @@
 """Settings: one source, the dotted path in every complaint."""
 
+import re
+from dataclasses import fields, is_dataclass
+
 import pytest
 
 from dkdetr.experiment_file import (
@@ -10,6 +13,7 @@ from dkdetr.experiment_file import (
     load_experiment,
     shipped_experiments,
 )
+from dkdetr.setting_ranges import RANGES
 
 
 @pytest.mark.parametrize("name", shipped_experiments())
@@ -86,3 +90,45 @@ def test_the_hash_follows_every_setting() -> None:
     assert config_hash(config_from_dict(base)) == config_hash(config_from_dict(base))
     other = config_from_dict(base | {"kd": {"rkd": {"weight": 2.5}}})
     assert config_hash(other) != config_hash(config_from_dict(base))
+
+
+def _numeric_paths(table, prefix="") -> set[str]:
+    found = set()
+    for entry in fields(table):
+        value = getattr(table, entry.name)
+        path = prefix + entry.name
+        if is_dataclass(value):
+            found |= _numeric_paths(value, f"{path}.")
+        elif "Annotated" not in str(entry.type) and re.search("int|float", str(entry.type)):
+            found.add(path)
+    return found
+
+
+def test_every_numeric_setting_has_a_range() -> None:
+    """Of its own, by annotation, or in the table; never both."""
+    assert _numeric_paths(config_from_dict({"name": "x"})) == set(RANGES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("optim.lr=0", "'optim.lr' must be above 0, got 0.0"),
+        ("optim.lr=nan", "'optim.lr' must be above 0, got nan"),
+        ("student.dropout=1.0", "'student.dropout' must be from 0 to below 1, got 1.0"),
+        ("kd.skd.weight=-1", "'kd.skd.weight': Input should be greater than or equal to 0"),
+        ("data.scale_range=[2.0, 0.5]", "'data.scale_range' must be (least, most)"),
+        ("optim.lr_drop_epochs=[3, -1]", "'optim.lr_drop_epochs' must be 0 or above"),
+        ("compute.micro_batches=0", "'compute.micro_batches' must be 1 or above"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_path(setting, words) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_experiment("trial", [setting])
+    assert words in str(raised.value)
+
+
+def test_how_the_work_is_done_does_not_change_what_run_it_is() -> None:
+    config = load_experiment("trial").config
+    same = ["data.workers=3", "compute.micro_batches=4", "checkpoint_every_s=5"]
+    assert config_hash(load_experiment("trial", same).config) == config_hash(config)
+    assert config_hash(load_experiment("trial", ["seed=1"]).config) != config_hash(config)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import dkdetr.engine.checkpoint as checkpoint_module
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import (
     Checkpoint,
@@ -15,6 +16,8 @@ from dkdetr.engine.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    load_latest,
+    open_checkpoint,
     save_checkpoint,
 )
 from dkdetr.engine.metric_log import MetricLog, read_metrics
@@ -37,8 +40,9 @@ def checkpoint(iteration: int) -> Checkpoint:
     )
     return Checkpoint(
         student={"weight": torch.full((3,), float(iteration))},
+        average={},
         optimizer={"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]},
-        scaler={},
+        step={},
         progress=Progress(epoch=1, batch=2, iteration=iteration),
         config=CONFIG,
         vocabulary=vocabulary,
@@ -140,3 +144,35 @@ def test_another_experiment_in_the_same_folder_is_refused(tmp_path) -> None:
         open_run(tmp_path / "run", other, origin)
     with pytest.raises(MismatchError, match="another cache"):
         open_run(tmp_path / "run", CONFIG, origin | {"cache_fingerprint": "z"})
+
+
+def test_leftovers_without_a_marker_do_not_push_out_what_is_whole(tmp_path) -> None:
+    for iteration in (5, 6):
+        save_checkpoint(tmp_path, checkpoint(iteration))
+    (tmp_path / "step_00000006.json").unlink()  # a kill between file and marker
+    save_checkpoint(tmp_path, checkpoint(7))
+    assert [p.stem for p in sorted(tmp_path.glob("*.pt"))] == ["step_00000005", "step_00000007"]
+
+
+def test_a_checkpoint_is_hashed_once_when_a_run_is_opened(tmp_path, monkeypatch) -> None:
+    for iteration in (1, 2):
+        save_checkpoint(tmp_path / "checkpoints", checkpoint(iteration))
+    hashed = []
+    real = checkpoint_module._hash_file
+    monkeypatch.setattr(
+        checkpoint_module, "_hash_file", lambda path: hashed.append(path.name) or real(path)
+    )
+    path, opened = open_checkpoint(tmp_path)
+    assert (path.name, opened.progress.iteration) == ("step_00000002.pt", 2)
+    assert hashed == ["step_00000002.pt"]
+
+
+def test_a_damaged_newest_is_passed_over_aloud(tmp_path, capsys) -> None:
+    for iteration in (1, 2):
+        save_checkpoint(tmp_path, checkpoint(iteration))
+    newest = tmp_path / "step_00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert found[1].progress.iteration == 1
+    assert "step_00000002" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from dkdetr.student.deformable_attention import (
     MultiScaleDeformableAttention,
     SpatialShapes,
     deformable_attention,
+    sample_by_gathering,
 )
 
 SHAPES = ((3, 4), (2, 2))
@@ -102,3 +103,24 @@ def test_padding_is_never_read():
     spoilt = torch.where(padding[..., None], 1e6, tokens)
     out = attention(query, reference, tokens, padding, SHAPES)
     assert torch.equal(out, attention(query, reference, spoilt, padding, SHAPES))
+
+
+def test_gathering_samples_as_grid_sample_does() -> None:
+    """Outside and on the border too, with the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    grid = 3 * torch.rand(2, 11, 4, 2, generator=generator, dtype=torch.float64) - 1.5
+    grid[0, 0] = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [1.2, 0.0]])
+    grid.requires_grad_()
+    wanted = torch.nn.functional.grid_sample(
+        maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    found = sample_by_gathering(maps, grid)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), (maps, grid)),
+        torch.autograd.grad((wanted * weights).sum(), (maps, grid)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)

@@ -1,0 +1,127 @@
+"""Why a step's loss is not finite: which images, which first tensor; said, and written down."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dkdetr.atomic_file import write_text
+from dkdetr.structures import StudentOutput, TrainingBatch
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The images of the broken micro-batch (of all, if only a gradient broke), and what broke."""
+
+    image_ids: tuple[int, ...]
+    bad_parts: tuple[str, ...]
+    first_bad_tensor: str
+    parts: Mapping[str, float | str]
+
+    def sentence(self) -> str:
+        """Returns the diagnosis in words."""
+        return (
+            f"the loss or its gradient is not finite (parts: {', '.join(self.bad_parts) or 'none'};"
+            f" first bad tensor: {self.first_bad_tensor}; images {list(self.image_ids)}); the "
+            "weights were left as they were. Look at these images, or lower optim.lr"
+        )
+
+
+def diagnose(
+    student: nn.Module,
+    forward: Callable[[TrainingBatch], StudentOutput],
+    group: Sequence[TrainingBatch],
+    parts: Sequence[Mapping[str, Tensor]],
+    *,
+    device: torch.device,
+) -> Diagnosis:
+    """Returns what broke a step; looks in the order in which values are made.
+
+    Args:
+        student: with the gradients of the broken step.
+        forward: runs the student; done again for the micro-batches in question.
+        group: the micro-batches of the step, on the CPU.
+        parts: the loss parts of each.
+        device: the student's.
+    """
+    bad = [number for number, each in enumerate(parts) if _bad_names(each)]
+    suspects = bad or range(len(group))
+    bad_parts = dict.fromkeys(name for number in bad for name in _bad_names(parts[number]))
+    weights = {f"weight {name}": value for name, value in student.named_parameters()}
+    first = next(iter(_bad_names(weights)), None)
+    for number in suspects:
+        first = first or _first_bad_of(student, forward, group[number].to(device))
+    gradients = {
+        f"gradient of {name}": value.grad
+        for name, value in student.named_parameters()
+        if value.grad is not None
+    }
+    image_ids = [i for number in suspects for i in group[number].images.image_ids]
+    shown = parts[bad[0]] if bad else parts[0]
+    return Diagnosis(
+        image_ids=tuple(image_ids),
+        bad_parts=tuple(bad_parts),
+        first_bad_tensor=first or next(iter(_bad_names(gradients)), "none"),
+        # JSON has no NaN: what is not finite is written as a word.
+        parts={
+            name: value.item() if value.isfinite() else str(value.item())
+            for name, value in shown.items()
+        },
+    )
+
+
+def write_dump(folder: Path, diagnosis: Diagnosis, place: Mapping[str, Any]) -> Path:
+    """Writes the diagnosis of a step as JSON and returns the file."""
+    path = folder / f"step_{place['iteration']:08d}_rank{place['rank']}.json"
+    write_text(path, json.dumps({**place, **asdict(diagnosis)}, indent=2) + "\n")
+    return path
+
+
+def _bad_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def _first_bad_of(
+    student: nn.Module, forward: Callable[[TrainingBatch], StudentOutput], batch: TrainingBatch
+) -> str | None:
+    """Returns the first bad tensor of a micro-batch: an input, or the first module's output."""
+    inputs = {"image": batch.images.pixels}
+    inputs |= {"target boxes": torch.cat([t.boxes_cxcywh for t in batch.targets])}
+    if batch.regions is not None:
+        inputs |= {
+            "region boxes": batch.regions.boxes_cxcywh,
+            "teacher embeddings": batch.regions.embeddings,
+        }
+    found = _bad_names(inputs)
+    if found:
+        return found[0]
+    with _watched(student) as broken, torch.no_grad():
+        forward(batch)
+    return broken[0] if broken else None
+
+
+@contextmanager
+def _watched(student: nn.Module) -> Iterator[list[str]]:
+    """Yields a list that fills with the names of modules whose output is not finite, in order."""
+    broken: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                broken.append(f"output of {name}")
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(look(name)) for name, module in student.named_modules() if name
+    ]
+    try:
+        yield broken
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,182 @@
+"""What changes with every step, as one thing: trained on, saved, found again."""
+
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+
+from cache.store import CacheInfo
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.splits import Split
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.engine.burn_in import BURN_IN_FILE, averaged_start, check_burn_in, take_over
+from dkdetr.engine.checkpoint import (
+    Checkpoint,
+    Progress,
+    load_latest,
+    open_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
+from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.initial_weights import start_from_file
+from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.pairing import TeacherSide
+from dkdetr.engine.run_folder import RunFolder
+from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
+from dkdetr.engine.student_setup import prepare_student, wrap_for_ranks
+from dkdetr.engine.weight_average import WeightAverage
+from dkdetr.errors import NonFiniteLossError
+from dkdetr.structures import TrainingBatch
+from dkdetr.student.build import build_student
+from dkdetr.student.detector import DKDETR
+
+
+class RunState:
+    """Student, optimiser, scaler, average and progress of a run.
+
+    Args:
+        config: the experiment.
+        split: what is trained on; `student.weights` may not have seen its novel boxes.
+        vocabulary: of the cache.
+        cache: what checkpoints say of where they come from.
+        ranks: this process among the job's.
+        folder: the run's.
+        teacher: what the settings' options want of the teacher and the training set.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        split: Split,
+        vocabulary: Vocabulary,
+        cache: CacheInfo,
+        ranks: Ranks,
+        folder: RunFolder,
+        teacher: TeacherSide,
+    ) -> None:
+        self._config, self._vocabulary, self._cache = config, vocabulary, cache
+        self._ranks, self._folder = ranks, folder
+        torch.manual_seed(config.seed)
+        self.student: DKDETR = build_student(config, text_dim=vocabulary.embed_dim)
+        if config.student.weights is not None:
+            start_from_file(self.student, Path(config.student.weights), split)
+        self.student.to(ranks.device)
+        prepare_student(self.student, config.compute)
+        self._optimizer: AdamW = make_optimizer(self.student, config.optim)
+        self.text_embeddings = torch.from_numpy(vocabulary.base().embeddings.copy())
+        self.text_embeddings = self.text_embeddings.to(ranks.device)
+        self._step = TrainingStep(
+            self.student,
+            self._optimizer,
+            self.text_embeddings,
+            config,
+            ranks,
+            precision=choose_precision(config.optim.precision, ranks.device),
+            dumps=folder.dumps,
+            teacher=teacher,
+        )
+        decay = config.optim.ema_decay
+        self._average = WeightAverage(self.student, decay) if decay > 0 else None
+        self.progress = Progress(epoch=0, batch=0, iteration=0)
+        self._wrapped = False
+        self._saved_at = -1
+
+    def restore(self, start_from: Path | None) -> None:
+        """Goes on from the run's newest checkpoint, else from the burn-in `start_from`.
+
+        Raises:
+            MismatchError: the burn-in does not fit this run.
+        """
+        found = load_latest(self._folder.checkpoints)
+        if found is not None:
+            _, checkpoint = found
+            self.student.load_state_dict(dict(checkpoint.student))
+            self._optimizer.load_state_dict(dict(checkpoint.optimizer))
+            if self._average is not None:
+                self._average.load_state_dict(checkpoint.average)
+            self._saved_at = checkpoint.progress.iteration
+        elif start_from is not None:
+            _, checkpoint = open_checkpoint(start_from)
+            check_burn_in(checkpoint, self._config, self._vocabulary)
+            if self._average is not None:
+                self._average.load_state_dict(averaged_start(checkpoint, self.student))
+            take_over(checkpoint, self.student, self._optimizer)
+        else:
+            return
+        self._step.load_state_dict(checkpoint.step)
+        self.progress = checkpoint.progress
+
+    def train_on(self, group: list[TrainingBatch], *, epoch_length: int) -> StepResult:
+        """Returns the figures of a step on a batch's micro-batches; progress has moved."""
+        self._enter_epoch()
+        now = self.progress
+        result = self._step(group, epoch=now.epoch, iteration=now.iteration)
+        if self._average is not None and not result.skipped:
+            self._average.update(self.student, now.iteration)
+        last = now.batch + 1 == epoch_length
+        self.progress = Progress(
+            epoch=now.epoch + last,
+            batch=0 if last else now.batch + 1,
+            iteration=now.iteration + 1,
+        )
+        return result
+
+    def save(self) -> Path:
+        """Returns the checkpoint of this moment; written by the first rank, waited for by all.
+
+        Raises:
+            NonFiniteLossError: a weight is not finite; such a checkpoint is never written.
+        """
+        path = self._folder.checkpoints / f"step_{self.progress.iteration:08d}.pt"
+        if self._saved_at != self.progress.iteration:
+            self._saved_at = self.progress.iteration
+            if self._ranks.is_first:
+                save_checkpoint(self._folder.checkpoints, self._checkpoint())
+            self._ranks.wait()
+        return path
+
+    def keep_burn_in(self) -> None:
+        """Saves the checkpoint that ablations share, once, where burn-in has just ended."""
+        kd, at = self._config.kd, self.progress
+        at_edge = kd.enabled and kd.start_epoch > 0 and (at.epoch, at.batch) == (kd.start_epoch, 0)
+        path = self._folder.checkpoints / BURN_IN_FILE
+        if at_edge and self._ranks.is_first and not path.with_suffix(".json").is_file():
+            write_checkpoint(path, self._checkpoint())
+
+    def _checkpoint(self) -> Checkpoint:
+        state = self.student.state_dict()
+        bad = [name for name, value in state.items() if not value.isfinite().all()]
+        if bad:
+            raise NonFiniteLossError(
+                f"{bad[0]} and {len(bad) - 1} further tensors of the student are not finite at "
+                f"iteration {self.progress.iteration}; nothing was saved, the checkpoint before "
+                "stands. Lower optim.lr"
+            )
+        return Checkpoint(
+            student=state,
+            average={} if self._average is None else self._average.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            step=self._step.state_dict(),
+            progress=self.progress,
+            config=self._config,
+            vocabulary=self._vocabulary,
+            cache_fingerprint=self._cache.fingerprint,
+            cache_split=self._cache.split,
+        )
+
+    def _enter_epoch(self) -> None:
+        """Wraps the student for several ranks, anew where distillation sets in.
+
+        DDP wants a gradient for every parameter at every step, and the KD parameters have none
+        during burn-in.
+        """
+        distilling = self._config.kd.enabled and self.progress.epoch >= self._config.kd.start_epoch
+        weights = self.student.kd_parameters()
+        changed = any(weight.requires_grad != distilling for weight in weights)
+        for weight in weights:
+            weight.requires_grad_(distilling)
+        if changed or not self._wrapped:
+            self._step.student = wrap_for_ranks(self.student, self._ranks)
+            self._wrapped = True
+        self._step.student.train()

@@ -1,0 +1,117 @@
+"""A student to share: weights without what only training needs, and a card that says what it is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dkdetr.atomic_file import write_text
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.experiment_file import config_hash
+from dkdetr.student.detector import DKDETR
+from dkdetr.student_file import StudentFile, save_student_file
+
+# What a card and a file may say of a run: no path, no host, no command line.
+_TOLD = (
+    "experiment", "cache_fingerprint", "teacher", "teacher_spec", "random_teacher", "train_split",
+    "averaged", "torch", "saw_boxes_of",
+)  # fmt: skip
+_SHOWN_SCORES = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AP50_novel", "AP50_base", "AP50_all")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files that were written."""
+
+    weights: Path
+    card: Path
+
+
+def export_student(
+    path: Path,
+    student: DKDETR,
+    config: ExperimentConfig,
+    vocabulary: Vocabulary,
+    provenance: Mapping[str, Any],
+    *,
+    scores: Path,
+) -> Exported:
+    """Returns the student file and its model card, NAME.safetensors and NAME.md.
+
+    The KD queries stay behind. `dkdetr eval`, `--set student.weights=FILE` and `dkdetr export` read
+    the file.
+
+    Args:
+        path: the file to write.
+        student: in evaluation mode.
+        config: what it was trained with.
+        vocabulary: travels along, so that no CLIP is needed to score.
+        provenance: of the run; what it says of places and machines is left out.
+        scores: the run's folder of evaluations, whose numbers go on the card; need not exist.
+    """
+    tensors = {k: v for k, v in student.state_dict().items() if not k.startswith("kd_")}
+    told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
+    save_student_file(path, StudentFile(tensors, config, vocabulary, told))
+    card = path.with_suffix(".md")
+    num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    write_text(card, _card(path, config, vocabulary, told, num_parameters, _scores_of(scores)))
+    return Exported(path, card)
+
+
+def _card(
+    path: Path,
+    config: ExperimentConfig,
+    vocabulary: Vocabulary,
+    told: Mapping[str, Any],
+    num_parameters: int,
+    scores: Mapping[str, Mapping[str, float]],
+) -> str:
+    base = sum(vocabulary.is_base)
+    lines = [
+        "---",
+        "library_name: dkdetr",
+        "pipeline_tag: object-detection",
+        "tags: [object-detection, open-vocabulary, knowledge-distillation, deformable-detr]",
+        "---",
+        f"# {path.stem}",
+        "",
+        f"A DK-DETR student ({num_parameters / 1e6:.1f} million parameters, boxes) trained by "
+        f"experiment `{config.name}` (settings {config_hash(config)}).",
+        "",
+        f"* Vocabulary: {len(vocabulary)} names, {base} of them base; other names need text "
+        f"embeddings of the same teacher, `{vocabulary.teacher}`.",
+        f"* Input: pictures with their longest side at {config.data.image_size} pixels.",
+        "* Trained on boxes of base categories alone; novel names are found by what the teacher "
+        "knows of them.",
+        *([f"* Weights: running average, decay {config.optim.ema_decay}."]
+          if told.get("averaged") else []),
+        *(["* **The teacher was random: this is a trial, not a detector.**"]
+          if told.get("random_teacher") else []),
+        "",
+        "| made of | |",
+        "|---|---|",
+        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in told.items()),
+        "",
+        "## Scores",
+        "",
+    ]  # fmt: skip
+    for split, numbers in scores.items():
+        shown = ", ".join(f"{k} {100 * numbers[k]:.1f}" for k in _SHOWN_SCORES if k in numbers)
+        lines.append(f"* {split}: {shown}")
+    if not scores:
+        lines.append("None were computed before this file was written.")
+    lines += ["", "## Use", "", "```", f"dkdetr eval {path.name} --split SPLIT", "```", ""]
+    return "\n".join(lines)
+
+
+def _scores_of(folder: Path) -> dict[str, dict[str, float]]:
+    """Returns the numbers of every evaluation of the run, as shares of 1."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("*/metrics.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        found[path.parent.name] = {
+            key: value for key, value in table.items() if isinstance(value, float)
+        }
+    return found

@@ -1,0 +1,66 @@
+"""k micro-batches are k ranks: to 1e-6 against one process and against two gloo ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dkdetr.engine.distributed import Ranks
+from tests.distributed.grouped_steps import weights_after
+from tests.e2e.commands import ROOT
+
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def assert_same(ours, theirs) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_micro_batches_of_one_process_are_its_whole_batch(tmp_path) -> None:
+    """Without dropout and batch relations, the two things that belong to a part by design."""
+    whole, halves, quarters = (
+        weights_after(ALONE, parts, dropout=0.0, relations=("image",), dumps=tmp_path)
+        for parts in (1, 2, 4)
+    )
+    assert_same(whole, halves)
+    assert_same(whole, quarters)
+
+
+def test_the_normalisers_are_the_group_s(tmp_path) -> None:
+    """The comparison above can fail: a batch relation is another number in parts."""
+    whole, halves = (
+        weights_after(ALONE, parts, dropout=0.0, relations=("batch",), dumps=tmp_path)
+        for parts in (1, 2)
+    )
+    with pytest.raises(AssertionError):
+        assert_same(whole, halves)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_are_ranks(tmp_path, parts) -> None:
+    """Dropout and batch relations included; four parts on two ranks exchange once a step."""
+    out = tmp_path / "ranks.safetensors"
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.grouped_steps", str(parts), "0.1", str(out)],
+            cwd=ROOT,
+            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    alone = weights_after(ALONE, parts, dropout=0.1, relations=("image", "batch"), dumps=tmp_path)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert_same(alone, load_file(out))

@@ -1,0 +1,91 @@
+"""Cluster templates: whole, parsed, and the requeue logic run with stand-ins for Slurm."""
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+TEMPLATES = sorted((DOCKER / "slurm").glob("*.sbatch"))
+
+
+def test_the_image_has_its_three_targets() -> None:
+    text = (DOCKER / "Dockerfile").read_text()
+    assert re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE) == ["base", "cpu", "cuda", "v100"]
+    copied = re.findall(r"^COPY ([\w.]+)", text, re.MULTILINE)
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_compose_runs_a_scheduler_workers_and_the_stage() -> None:
+    described = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    services = described["services"]
+    assert set(services) == {"scheduler", "worker", "cache-teacher"}
+    assert not any("ports" in each for each in services.values()), "no port leaves the network"
+    assert services["cache-teacher"]["command"][0] == "cache-teacher"
+    assert services["worker"]["command"][0] == "tcp://scheduler:8786"
+    assert all((DOCKER / each["build"]["context"] / each["build"]["dockerfile"]).is_file()
+               for each in services.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_valid_bash_and_asks_for_the_warning(template) -> None:
+    subprocess.run(["bash", "-n", str(template)], check=True)
+    text = template.read_text()
+    assert re.search(r"^#SBATCH --signal=B:TERM@\d+$", text, re.MULTILINE)
+    assert "#SBATCH --requeue" in text
+    # Slurm reads its lines only before the first command.
+    assert text.rindex("#SBATCH") < text.index("set -uo")
+
+
+def stand_ins(folder: Path, body: str) -> dict[str, str]:
+    """Writes commands of a cluster that do as they are told; returns the environment."""
+    scripts = {
+        "scontrol": 'echo "$@" >> scontrol.log; [ "$1" = show ] && echo node1 || true',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift; exec "$@"',
+        "torchrun": f'echo "$@" > words.log; {body}',
+        "dkdetr": f'echo "$@" > words.log; {body}',
+    }
+    for name, script in scripts.items():
+        path = folder / name
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    slurm = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    return os.environ | slurm | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def requeued(folder: Path) -> bool:
+    log = folder / "scontrol.log"
+    return log.is_file() and "requeue 5" in log.read_text()
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (8, False)])
+def test_only_a_stopped_job_is_requeued(tmp_path, template, code, again) -> None:
+    done = subprocess.run(
+        [str(template), "--run", "runs/a b"], cwd=tmp_path, check=False,
+        env=stand_ins(tmp_path, f"exit {code}"),
+    )  # fmt: skip
+    assert requeued(tmp_path) == again
+    assert done.returncode == (0 if again else code)
+    assert "--run runs/a b" in (tmp_path / "words.log").read_text()
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_warned_job_saves_and_is_requeued(tmp_path, template) -> None:
+    """torchrun ends with another code than its ranks: the warning itself decides there."""
+    code = 1 if template.stem == "train" else 75
+    body = f"trap 'touch saved; exit {code}' TERM; touch begun; while :; do sleep 0.05; done"
+    job = subprocess.Popen([str(template)], cwd=tmp_path, env=stand_ins(tmp_path, body))
+    while not (tmp_path / "begun").is_file():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 0
+    assert (tmp_path / "saved").is_file()
+    assert requeued(tmp_path)

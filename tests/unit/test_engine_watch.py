@@ -1,0 +1,97 @@
+"""What one sees of a run, and that looking changes nothing."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.profiling import WARMUP_STEPS
+from dkdetr.engine.smoke import smoke
+from dkdetr.engine.train import Watch, train
+from dkdetr.errors import UsageError
+from tests.training_world import checkpoint_of, difference, make_world, settings
+
+CONFIG = settings(optim={"epochs": 7})  # 21 steps: one line of the diary
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    world = make_world(tmp_path_factory.mktemp("world"))
+    train(world.request("plain", CONFIG))
+    return world
+
+
+def test_the_diary_has_rates_memory_losses_by_part_and_the_time_left(world) -> None:
+    first, last = read_metrics(world.root / "runs" / "plain" / "metrics.jsonl")
+    wanted = {"class", "bbox", "giou", "skd", "rkd_image", "rkd_batch", "grad_norm",
+              "kd_regions_per_image", "kd_margin", "kd_anchor_giou", "learning_rate",
+              "images_per_s", "step_s", "data_wait", "memory_gib", "eta_s", "epoch"}  # fmt: skip
+    assert wanted <= first.keys()
+    assert (first["iteration"], last["iteration"]) == (20, 21)
+    assert last["eta_s"] == 0.0
+    assert first["eta_s"] == pytest.approx(first["step_s"], abs=0.06)
+
+
+def test_pictures_are_drawn_and_change_nothing(world) -> None:
+    train(world.request("drawn", CONFIG, watch=Watch(pictures_every=7)))
+    assert difference(checkpoint_of(world, "plain"), checkpoint_of(world, "drawn")) == ""
+    pictures = sorted((world.root / "runs" / "drawn" / "pictures").glob("*.png"))
+    assert len(pictures) == 3 * 4
+    drawn = np.asarray(Image.open(pictures[-1]).convert("RGB")).reshape(-1, 3)
+    colours = set(map(tuple, drawn.tolist()))
+    assert {(0, 192, 64), (255, 48, 48), (48, 128, 255)} <= colours  # object, detection, region
+
+
+def test_tensorboard_gets_the_diary_s_numbers(world) -> None:
+    train(world.request("board", CONFIG, watch=Watch(trackers=("tensorboard",))))
+    events = EventAccumulator(str(world.root / "runs" / "board" / "tensorboard")).Reload()
+    first = read_metrics(world.root / "runs" / "board" / "metrics.jsonl")[0]
+    assert events.Scalars("skd")[0].value == pytest.approx(first["skd"], rel=1e-5)
+    assert [event.step for event in events.Scalars("total")] == [20, 21]
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_first_step(world) -> None:
+    with pytest.raises(UsageError, match="pip install trackio"):
+        train(world.request("tracked", CONFIG, watch=Watch(trackers=("trackio",))))
+    assert not (world.root / "runs" / "tracked" / "checkpoints").exists()
+
+
+def test_a_tracker_that_is_installed_is_told_everything(world, monkeypatch) -> None:
+    told = []
+    library = types.ModuleType("wandb")
+    library.init = lambda **words: told.append(words["name"])
+    library.log = lambda values: told.append(values["iteration"])
+    library.finish = lambda: told.append("finished")
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    train(world.request("wand", CONFIG, watch=Watch(trackers=("wandb",))))
+    assert told == ["wand", 20, 21, "finished"]
+
+
+def test_a_profile_leaves_trace_and_table_and_ends(world, capsys) -> None:
+    summary = train(world.request("profiled", CONFIG, watch=Watch(profile_steps=2)))
+    assert summary.iterations == WARMUP_STEPS + 2
+    folder = world.root / "runs" / "profiled" / "profile"
+    assert (folder / "trace.json").stat().st_size > 10_000
+    assert "aten::" in (folder / "table.txt").read_text()
+    assert "Self CPU" in capsys.readouterr().out
+
+
+def test_smoke_goes_through_every_phase_and_leaves_nothing(world, capsys) -> None:
+    summary = smoke(world.request("smoked", CONFIG))
+    assert summary.iterations == 4
+    assert {"skd", "rkd_batch"} <= summary.last_losses.keys()
+    assert not list((world.root / "runs").glob("smoked*"))
+    assert "resumed" in capsys.readouterr().err
+
+
+def test_deterministic_is_switched_on(world) -> None:
+    try:
+        train(world.request("exact", CONFIG, deterministic=True, until_iteration=2))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

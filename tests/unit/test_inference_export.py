@@ -1,0 +1,73 @@
+"""A shared student: the same outputs, no KD part, nothing of the machine, and a card."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from dkdetr.engine.subject import load_subject
+from dkdetr.engine.train import train
+from dkdetr.errors import UsageError
+from dkdetr.inference.export import export_student
+from tests.tiny_student import image_batch
+from tests.training_world import make_world, settings
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    world = make_world(tmp_path_factory.mktemp("world"))
+    train(world.request("shared", settings(optim={"epochs": 3})))
+    run = world.root / "runs" / "shared"
+    scores = run / "eval" / "someset_val"
+    scores.mkdir(parents=True)
+    (scores / "metrics.json").write_text(json.dumps({"AP": 0.1234, "APr": 0.2, "protocol": "x"}))
+    subject = load_subject(run, averaged=True)
+    written = export_student(
+        world.root / "out" / "shared.safetensors",
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        {**subject.provenance, "train_split": "someset_train", "averaged": True},
+        scores=run / "eval",
+    )
+    return world, subject, written
+
+
+def test_the_file_scores_as_the_run(exported) -> None:
+    _, subject, written = exported
+    again = load_subject(written.weights)
+    text = torch.from_numpy(subject.vocabulary.embeddings.copy())
+    images = image_batch(padded_hw=(96, 96))
+    with torch.no_grad():
+        wanted, found = (each.student(images, text) for each in (subject, again))
+    assert torch.equal(found.logits, wanted.logits)
+    assert again.vocabulary.hash == subject.vocabulary.hash
+    assert again.train_split == "someset_train"
+
+
+def test_it_holds_the_student_alone(exported) -> None:
+    world, _, written = exported
+    with safe_open(written.weights, framework="pt") as file:
+        assert not [name for name in file.keys() if name.startswith("kd_")]  # noqa: SIM118
+        header = json.dumps(file.metadata())
+    assert str(world.root) not in header
+    assert "command" not in json.loads(json.loads(header)["provenance"])
+
+
+def test_the_card_says_what_it_is(exported) -> None:
+    world, _, written = exported
+    card = written.card.read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "dkdetr"
+    assert "AP 12.3, APr 20.0" in card
+    assert "running average" in card
+    assert "65 names" in card
+    assert str(world.root) not in card
+
+
+def test_a_student_file_has_no_average(exported) -> None:
+    _, _, written = exported
+    with pytest.raises(UsageError, match="--ema"):
+        load_subject(written.weights, averaged=True)

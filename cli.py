@@ -420,8 +420,11 @@ def eval_command(
         Path | None, typer.Option(help="Score this results json instead of a run")
     ] = None,
     evaluator: Annotated[str, typer.Option(help="fast, or official (lvis, pycocotools)")] = "fast",
+    clean_names: Annotated[
+        bool, typer.Option("--clean-names", help="Objects365, VOC: names put right, not verbatim")
+    ] = False,
     agreement: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Measure the run's agreement with the teacher on this cache instead"),
     ] = None,
     data_root: DataRoot = Path("data"),
@@ -429,7 +432,10 @@ def eval_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Score a run, or anybody's results json, by the split's protocol."""
+    """Score a run, or anybody's results json, by the split's protocol.
+
+    Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr eval ...
+    """
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
     if agreement is not None:
@@ -442,11 +448,14 @@ def eval_command(
         data_root,
         device,
         _one_of("--evaluator", evaluator, ("fast", "official")),
+        clean_names=clean_names,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
     else:
         scored = evaluate_run(request, _build_vocabulary)
+    if scored is None:  # one of several ranks, and not the first
+        return
     _say(f"{scored.subject} on {scored.split}, {scored.evaluation.seconds:.0f} s")
     if json_out != "-":
         scored.print_table()
@@ -454,14 +463,15 @@ def eval_command(
 
 
 def _measure_agreement(
-    run: Path | None, cache: Path, data_root: Path, device: str, json_out: str | None
+    run: Path | None, cache: str, data_root: Path, device: str, json_out: str | None
 ) -> None:
+    from cache.location import cache_path
     from dkdetr.engine.run_agreement import measure_run_agreement
     from dkdetr.errors import UsageError
 
     if run is None:
         raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
-    measured = measure_run_agreement(run, cache, data_root, device)
+    measured = measure_run_agreement(run, cache_path(cache), data_root, device)
     _tell([line for each in measured for line in each.lines()], json_out)
     _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
@@ -539,7 +549,7 @@ def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> A
 
 @_command(app, "ablate")
 def ablate_command(
-    cache: Annotated[Path, typer.Option(help="A sealed teacher cache, shared by all rows")],
+    cache: Annotated[str, typer.Option(help="A sealed cache, shared by all rows")],
     table: Annotated[str, typer.Option(help="5, 6, 7, neighbors, alignment or controls")],
     experiment: Annotated[
         str | None, typer.Option(help="What rows take away from; default: by the cache's split")
@@ -559,11 +569,12 @@ def ablate_command(
     verbose: Verbose = False,
 ) -> None:
     """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
+    from cache.location import cache_path
     from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
     chosen = tuple(name for name in (rows or "").split(",") if name)
     request = AblateRequest(
-        cache=cache,
+        cache=cache_path(cache),
         table=table,
         experiment=experiment,
         overrides=overrides or (),
@@ -677,7 +688,7 @@ def data_list(
     data_root: DataRoot = Path("data"), json_out: Json = None, verbose: Verbose = False
 ) -> None:
     """List the splits by name and whether their files are there."""
-    from dkdetr.data.splits import list_splits
+    from dkdetr.data.split_sources import list_splits
 
     found = list_splits(data_root)
     _tell([f"{name:26s} {problem or 'there'}" for name, problem in found.items()], json_out)
@@ -691,30 +702,34 @@ def data_check(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Read a split, check its records and files, and print its numbers."""
-    from dataclasses import asdict
+    """Read a split, check its records and files, and print its numbers and every fault."""
+    from dkdetr.data.check import check_split
 
-    from dkdetr.data.check import summarise_split
-    from dkdetr.data.splits import load_split
-
-    summary = summarise_split(load_split(split, data_root))
-    _tell(summary.lines(), json_out)
-    _report(asdict(summary), json_out)
+    report = check_split(split, data_root)
+    _tell(report.lines(), json_out)
+    _report(report.as_json(), json_out)
+    report.raise_problems()
 
 
 @_command(data_app, "prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="pictograms")],
+    name: Annotated[str, typer.Argument(help="pictograms, lvis or ovcoco")],
     size: Annotated[str, typer.Option(help="tiny, small or full")] = "tiny",
     protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
     seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
     data_root: DataRoot = Path("data"),
     verbose: Verbose = False,
 ) -> None:
-    """Make the embedded data set (needs the extra [demo])."""
+    """Make the embedded data set (needs [demo]), or the derived files of lvis or ovcoco."""
+    if name != "pictograms":
+        from dkdetr.data.prepare import PREPARED, prepare_derived
+
+        _one_of("data prepare", name, ("pictograms", *PREPARED))
+        for file in prepare_derived(name, data_root, _say):
+            _say(str(file))
+        return
     from pipeline.pictograms.dataset import prepare_pictograms
 
-    _one_of("data prepare", name, ("pictograms",))
     folder = prepare_pictograms(data_root, size=size, protocol=protocol, seed=seed)
     _say(f"ready: {folder}")
 

@@ -168,7 +168,7 @@ def _train_and_score(request: TrainRequest) -> Scored:
     with (request.run / "log.txt").open("a", encoding="utf-8") as log:
         sys.stderr = log
         train(request)
-        return evaluate_run(
+        scored = evaluate_run(
             EvalRequest(
                 run=request.run,
                 split=f"{_SPLIT}_val",
@@ -177,6 +177,8 @@ def _train_and_score(request: TrainRequest) -> Scored:
                 device=request.device,
             )
         )
+        assert scored is not None, "one process is the first rank"
+        return scored
 
 
 def _stop_with_parent(parent: int) -> None:

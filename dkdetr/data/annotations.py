@@ -1,11 +1,5 @@
-"""COCO and LVIS annotation files, read whole, checked, and kept as a few NumPy arrays.
+"""COCO and LVIS annotation files, read whole, checked, and kept as a few NumPy arrays."""
 
-Only boxes are read: polygons are cut out of the text before it is parsed, which spares the
-1.1 GB LVIS file most of its memory. `segmentations` reads them where masks are wanted.
-"""
-
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,15 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 from jaxtyping import Bool, Float, Int
 
+from dkdetr.data.annotation_file import Records, parse_annotation_file, records_of
+from dkdetr.data.problems import Problems
 from dkdetr.errors import DataError
 
-_POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]0-9eE+\-.,\s]*\]')
 _SHOWN = 20
-
-Records = list[dict[str, Any]]
+_LONGEST_ID = 2**63
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,9 @@ class Annotations:
     notes: tuple[str, ...]
 
 
-def read_annotations(path: Path, *, style: Literal["coco", "lvis"]) -> Annotations:
+def read_annotations(
+    path: Path, *, style: Literal["coco", "lvis"], problems: Problems | None = None
+) -> Annotations:
     """Returns the checked content of a COCO or LVIS annotation file.
 
     Images are sorted by id and each image's boxes keep the file's order. Boxes that stick out of
@@ -127,116 +122,105 @@ def read_annotations(path: Path, *, style: Literal["coco", "lvis"]) -> Annotatio
     left out; both are counted in `notes`. In the `lvis` style an image's path comes from the last
     two components of its `coco_url` if it has one, and the federated lists are required.
 
+    Args:
+        path: the file.
+        style: whose form it has.
+        problems: takes up bad records, which are then left out; without it they are an error.
+
     Raises:
         DataError: the file is missing, no JSON, or holds records that cannot be meant: duplicate
             ids, unknown image or category, negative or non-finite box, box outside its image. The
-            message names the first 20 of them and their number.
+            message names the first 20 of each kind and their number.
     """
-    document = _parse(path)
-    tables = {key: _records(document, key, path) for key in ("images", "categories", "annotations")}
-    where = str(path)
-    image_records, category_records = tables["images"], tables["categories"]
-    image_ids = _ids(image_records, "images", where)
-    category_ids = _ids(category_records, "categories", where)
-    for record in category_records:
-        if not isinstance(record.get("name"), str) or not record["name"].strip():
-            raise DataError(f"{where}: category {record['id']} has no name")
-    order = np.argsort(image_ids, kind="stable")
-    images = _images([image_records[i] for i in order], style, where)
-    boxes, notes = _boxes(tables["annotations"], images, image_ids[order], category_ids, where)
-    by_id = sorted(category_records, key=lambda record: record["id"])
-    return Annotations(images, tuple(by_id), boxes, notes)
+    found = Problems(str(path)) if problems is None else problems
+    document = parse_annotation_file(path)
+    categories = _categories(records_of(document, "categories", found), found)
+    images, bad_image_ids = _images(records_of(document, "images", found), style, found)
+    annotations = records_of(document, "annotations", found)
+    if problems is None and found.found and not (images and categories):
+        found.raise_if_any()
+    if not images or not categories:
+        raise DataError(f"{path}: {'; '.join(map(str, found.found))}: nothing is left to read")
+    category_ids = np.array([record["id"] for record in categories], dtype=np.int64)
+    boxes, notes = _boxes(annotations, images, bad_image_ids, category_ids, found)
+    if problems is None:
+        found.raise_if_any()
+    return Annotations(images, tuple(categories), boxes, notes)
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"no annotation file {path}") from None
-    except OSError as error:
-        raise DataError(f"cannot read the annotation file {path}: {error.strerror}") from None
-    text = _POLYGONS.sub(b'"segmentation":null', text)
-    try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        document = _parse_not_a_number(text, path, error)
-    if not isinstance(document, dict):
-        raise DataError(f"{path}: an annotation file is a JSON object, this is none")
-    return document
+def _categories(records: Records, problems: Problems) -> Records:
+    good = _good_ids(records, "/categories", problems)
+    names = [record.get("name") for record in records]
+    bad = [i for i in good if not isinstance(names[i], str) or not str(names[i]).strip()]
+    problems.refuse(bad, records, "/categories", "no name")
+    return sorted((records[i] for i in sorted({*good} - {*bad})), key=lambda record: record["id"])
 
 
-def _parse_not_a_number(text: bytes, path: Path, error: orjson.JSONDecodeError) -> Any:
-    # Python writes NaN and Infinity, which are no JSON. Read them, so that their boxes get named.
-    try:
-        if b"NaN" in text or b"Infinity" in text:
-            return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    raise DataError(f"{path} is not JSON: {error}") from None
+def _good_ids(records: Records, table: str, problems: Problems) -> list[int]:
+    """Returns the places of records with an id that no earlier one has."""
+    good = _whole_numbers(records, "id", table, problems)
+    ids = np.array([records[i]["id"] for i in good], dtype=np.int64)
+    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    if len(first) == len(good):
+        return good
+    twice = [good[i] for i in first[counts > 1].tolist()]
+    problems.refuse(twice, records, table, "the id occurs more than once")
+    return [good[i] for i in np.sort(first).tolist()]
 
 
-def _records(document: dict[str, Any], key: str, path: Path) -> Records:
-    records = document.get(key)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: no list '{key}'; is this a COCO or LVIS annotation file?")
-    bad = [i for i, record in enumerate(records) if not isinstance(record, dict)]
-    _refuse(bad, records, str(path), f"/{key}", "not an object")
-    if not records and key != "annotations":
-        raise DataError(f"{path}: the list '{key}' is empty")
-    return records
-
-
-def _refuse(bad: Sequence[int], records: Sequence[Any], where: str, list_at: str, why: str) -> None:
-    """Raises DataError if there are bad records, naming the first 20 and how many there are."""
-    if not len(bad):
-        return
-    names: list[str] = []
-    for index in bad[:_SHOWN]:
-        record = records[index]
-        known = record.get("id") if isinstance(record, dict) else None
-        names.append(f"id {known}" if type(known) is int else f"{list_at}/{index}")
-    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    plural = "records" if len(bad) > 1 else "record"
-    raise DataError(
-        f"{where}: {len(bad)} {plural} of {list_at}: {why}: {', '.join(names)}{more}; "
-        "training or scoring on them would be wrong, so mend the file"
-    )
-
-
-def _integers(records: Records, key: str, list_at: str, where: str) -> Int[np.ndarray, "n"]:
+def _whole_numbers(
+    records: Records, key: str, table: str, problems: Problems, least: int = -_LONGEST_ID
+) -> list[int]:
+    """Returns the places of records whose value is a whole number from `least` to 64 bits."""
     values = [record.get(key) for record in records]
+    bad: list[int] = []
     if set(map(type, values)) - {int}:
         bad = [i for i, value in enumerate(values) if type(value) is not int]
-        _refuse(bad, records, where, list_at, f"'{key}' is missing or not a whole number")
-    limit = 2**63
-    bad = [i for i, value in enumerate(values) if not -limit <= value < limit]  # type: ignore[operator]
-    _refuse(bad, records, where, list_at, f"'{key}' is beyond 64 bits")
-    return np.array(values, dtype=np.int64)
+        why = f"'{key}' is missing or not a whole number"
+        problems.refuse(bad, records, table, why)
+    strange = set(bad)
+    within = [value for value in values if type(value) is int]
+    if within and not (min(within) >= least and max(within) < _LONGEST_ID):
+        outside = [
+            i
+            for i, value in enumerate(values)
+            if i not in strange and not least <= value < _LONGEST_ID  # type: ignore[operator]
+        ]
+        why = f"'{key}' is beyond 64 bits" if least < 0 else f"'{key}' below {least} or too large"
+        problems.refuse(outside, records, table, why)
+        strange |= set(outside)
+    return [i for i in range(len(records)) if i not in strange]
 
 
-def _ids(records: Records, key: str, where: str) -> Int[np.ndarray, "n"]:
-    ids = _integers(records, "id", f"/{key}", where)
-    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    _refuse(first[counts > 1].tolist(), records, where, f"/{key}", "the id occurs more than once")
-    return ids
-
-
-def _images(records: Records, style: str, where: str) -> tuple[ImageInfo, ...]:
+def _images(
+    records: Records, style: str, problems: Problems
+) -> tuple[tuple[ImageInfo, ...], frozenset[int]]:
+    """Returns the images in the order of their ids, and the ids of those left out."""
+    table = "/images"
+    with_id = _good_ids(records, table, problems)
+    good = set(with_id)
     for key in ("height", "width"):
-        sizes = _integers(records, key, "/images", where)
-        _refuse(np.flatnonzero(sizes < 1).tolist(), records, where, "/images", f"'{key}' below 1")
+        good &= set(_whole_numbers(records, key, table, problems, least=1))
     names = [_file_name(record, style) for record in records]
     bad = [i for i, name in enumerate(names) if not name]
     wanted = "'coco_url' or 'file_name'" if style == "lvis" else "'file_name'"
-    _refuse(bad, records, where, "/images", f"no {wanted}")
+    problems.refuse(bad, records, table, f"no {wanted}")
+    good -= set(bad)
     lists = [((), ())] * len(records)
     if style == "lvis":
         keys = ("neg_category_ids", "not_exhaustive_category_ids")
-        lists = list(zip(*(_id_lists(records, key, where) for key in keys), strict=True))
-    return tuple(
-        ImageInfo(record["id"], name, record["height"], record["width"], *federated)
-        for record, name, federated in zip(records, names, lists, strict=True)
-    )
+        for key in keys:
+            good -= set(_bad_id_lists(records, key, problems))
+        lists = [
+            tuple(tuple(record[key]) for key in keys) if i in good else ((), ())
+            for i, record in enumerate(records)
+        ]
+    images = [
+        ImageInfo(records[i]["id"], names[i], records[i]["height"], records[i]["width"], *lists[i])
+        for i in good
+    ]
+    left_out = frozenset(records[i]["id"] for i in set(with_id) - good)
+    return tuple(sorted(images, key=lambda image: image.image_id)), left_out
 
 
 def _file_name(record: dict[str, Any], style: str) -> str:
@@ -247,7 +231,7 @@ def _file_name(record: dict[str, Any], style: str) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _id_lists(records: Records, key: str, where: str) -> list[tuple[int, ...]]:
+def _bad_id_lists(records: Records, key: str, problems: Problems) -> list[int]:
     lists = [record.get(key) for record in records]
     bad = [
         i
@@ -255,69 +239,105 @@ def _id_lists(records: Records, key: str, where: str) -> list[tuple[int, ...]]:
         if not isinstance(ids, list) or any(type(category) is not int for category in ids)
     ]
     why = f"LVIS's list '{key}' is missing or holds something else than category ids"
-    _refuse(bad, records, where, "/images", why)
-    return [tuple(ids) for ids in lists if ids is not None]
+    problems.refuse(bad, records, "/images", why)
+    return bad
 
 
 def _boxes(
-    records: Records, images: Sequence[ImageInfo], image_ids: Int[np.ndarray, "num_images"],
-    category_ids: Int[np.ndarray, "num_categories"], where: str,
+    all_records: Records, images: Sequence[ImageInfo], bad_image_ids: frozenset[int],
+    category_ids: Int[np.ndarray, "num_categories"], problems: Problems,
 ) -> tuple[BoxTable, tuple[str, ...]]:  # fmt: skip
     at = "/annotations"
-    if "id" in (records[0] if records else {}):
-        _ids(records, "annotations", where)
-    image_of = _integers(records, "image_id", at, where)
-    category_of = _integers(records, "category_id", at, where)
-    unknown = ~np.isin(category_of, category_ids)
-    _refuse(np.flatnonzero(unknown).tolist(), records, where, at, "unknown category_id")
-    place = np.searchsorted(image_ids, image_of).clip(max=len(image_ids) - 1)
-    unknown = image_ids[place] != image_of
-    _refuse(np.flatnonzero(unknown).tolist(), records, where, at, "unknown image_id")
-    xywh = _xywh(records, where)
-    _refuse(
-        np.flatnonzero(~np.isfinite(xywh).all(axis=1)).tolist(),
-        records, where, at, "'bbox' is not finite",
-    )  # fmt: skip
-    negative = (xywh[:, 2:] < 0).any(axis=1)
-    _refuse(np.flatnonzero(negative).tolist(), records, where, at, "negative width or height")
+    has_ids = "id" in (all_records[0] if all_records else {})
+    rows = _readable(all_records, has_ids, problems)
+    records = all_records if len(rows) == len(all_records) else [all_records[i] for i in rows]
+    image_of = np.array([record["image_id"] for record in records], dtype=np.int64)
+    category_of = np.array([record["category_id"] for record in records], dtype=np.int64)
+    xywh = _xywh(records, problems.where)
+    crowd = np.array([record.get("iscrowd", 0) for record in records], dtype=bool)
+    # Boxes of images that are left out themselves go with them, unsaid.
+    good = ~np.isin(image_of, sorted(bad_image_ids))
 
+    def refuse(bad: Any, why: str) -> None:
+        nonlocal good
+        problems.refuse([rows[i] for i in np.flatnonzero(bad & good)], all_records, at, why)
+        good = good & ~bad
+
+    image_ids = np.array([image.image_id for image in images], dtype=np.int64)
+    place = np.searchsorted(image_ids, image_of).clip(max=len(image_ids) - 1)
+    refuse(~np.isin(category_of, category_ids), "unknown category_id")
+    refuse(image_ids[place] != image_of, "unknown image_id")
+    refuse(~np.isfinite(xywh).all(axis=1), "'bbox' is not finite")
+    xywh = np.where(good[:, None], xywh, 1.0)
+    refuse((xywh[:, 2:] < 0).any(axis=1), "negative width or height")
     sizes = np.array([(image.width, image.height) for image in images], dtype=np.float64)
     limits = np.concatenate((sizes, sizes), axis=1)[place].reshape(-1, 4)
     xyxy = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
     cut = np.clip(xyxy, 0, limits)
     empty = (xywh[:, 2:] == 0).any(axis=1)
-    outside = ~empty & (cut[:, 2:] <= cut[:, :2]).any(axis=1)
-    _refuse(np.flatnonzero(outside).tolist(), records, where, at, "box outside its image")
-    num_cut = int((np.abs(cut - xyxy).max(axis=1, initial=0) > 1).sum())
-    crowd = [record.get("iscrowd", 0) for record in records]
-    bad = [i for i, value in enumerate(crowd) if value not in (0, 1)]
-    _refuse(bad, records, where, at, "'iscrowd' is neither 0 nor 1")
+    refuse(~empty & (cut[:, 2:] <= cut[:, :2]).any(axis=1), "box outside its image")
+    is_cut = good & (np.abs(cut - xyxy).max(axis=1, initial=0) > 1)
 
     # Rounding to float32 may empty a sliver of a box; it goes the way of the empty ones.
     small = cut.astype(np.float32)
-    empty |= (small[:, 2:] <= small[:, :2]).any(axis=1)
+    empty = good & (empty | (small[:, 2:] <= small[:, :2]).any(axis=1))
     order = np.argsort(place, kind="stable")
-    order = order[~empty[order]]
+    order = order[(good & ~empty)[order]]
     counts = np.bincount(place[order], minlength=len(images))
     table = BoxTable(
         offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         boxes_xyxy=small[order],
         category_ids=category_of[order],
-        is_crowd=np.array(crowd, dtype=bool)[order],
-        file_rows=order,
+        is_crowd=crowd[order],
+        file_rows=np.array(rows, dtype=np.int64)[order],
     )
     notes = (
-        (int(empty.sum()), "boxes without width or height left out"),
-        (num_cut, "boxes stood out of their image by more than a pixel and were cut at its border"),
+        (empty, "boxes without width or height left out"),
+        (is_cut, "boxes stood out of their image by more than a pixel and were cut at its border"),
     )
-    return table, tuple(f"{count} {what}" for count, what in notes if count)
+    return table, tuple(_note(mask, what, records, has_ids) for mask, what in notes if mask.any())
 
 
 def _xywh(records: Records, where: str) -> Float[np.ndarray, "n 4"]:
+    numbers = chain.from_iterable(record["bbox"] for record in records)
+    try:
+        return np.fromiter(numbers, np.float64, 4 * len(records)).reshape(-1, 4)
+    except OverflowError:
+        raise DataError(f"{where}: a 'bbox' holds a number of more than 300 digits") from None
+
+
+def _note(mask: Bool[np.ndarray, "n"], what: str, records: Records, has_ids: bool) -> str:
+    places = np.flatnonzero(mask).tolist()
+    if not has_ids:
+        return f"{len(places)} {what}"
+    shown = ", ".join(str(records[i]["id"]) for i in places[:_SHOWN])
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return f"{len(places)} {what} (annotation ids {shown}{more})"
+
+
+def _readable(records: Records, has_ids: bool, problems: Problems) -> list[int]:
+    """Returns the places of annotations whose values are of the right kinds."""
+    table = "/annotations"
+    good = [_good_ids(records, table, problems)] if has_ids else []
+    good += [_whole_numbers(records, key, table, problems) for key in ("image_id", "category_id")]
+    bad = _bad_boxes(records)
+    problems.refuse(bad, records, table, "'bbox' is not a list of four numbers")
+    crowd = [record.get("iscrowd", 0) for record in records]
+    strange = [i for i, value in enumerate(crowd) if value not in (0, 1)]
+    problems.refuse(strange, records, table, "'iscrowd' is neither 0 nor 1")
+    if all(len(each) == len(records) for each in good) and not bad and not strange:
+        return [*range(len(records))]
+    return sorted(set(good[0]).intersection(*good[1:]) - {*bad, *strange})
+
+
+def _bad_boxes(records: Records) -> list[int]:
     boxes = [record.get("bbox") for record in records]
     bad = [i for i, box in enumerate(boxes) if type(box) is not list or len(box) != 4]
-    if not bad and set(map(type, chain.from_iterable(boxes))) - {int, float}:  # type: ignore[arg-type]
-        numbers = {int, float}
-        bad = [i for i, box in enumerate(boxes) if set(map(type, box)) - numbers]  # type: ignore[arg-type]
-    _refuse(bad, records, where, "/annotations", "'bbox' is not a list of four numbers")
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    numbers = {int, float}
+    if not bad and not set(map(type, chain.from_iterable(boxes))) - numbers:  # type: ignore[arg-type]
+        return []
+    return [
+        i
+        for i, box in enumerate(boxes)
+        if type(box) is not list or len(box) != 4 or set(map(type, box)) - numbers
+    ]

@@ -1,10 +1,18 @@
-"""What a split holds, in numbers."""
+"""What a split holds, in numbers, and everything that is wrong with it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dkdetr.data.splits import Split
+from dkdetr.data.annotations import ImageInfo
+from dkdetr.data.image_files import check_file_name
+from dkdetr.data.problems import Problem, Problems
+from dkdetr.data.splits import Split, load_split
+from dkdetr.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,20 @@ class SplitSummary:
     groups: tuple[GroupCount, ...]
     notes: tuple[str, ...]
 
+    @property
+    def num_base_categories(self) -> int:
+        """Categories that one may train on: 866 in LVIS v1."""
+        return sum(each.num_categories for each in self.groups if each.group not in ("r", "novel"))
+
     def lines(self) -> list[str]:
         """Returns the numbers as a person reads them."""
         use = "for training" if self.is_train else "for scoring"
+        total = sum(each.num_categories for each in self.groups)
+        base = self.num_base_categories
         text = [
             f"{self.name}: {self.protocol} protocol, {use}, {self.num_images:,} images, "
-            f"{self.num_trainable_images:,} with a base box, {self.num_crowds:,} crowd boxes"
+            f"{self.num_trainable_images:,} with a base box, {self.num_crowds:,} crowd boxes",
+            f"{base:,} base and {total - base:,} novel categories, {total:,} in all",
         ]
         text += [
             f"{each.group:6s} {each.num_categories:,} categories, "
@@ -48,13 +64,66 @@ class SplitSummary:
         return text + [f"note: {note}" for note in self.notes]
 
 
-def summarise_split(split: Split) -> SplitSummary:
-    """Returns the counts of a split, after making sure that every image file is there.
+@dataclass(frozen=True)
+class SplitReport:
+    """What `data check` found: numbers of what could be read, errors, and mere oddities.
+
+    `summary` is None where too little could be read.
+    """
+
+    name: str
+    summary: SplitSummary | None
+    errors: tuple[Problem, ...]
+    oddities: tuple[Problem, ...]
+
+    def lines(self) -> list[str]:
+        """Returns the report as a person reads it."""
+        text = [] if self.summary is None else self.summary.lines()
+        text += [f"odd: {each}" for each in self.oddities]
+        return text + [f"error: {each}" for each in self.errors]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the report as plain values."""
+        table = {} if self.summary is None else asdict(self.summary)
+        return table | {
+            "name": self.name,
+            "errors": [asdict(each) for each in self.errors],
+            "oddities": [asdict(each) for each in self.oddities],
+        }
+
+    def raise_problems(self) -> None:
+        """Raises DataError if the split cannot be used as it is."""
+        if self.errors:
+            total = sum(each.total for each in self.errors)
+            raise DataError(
+                f"{self.name}: {total:,} faults of {len(self.errors)} kinds, named above: neither "
+                "training nor scoring will read it"
+            )
+
+
+def check_split(name: str, data_root: Path) -> SplitReport:
+    """Returns everything that is wrong with a split, and the numbers of what is not.
 
     Raises:
-        DataError: image files are missing.
+        UsageError: there is no such split.
+        DataError: there is no such file.
     """
-    split.require_images()
+    problems = Problems(name)
+    try:
+        split = load_split(name, data_root, problems)
+    except DataError as error:
+        if not problems.found:
+            raise
+        problems.add("the split", str(error), [name])
+        return SplitReport(name, None, tuple(problems.found), ())
+    _check_files(split, problems)
+    odd = Problems(name)
+    _note_oddities(split, odd)
+    return SplitReport(name, count_split(split), tuple(problems.found), tuple(odd.found))
+
+
+def count_split(split: Split) -> SplitSummary:
+    """Returns the counts of a split."""
     crowd = split.box_table.is_crowd
     group_of = {
         each.category_id: each.frequency or ("base" if each.is_base else "novel")
@@ -78,3 +147,66 @@ def summarise_split(split: Split) -> SplitSummary:
         groups=tuple(groups),
         notes=split.notes,
     )
+
+
+def _check_files(split: Split, problems: Problems) -> None:
+    refused: list[str] = []
+    for image in split.images:
+        try:
+            check_file_name(image.file_name)
+        except DataError:
+            refused.append(f"{image.file_name[:100]!r} (id {image.image_id})")
+    problems.add("/images", "file_name leads out of the image folder", refused)
+    if refused:
+        return
+    missing = split.missing_images()
+    if missing:
+        roots = dict.fromkeys(str(root) for root, _ in split.folder.places(missing[0].file_name))
+        problems.add(
+            "image files", f"missing (looked for under {', '.join(roots)})", _named(missing)
+        )
+    gone = {image.image_id for image in missing}
+    outside: list[ImageInfo] = []
+    for image in split.images:
+        if image.image_id not in gone:
+            try:
+                split.image_path(image)
+            except DataError:
+                outside.append(image)
+    problems.add("image files", "reached through a link that leaves the folder", _named(outside))
+
+
+def _note_oddities(split: Split, odd: Problems) -> None:
+    """Notes what can be meant but rarely is; nothing of it stops anyone."""
+    files = Counter(image.file_name for image in split.images)
+    odd.add("/images", "file_name shared by images", [f for f, n in files.items() if n > 1])
+    plain: dict[str, list[str]] = {}
+    for each in split.categories:
+        plain.setdefault(" ".join(each.name.lower().split()), []).append(each.name)
+    clashes = [" = ".join(map(repr, names)) for names in plain.values() if len(names) > 1]
+    odd.add("/categories", "names that differ in case or spaces only", clashes)
+    table = split.box_table
+    image_of = table.image_of_row()
+    columns = np.column_stack((image_of, table.category_ids, table.boxes_xyxy))
+    _, first, counts = np.unique(columns, axis=0, return_index=True, return_counts=True)
+    twice = Counter(split.images[image_of[row]].image_id for row in np.sort(first[counts > 1]))
+    odd.add("/annotations", "the same box of the same category twice; image ids", _ids(twice))
+    known = {each.category_id for each in split.categories}
+    both: list[int] = []
+    strange: list[int] = []
+    for index, image in enumerate(split.images):
+        negative = set(image.neg_category_ids)
+        if negative & set(table.of_image(index).category_ids.tolist()):
+            both.append(image.image_id)
+        if (negative | set(image.not_exhaustive_category_ids)) - known:
+            strange.append(image.image_id)
+    odd.add("/images", "a category is in neg_category_ids and has a box; image ids", _ids(both))
+    odd.add("/images", "federated lists name categories that do not exist; ids", _ids(strange))
+
+
+def _named(images: Iterable[ImageInfo]) -> list[str]:
+    return [f"{image.file_name} (id {image.image_id})" for image in images]
+
+
+def _ids(ids: Iterable[int]) -> list[str]:
+    return [str(each) for each in ids]

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 _LONGEST_NAME = 255
 _COCO_FOLDERS = ("train2017", "val2017")
+FolderLayout = Literal["plain", "coco", "patches"]
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -81,13 +83,14 @@ def safe_join(root: Path, file_name: str) -> Path:
 class ImageFolder:
     """Where a split's images lie.
 
-    With `coco_layout` (LVIS), `train2017/x.jpg` and `val2017/x.jpg` are looked for in either of
-    the two folders and then as `x.jpg` itself: most of LVIS's val images lie in train2017. The two
-    folders may be links.
+    `coco` (LVIS): `train2017/x.jpg` and `val2017/x.jpg` are looked for in either of the two folders
+    and then as `x.jpg` itself: most of LVIS's val images lie in train2017. The two folders may be
+    links. `patches` (Objects365): `images/v1/patch3/x.jpg` is looked for as that, as
+    `patch3/x.jpg`, which is how its archives unpack, and as `x.jpg`.
     """
 
     root: Path
-    coco_layout: bool
+    layout: FolderLayout = "plain"
 
     def path(self, file_name: str) -> Path:
         """Returns the file's path; of several places the first that has it, else the first.
@@ -95,6 +98,7 @@ class ImageFolder:
         Raises:
             DataError: the name leaves the root (see `safe_join`).
         """
+        check_file_name(file_name)
         places = self.places(file_name)
         if len(places) > 1:
             places = [each for each in places if (each[0] / each[1]).is_file()] or places
@@ -103,7 +107,11 @@ class ImageFolder:
     def places(self, file_name: str) -> list[tuple[Path, str]]:
         """Returns where the file may lie, best first, as (trusted folder, name below it)."""
         folder, _, name = file_name.rpartition("/")
-        if not self.coco_layout or folder not in _COCO_FOLDERS:
+        if self.layout == "patches" and folder:
+            patch = folder.rpartition("/")[2]
+            below = dict.fromkeys((file_name, f"{patch}/{name}", name))
+            return [(self.root, each) for each in below]
+        if self.layout != "coco" or folder not in _COCO_FOLDERS:
             return [(self.root, file_name)]
         other = next(each for each in _COCO_FOLDERS if each != folder)
         return [(self.root / folder, name), (self.root / other, name), (self.root, name)]

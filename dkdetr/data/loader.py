@@ -172,15 +172,17 @@ def make_evaluation_loader(
 ) -> BatchStream[ImageBatch]:
     """Returns every image of the split exactly once over all ranks, in batches, in id order.
 
-    Rank r takes the images r, r + world_size, ...; the last batch may be smaller.
+    Rank r takes the batches r, r + world_size, ...; the last batch may be smaller, and a rank may
+    have none. A batch is the same whatever the number of ranks: so is what a student says of it.
 
     Raises:
         DataError: images are missing, or while iterating: one is unreadable.
     """
     split.require_images()
     size = config.eval.batch_size
-    mine = list(range(rank, len(split.images), world_size))
-    batches: Sequence[list[int]] = [mine[i : i + size] for i in range(0, len(mine), size)]
+    places = list(range(len(split.images)))
+    batches: Sequence[list[int]] = [places[i : i + size] for i in range(0, len(places), size)]
+    batches = batches[rank::world_size]
     make_batch = EvaluationBatches(split.folder, split.images, image_size=config.data.image_size)
     return BatchStream(make_batch, batches, workers=config.data.workers)
 

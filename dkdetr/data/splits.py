@@ -4,11 +4,9 @@ A novel box reaches nobody who trains: `Split.base_boxes` is all that training a
 """
 
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import orjson
@@ -27,52 +25,29 @@ from dkdetr.data.category_groups import (
     lvis_categories,
     ovcoco_categories,
 )
-from dkdetr.data.image_files import ImageFolder, check_file_name
+from dkdetr.data.image_files import FolderLayout, ImageFolder, check_file_name
+from dkdetr.data.problems import Problems
+from dkdetr.data.split_sources import (
+    KINDS,
+    PICTOGRAM_SIZES,
+    SOURCES,
+    OwnSplit,
+    Protocol,
+    Source,
+    known_splits,
+    own_split,
+    source_annotations,
+)
+from dkdetr.data.voc import read_voc
 from dkdetr.errors import DataError, UsageError
 
-Protocol = Literal["lvis", "coco", "ovcoco"]
-
-PICTOGRAM_SIZES = ("tiny", "small", "full")
-_KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
-_GROUPERS = {"lvis": lvis_categories, "coco": coco_categories, "ovcoco": ovcoco_categories}
-_HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
-_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a split lies under the data root, and what it keeps of it."""
-
-    protocol: Protocol
-    image_root: str
-    annotations: tuple[str, ...]
-    is_train: bool
-    all_images: bool = False
-    is_lvis_v1: bool = False
-
-
-def _lvis(is_train: bool, *files: str) -> _Source:
-    places = tuple(f"{folder}{file}" for file in files for folder in ("lvis/", "lvis/annotations/"))
-    return _Source("lvis", "coco", places, is_train, is_lvis_v1=True)
-
-
-def _coco(protocol: Protocol, folder: str, is_train: bool, all_images: bool = False) -> _Source:
-    places = (f"coco/annotations/instances_{folder}.json",)
-    return _Source(protocol, f"coco/{folder}", places, is_train, all_images)
-
-
-_SOURCES = {
-    "lvis_train": _lvis(True, "lvis_v1_train.json"),
-    "lvis_val": _lvis(False, "lvis_v1_val.json"),
-    "lvis_minival": _lvis(
-        False, "lvis_v1_minival.json", "lvis_v1_minival_inserted_image_name.json"
-    ),
-    "ovcoco_train": _coco("ovcoco", "train2017", True),
-    "ovcoco_val": _coco("ovcoco", "val2017", False),
-    "ovcoco_val5k": _coco("ovcoco", "val2017", False, all_images=True),
-    "coco_train": _coco("coco", "train2017", True),
-    "coco_val": _coco("coco", "val2017", False),
+_GROUPERS = {
+    "lvis": lvis_categories,
+    "coco": coco_categories,
+    "ovcoco": ovcoco_categories,
+    "voc": coco_categories,
 }
+_SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +67,12 @@ class Split:
     is_train: bool
     notes: tuple[str, ...]
     box_table: BoxTable
+    layout: FolderLayout = "plain"
 
     @property
     def folder(self) -> ImageFolder:
         """Finds the files of the images."""
-        return ImageFolder(self.image_root, coco_layout=self.protocol == "lvis")
+        return ImageFolder(self.image_root, self.layout)
 
     def image_path(self, image: ImageInfo) -> Path:
         """Returns the path of an image's file; raises DataError if its name leaves the root."""
@@ -125,22 +101,30 @@ class Split:
         """Returns all boxes of the image, novel ones and crowds too: for scoring and reports."""
         return self.box_table.of_image(self._index_of[image_id])
 
-    def require_images(self) -> None:
-        """Raises DataError if image files are missing: their number and the first 20 names.
+    def missing_images(self) -> list[ImageInfo]:
+        """Returns the images whose files are not there; reads each folder once.
 
-        Reads each folder once rather than asking for every file.
+        Raises:
+            DataError: a name leaves the image root.
         """
         listings: dict[Path, set[str]] = {}
-        missing: list[str] = []
+        missing: list[ImageInfo] = []
         for image in self.images:
             check_file_name(image.file_name)
             paths = [root / name for root, name in self.folder.places(image.file_name)]
             if not any(path.name in _listing(path.parent, listings) for path in paths):
-                missing.append(image.file_name)
+                missing.append(image)
+        return missing
+
+    def require_images(self) -> None:
+        """Raises DataError if image files are missing: number, first 20, where they belong."""
+        missing = [image.file_name for image in self.missing_images()]
         if missing:
+            places = [str(root / name) for root, name in self.folder.places(missing[0])]
             raise DataError(
                 f"{self.name}: {len(missing):,} of {len(self.images):,} images are not under "
-                f"{self.image_root}{self._hint(missing)}; first: {', '.join(missing[:_SHOWN])}"
+                f"{self.image_root}{self._hint(missing)}; first: {', '.join(missing[:_SHOWN])}; "
+                f"the first was looked for as {' and '.join(places)}"
             )
 
     def _hint(self, missing: list[str]) -> str:
@@ -162,94 +146,69 @@ def _listing(folder: Path, known: dict[Path, set[str]]) -> set[str]:
     return known[folder]
 
 
-def known_splits() -> tuple[str, ...]:
-    """Returns every split name, the forms for a user's own folders last."""
-    pictograms = [f"pictograms_{s}_{part}" for s in PICTOGRAM_SIZES for part in ("train", "val")]
-    return (*_SOURCES, *pictograms, *(f"{kind}:IMAGES_DIR:ANNOTATIONS.json" for kind in _KINDS))
-
-
-def list_splits(data_root: Path) -> dict[str, str]:
-    """Returns every split that has a name of its own, with what is missing; '' if it is there.
-
-    Looks for files and folders only; `load_split` reads and checks them.
-    """
-    found: dict[str, str] = {}
-    for name in known_splits():
-        if ":" in name:
-            continue
-        places, image_root = _places(name, data_root)
-        missing: list[str] = []
-        if not any(place.is_file() for place in places):
-            missing.append(str(places[0]))
-        if not image_root.is_dir():
-            missing.append(f"{image_root}/")
-        found[name] = f"no {' and no '.join(missing)}" if missing else ""
-    return found
-
-
-def _places(name: str, data_root: Path) -> tuple[list[Path], Path]:
-    if name in _SOURCES:
-        source = _SOURCES[name]
-        return [data_root / file for file in source.annotations], data_root / source.image_root
-    _, size, part = name.split("_")
-    root = data_root / "pictograms" / size
-    return [root / "annotations" / f"{part}.json"], root / "images" / part
-
-
-def load_split(name: str, data_root: Path) -> Split:
+def load_split(name: str, data_root: Path, problems: Problems | None = None) -> Split:
     """Returns a split by its name.
 
-    A user's own folder is `KIND:IMAGES_DIR:ANNOTATIONS.json`. It is for training unless the json
-    file's name has the word val, test or dev in it and not `train`. OV-COCO files are grouped by
-    the key `split` ("base" or "novel") of their categories, if they have it, else by COCO's names.
+    A user's own folder is `KIND:IMAGES_DIR:ANNOTATIONS.json` or `voc:VOCDEVKIT_DIR:LIST`. It is for
+    training unless the file's name has the word val, test or dev in it and not `train`. OV-COCO
+    files are grouped by the key `split` ("base" or "novel") of their categories, if they have it,
+    else by COCO's names.
+
+    Args:
+        name: the split.
+        data_root: where the named ones lie.
+        problems: takes up bad records, which are left out; without it they are an error.
 
     Raises:
         UsageError: unknown name; lists the known ones.
         DataError: a folder or file is missing, or the annotations are malformed.
     """
-    kind, colon, rest = name.partition(":")
-    if colon:
-        return _load_own(name, kind, rest)
-    if name in _SOURCES:
-        return _load_source(name, _SOURCES[name], data_root)
+    if ":" in name:
+        own: OwnSplit = own_split(name)
+        return _build(
+            name, own.protocol, own.image_root, own.annotations, problems,
+            is_train=own.is_train, layout=own.layout,
+        )  # fmt: skip
+    if name in SOURCES:
+        return _load_source(name, SOURCES[name], data_root, problems)
     size, _, part = name.removeprefix("pictograms_").rpartition("_")
     if name.startswith("pictograms_") and size in PICTOGRAM_SIZES and part in {"train", "val"}:
-        return _load_pictograms(name, size, part, data_root)
+        return _load_pictograms(name, size, part, data_root, problems)
     raise UsageError(f"unknown split '{name}'; known: {', '.join(known_splits())}")
 
 
-def _load_source(name: str, source: _Source, data_root: Path) -> Split:
-    places = [data_root / file for file in source.annotations]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        listed = " or ".join(str(place) for place in places)
-        raise DataError(
-            f"{name}: no {listed}; name the folder that holds coco/ and lvis/ with --data-root or "
-            "DKDETR_DATA"
-        )
-    return _build(
-        name, source.protocol, data_root / source.image_root, path,
+def _load_source(name: str, source: Source, data_root: Path, problems: Problems | None) -> Split:
+    path = source_annotations(name, data_root)
+    split = _build(
+        name, source.protocol, data_root / source.image_root, path, problems,
         is_train=source.is_train, all_images=source.all_images, is_lvis_v1=source.is_lvis_v1,
+        layout=source.layout,
     )  # fmt: skip
-
-
-def _load_own(name: str, kind: str, rest: str) -> Split:
-    folder, colon, file = rest.rpartition(":")
-    protocol = _KINDS.get(kind)
-    if protocol is None or not colon or not folder or not file:
-        raise UsageError(
-            f"'{name}' is no split; a folder of your own is KIND:IMAGES_DIR:ANNOTATIONS.json with "
-            f"KIND one of {', '.join(_KINDS)}; known splits: {', '.join(known_splits())}"
+    if source.num_categories not in (0, len(split.categories)):
+        raise DataError(
+            f"{name}: {path} has {len(split.categories)} categories, not {source.num_categories}: "
+            "another version; for files of your own use coco:IMAGES_DIR:ANNOTATIONS.json"
         )
-    return _build(name, protocol, Path(folder), Path(file), is_train=_means_training(file))
+    return _without_absent(split, source.absent)
 
 
-def _means_training(file: str) -> bool:
-    stem = Path(file).stem.lower()
-    return "train" in stem or not _HELD_OUT_WORDS & set(re.findall("[a-z]+", stem))
+def _without_absent(split: Split, absent: tuple[str, ...]) -> Split:
+    """Returns the split without the images that its published archives lack."""
+    there = [not image.file_name.endswith(absent) for image in split.images] if absent else []
+    if not absent or all(there):
+        return split
+    gone = there.count(False)
+    return replace(
+        split,
+        images=tuple(i for i, is_there in zip(split.images, there, strict=True) if is_there),
+        box_table=split.box_table.keep_images(np.array(there)),
+        notes=(*split.notes, f"{gone} images left out that the published archives do not have"),
+    )
 
 
-def _load_pictograms(name: str, size: str, part: str, data_root: Path) -> Split:
+def _load_pictograms(
+    name: str, size: str, part: str, data_root: Path, problems: Problems | None
+) -> Split:
     root = data_root / "pictograms" / size
     described = root / "dataset.json"
     remedy = f"run `dkdetr data prepare pictograms --size {size}`"
@@ -260,23 +219,27 @@ def _load_pictograms(name: str, size: str, part: str, data_root: Path) -> Split:
     except orjson.JSONDecodeError as error:
         raise DataError(f"{described} is not JSON ({error}); {remedy} again") from None
     stated = table.get("protocol") if isinstance(table, dict) else None
-    protocol = _KINDS.get(str(stated))
+    protocol = KINDS.get(str(stated))
     if protocol is None or protocol == "coco":
         raise DataError(f"{described}: protocol {stated!r} is neither 'lvis' nor 'ovcoco'")
     return _build(
-        name, protocol, root / "images" / part, root / "annotations" / f"{part}.json",
-        is_train=part == "train",
+        name, protocol, root / "images" / part, root / "annotations" / f"{part}.json", problems,
+        is_train=part == "train", layout="coco" if protocol == "lvis" else "plain",
     )  # fmt: skip
 
 
 def _build(
-    name: str, protocol: Protocol, image_root: Path, path: Path,
+    name: str, protocol: Protocol, image_root: Path, path: Path, problems: Problems | None,
     *, is_train: bool, all_images: bool = False, is_lvis_v1: bool = False,
+    layout: FolderLayout = "plain",
 ) -> Split:  # fmt: skip
     if not image_root.is_dir():
         raise DataError(f"{name}: no image folder {image_root}")
-    style = "lvis" if protocol == "lvis" else "coco"
-    annotations = read_annotations(path, style=style)
+    if protocol == "voc":
+        annotations = read_voc(path, problems)
+    else:
+        style = "lvis" if protocol == "lvis" else "coco"
+        annotations = read_annotations(path, style=style, problems=problems)
     grouped = _GROUPERS[protocol](annotations.category_records, path)
     check_groups(name, grouped, path, is_lvis_v1=is_lvis_v1)
     images, boxes = _keep_images(annotations, grouped, protocol, is_train, all_images)
@@ -292,6 +255,7 @@ def _build(
         is_train=is_train,
         notes=annotations.notes,
         box_table=boxes,
+        layout=layout,
     )
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import batches_per_epoch
-from dkdetr.data.splits import Protocol, load_split
+from dkdetr.data.split_sources import Protocol
+from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import from_metadata
 from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
 from dkdetr.engine.evaluate_run import validation_split
@@ -34,7 +36,7 @@ class AblateRequest:
     `jobs` None: as many as there are GPUs, or cores where there are none.
     """
 
-    cache: Path
+    cache: CachePath
     table: str
     experiment: str | None
     overrides: Sequence[str]

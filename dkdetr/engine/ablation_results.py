@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dkdetr.data.splits import Protocol
+from dkdetr.data.split_sources import Protocol
 from dkdetr.engine.ablation_tables import AblationTable, TableRow
 
 COLUMNS: Mapping[Protocol, tuple[str, ...]] = {

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
-from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.engine.run_folder import newest_run
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
+from dkdetr.evaluation.gather import Shard
 from dkdetr.evaluation.table import print_metrics
 
 VocabularyBuilder = Callable[[Split, str, tuple[str, ...]], Vocabulary]
@@ -38,6 +41,8 @@ class EvalRequest:
     device: str = "auto"
     evaluator: Evaluator = "fast"
     runs: Path = Path("runs")
+    clean_names: bool = False
+    """Builds the vocabulary of names put right (`dkdetr.data.clean_names`)."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,12 @@ class Scored:
         return described | self.evaluation.metrics.as_json()
 
 
-def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None) -> Scored:
+def evaluate_run(
+    request: EvalRequest, build_vocabulary: VocabularyBuilder | None = None
+) -> Scored | None:
     """Returns a run's metrics on a split; the files lie in the run's `eval/SPLIT/`.
+
+    Under torchrun every rank detects on its share of the images; all but the first return None.
 
     Args:
         request: what to score.
@@ -73,9 +82,16 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
 
     Raises:
         MismatchError: no vocabulary fits the split.
+        PreemptedError: SIGTERM came.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("eval runs in one process: start it without torchrun")
+    message = "stopped by SIGTERM: nothing was changed; the same command evaluates from the start"
+    with end_on_sigterm(message), join_ranks(request.device) as ranks:
+        return _evaluate(request, build_vocabulary, ranks)
+
+
+def _evaluate(
+    request: EvalRequest, build_vocabulary: VocabularyBuilder | None, ranks: Ranks
+) -> Scored | None:
     run = request.run or newest_run(request.runs)
     if run is None:
         raise DataError(
@@ -86,24 +102,29 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
     split = load_split(request.split or validation_split(subject.train_split), request.data_root)
     vocabulary = given or subject.vocabulary
     if given is None:
-        vocabulary = _fitting_vocabulary(subject, split, build_vocabulary)
+        named = with_clean_names(split) if request.clean_names else split
+        vocabulary = _fitting_vocabulary(subject, named, build_vocabulary)
+    elif request.clean_names:
+        raise UsageError("--clean-names builds a vocabulary, --vocab brings one: give one of them")
     elif given.teacher != subject.vocabulary.teacher:
         raise MismatchError(
             f"'{request.vocabulary}' was embedded by {given.teacher}, the student learned from "
             f"{subject.vocabulary.teacher}: their spaces have nothing in common"
         )
-    device = pick_device(request.device)
-    if subject.provenance.get("random_teacher"):
+    if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     evaluation = evaluate_student(
-        subject.student.to(device),
+        subject.student.to(ranks.device),
         split,
         vocabulary,
         subject.config,
-        device=device,
+        device=ranks.device,
         out_dir=subject.folder / "eval" / _folder_name(split.name),
         evaluator=request.evaluator,
+        shard=Shard(ranks.rank, ranks.world_size),
     )
+    if evaluation is None:
+        return None
     return Scored(subject=subject.path, split=split.name, evaluation=evaluation)
 
 
@@ -111,13 +132,19 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
     """Returns the metrics of anybody's COCO results json; the files lie beside it.
 
     Raises:
-        UsageError: no split is named.
+        UsageError: no split is named, or there are several ranks.
+        PreemptedError: SIGTERM came.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("scoring a file takes one process: start it without torchrun")
     if request.split is None:
         raise UsageError("--predictions wants --split: a results file does not name its split")
     split = load_split(request.split, request.data_root)
     out_dir = predictions.parent / f"{predictions.stem}-{_folder_name(split.name)}"
-    evaluation = score_predictions(predictions, split, out_dir=out_dir, evaluator=request.evaluator)
+    with end_on_sigterm("stopped by SIGTERM: the same command scores from the start"):
+        evaluation = score_predictions(
+            predictions, split, out_dir=out_dir, evaluator=request.evaluator
+        )
     return Scored(subject=predictions, split=split.name, evaluation=evaluation)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.atomic_file import write_text
 from dkdetr.data.splits import load_split
@@ -18,7 +19,7 @@ _FILE = "agreement.json"
 
 
 def measure_run_agreement(
-    run: Path, cache: Path, data_root: Path, device: str
+    run: Path, cache: CachePath, data_root: Path, device: str
 ) -> list[TeacherAgreement]:
     """Returns a run's agreement on the images of a cache; leaves it in the run's `eval/` folder.
 

@@ -1,4 +1,4 @@
-"""Average precision by LVIS's, COCO's and OV-COCO's rules, per group and per category."""
+"""Average precision by the rules of LVIS, COCO, OV-COCO and VOC, per group and per category."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dkdetr.data.splits import Protocol
+from dkdetr.data.split_sources import Protocol
 from dkdetr.errors import DataError
 from dkdetr.evaluation.fast import fast_evaluator_name, precision_table
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.official import official_evaluator_name, official_scores
+from dkdetr.evaluation.overlaps import IOU_TYPES, IouType
 from dkdetr.evaluation.protocols import GROUP_KEYS, MASK_PREFIX, OVERALL_KEYS, group_of
 from dkdetr.evaluation.results import Results
+from dkdetr.evaluation.voc import voc_scores
 
 Evaluator = Literal["fast", "official"]
 
@@ -22,15 +24,20 @@ _NUM_NAMED = 20
 
 @dataclass(frozen=True)
 class CategoryMetrics:
-    """One category's numbers; AP and AP50 are NaN without ground truth."""
+    """One category's numbers, of boxes (of masks where there are only these).
+
+    APs are NaN without ground truth, `ap` also in VOC, `segm_ap` is there where both are scored.
+    """
 
     category_id: int
     name: str
     group: str
     ap: float
     ap50: float
+    ap75: float
     num_gt: int
     num_detections: int
+    segm_ap: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,7 @@ class Metrics:
 def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast") -> Metrics:
     """Returns the metrics of `results` by the protocol of `truth`.
 
-    Results of masks are compared with masks; their keys begin with `segm.`.
-
+    Boxes are scored if the results have boxes, masks (keys `segm.AP`, ...) if they have masks.
     Detections of categories that the split does not have are left out, as the official tools do,
     and counted in `notes`.
 
@@ -76,31 +82,46 @@ def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast"
 
     Raises:
         DataError: results of images that are not in the split, or of no category of it, or masks
-            of another size than their image.
+            where the annotations have none.
+        UsageError: `official` for VOC, which has no official Python package.
     """
     _check_images(truth, results)
-    _check_mask_sizes(truth, results)
-    prefix = "" if results.masks is None else MASK_PREFIX
-    left_out = _unknown_category_notes(truth, results)
-    if evaluator == "official":
-        name = official_evaluator_name(truth.protocol)
-        precision, overall = official_scores(truth, results)
-    else:
-        name = fast_evaluator_name()
-        precision, overall = precision_table(truth, results), {}
+    notes = (*truth.notes, *_unknown_category_notes(truth, results), *_mask_notes(results))
     groups = [group_of(truth.protocol, category) for category in truth.categories]
-    values = _values(truth.protocol, groups, precision) | overall
+    values: dict[str, float] = {}
+    tables: dict[IouType, np.ndarray] = {}
+    name = fast_evaluator_name()
+    if truth.protocol == "voc":
+        values, precision = voc_scores(truth, results, evaluator)
+        tables["bbox"] = precision
+    for iou_type in _iou_types(truth, results):
+        if evaluator == "official":
+            name = official_evaluator_name(truth.protocol)
+            precision, overall = official_scores(truth, results, iou_type)
+        else:
+            precision, overall = precision_table(truth, results, iou_type=iou_type), {}
+        prefix = MASK_PREFIX if iou_type == "segm" else ""
+        found = _values(truth.protocol, groups, precision) | overall
+        values |= {prefix + key: value for key, value in found.items()}
+        tables[iou_type] = precision
     return Metrics(
         split=truth.name,
         protocol=truth.protocol,
         evaluator=name,
-        values={prefix + key: value for key, value in values.items()},
-        per_category=_per_category(truth, results, groups, precision),
+        values=values,
+        per_category=_per_category(truth, results, groups, tables),
         num_images=len(truth.images),
         num_gt=len(truth.image_ids),
         num_detections=len(results),
-        notes=(*truth.notes, *left_out),
+        notes=notes,
     )
+
+
+def _iou_types(truth: GroundTruth, results: Results) -> tuple[IouType, ...]:
+    if truth.protocol == "voc":
+        return ()
+    has = {"bbox": results.has_boxes, "segm": results.masks is not None}
+    return tuple(each for each in IOU_TYPES if has[each])
 
 
 def _values(protocol: Protocol, groups: list[str], precision: np.ndarray) -> dict[str, float]:
@@ -119,19 +140,23 @@ def _values(protocol: Protocol, groups: list[str], precision: np.ndarray) -> dic
 
 
 def _per_category(
-    truth: GroundTruth, results: Results, groups: list[str], precision: np.ndarray
+    truth: GroundTruth, results: Results, groups: list[str], tables: Mapping[IouType, np.ndarray]
 ) -> tuple[CategoryMetrics, ...]:
     num_gt = _counts(truth.category_ids)
     num_detections = _counts(results.category_ids)
+    precision = tables["bbox" if "bbox" in tables else "segm"]
+    is_voc = truth.protocol == "voc"
     return tuple(
         CategoryMetrics(
             category_id=category.category_id,
             name=category.name,
             group=group,
-            ap=_mean(precision[:, :, place, 0]),
+            ap=math.nan if is_voc else _mean(precision[:, :, place, 0]),
             ap50=_mean(precision[0, :, place, 0]),
+            ap75=_mean(precision[1 if is_voc else 5, :, place, 0]),
             num_gt=num_gt.get(category.category_id, 0),
             num_detections=num_detections.get(category.category_id, 0),
+            segm_ap=_mean(tables["segm"][:, :, place, 0]) if len(tables) > 1 else math.nan,
         )
         for place, (category, group) in enumerate(zip(truth.categories, groups, strict=True))
     )
@@ -159,18 +184,13 @@ def _check_images(truth: GroundTruth, results: Results) -> None:
         )
 
 
-def _check_mask_sizes(truth: GroundTruth, results: Results) -> None:
-    if results.masks is None:
-        return
-    assert truth.masks is not None, "masks are scored against ground truth without masks"
-    sizes = {image.image_id: [image.height, image.width] for image in truth.images}
-    pairs = zip(results.image_ids.tolist(), results.masks, strict=True)
-    bad = [image_id for image_id, mask in pairs if mask["size"] != sizes[image_id]]
-    if bad:
-        raise DataError(
-            f"{len(bad)} masks have another size than their image in '{truth.name}' (first "
-            f"images: {', '.join(map(str, bad[:_NUM_NAMED]))}): masks are of the original file"
-        )
+def _mask_notes(results: Results) -> tuple[str, ...]:
+    if results.masks is None or not results.has_boxes:
+        return ()
+    return (
+        "the records hold boxes and masks: as in the official tools, the areas of the boxes decide "
+        "which masks are small, medium and large",
+    )
 
 
 def _unknown_category_notes(truth: GroundTruth, results: Results) -> tuple[str, ...]:

@@ -23,11 +23,16 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
+from dkdetr.evaluation.gather import Shard, gather_results
 from dkdetr.evaluation.ground_truth import ground_truth_of
-from dkdetr.evaluation.results import Results, ResultsWriter, read_results
+from dkdetr.evaluation.mask_column import join_masks
+from dkdetr.evaluation.results import Results, read_results
+from dkdetr.evaluation.results_writer import ResultsWriter
 from dkdetr.progress import progress
 
 _NUM_NAMED = 5
+_ALONE = Shard()
+_HASHED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,12 @@ def evaluate_student(
     device: torch.device,
     out_dir: Path,
     evaluator: Evaluator = "fast",
-) -> Evaluation:
+    shard: Shard = _ALONE,
+) -> Evaluation | None:
     """Returns the student's metrics on a split; leaves three files in `out_dir`.
+
+    Each of several ranks detects on its share of the images; the first gathers all results, scores
+    and writes, the others return None.
 
     `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`. A student
     with a mask head leaves `results_segm.json` and `per_category_segm.csv` too. Each appears whole;
@@ -63,6 +72,7 @@ def evaluate_student(
         device: where the student is.
         out_dir: made if it is not there.
         evaluator: see `score`.
+        shard: this process among those of a process group.
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.
@@ -74,9 +84,10 @@ def evaluate_student(
         ground_truth_of(split, with_masks=True)  # to fail before the work, not after it
     name_notes = check_vocabulary(vocabulary, split)
     category_ids = np.array(vocabulary.category_ids, dtype=np.int64)
+    loader = make_evaluation_loader(split, config, rank=shard.rank, world_size=shard.world_size)
     found = detect(
         student,
-        make_evaluation_loader(split, config, rank=0, world_size=1),
+        loader,
         torch.from_numpy(vocabulary.embeddings),
         device=device,
         max_detections=config.eval.max_detections,
@@ -85,12 +96,14 @@ def evaluate_student(
     )
     results_path = out_dir / "results.json"
     masks_path = out_dir / "results_segm.json" if with_masks else None
+    title, num_images = f"detecting on {split.name}", len(split.images) // shard.world_size
     with contextlib.ExitStack() as open_files:
-        advance = open_files.enter_context(
-            progress(f"detecting on {split.name}", len(split.images))
-        )
-        writer = open_files.enter_context(ResultsWriter(results_path))
-        mask_writer = open_files.enter_context(ResultsWriter(masks_path)) if masks_path else None
+        advance = open_files.enter_context(progress(title, num_images, quiet=not shard.is_first))
+        paths = [results_path, *([masks_path] if masks_path else [])]
+        writers = [
+            open_files.enter_context(ResultsWriter(path, commits=shard.is_first)) for path in paths
+        ]
+        writer, mask_writer = writers[0], writers[1] if with_masks else None
         for image_id, detections in found:
             scores = detections.scores.numpy()
             categories = category_ids[detections.labels.numpy()]
@@ -98,6 +111,10 @@ def evaluate_student(
             if mask_writer is not None and detections.masks is not None:
                 mask_writer.write_masks(image_id, detections.masks, scores, categories)
             advance(writer.num_images, "")
+        for each in writers:
+            gather_results(each, shard, device)
+        if not shard.is_first:
+            return None
         assert writer.num_images == len(split.images), "the loader left out images"
         _remove_old_metrics(out_dir)
         if masks_path is None:  # of an earlier student, beside this one's boxes
@@ -148,8 +165,7 @@ def score_predictions(
     for name, table in tables.items():
         write_bytes(paths[name], table.encode())
     described = metrics.as_json() | {
-        f"{name}_xxh3_128": xxhash.xxh3_128_hexdigest(path.read_bytes())
-        for name, path in files.items()
+        f"{name}_xxh3_128": _hash_of(path) for name, path in files.items()
     }
     write_bytes(paths["metrics"], orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
     return Evaluation(metrics=metrics, paths=paths, seconds=time.monotonic() - started)
@@ -183,9 +199,12 @@ def per_category_csv(metrics: Metrics) -> str:
     """Returns one line a category; AP in [0, 1], an empty cell where there is no ground truth."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("category_id", "name", "group", "AP", "AP50", "num_gt", "num_detections"))
+    has_both = any(not math.isnan(line.segm_ap) for line in metrics.per_category)
+    aps = ("AP", "AP50", "AP75", *(("segm.AP",) if has_both else ()))
+    writer.writerow(("category_id", "name", "group", *aps, "num_gt", "num_detections"))
     for line in metrics.per_category:
-        numbers = ("" if math.isnan(value) else repr(value) for value in (line.ap, line.ap50))
+        values = (line.ap, line.ap50, line.ap75, line.segm_ap)[: len(aps)]
+        numbers = ("" if math.isnan(value) else repr(value) for value in values)
         counts = (line.num_gt, line.num_detections)
         writer.writerow((line.category_id, line.name, line.group, *numbers, *counts))
     return text.getvalue()
@@ -194,7 +213,16 @@ def per_category_csv(metrics: Metrics) -> str:
 def _read_masks(path: Path) -> Results:
     results = read_results(path)
     # A file without a detection does not say what it is of.
-    return results if len(results) else replace(results, masks=np.empty(0, dtype=object))
+    none = join_masks([], np.zeros((0, 2)))
+    return results if len(results) else replace(results, masks=none, has_boxes=False)
+
+
+def _hash_of(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _remove_old_metrics(out_dir: Path) -> None:

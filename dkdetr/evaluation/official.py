@@ -16,14 +16,16 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
 
-from dkdetr.data.splits import Protocol
+from dkdetr.data.split_sources import Protocol
 from dkdetr.errors import DataError
 from dkdetr.evaluation.ground_truth import GroundTruth
+from dkdetr.evaluation.mask_column import MaskColumn
+from dkdetr.evaluation.overlaps import IouType
 from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS
 from dkdetr.evaluation.results import Results
 
@@ -34,7 +36,9 @@ def official_evaluator_name(protocol: Protocol) -> str:
     return f"{package} {version(package)}"
 
 
-def official_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict[str, float]]:
+def official_scores(
+    truth: GroundTruth, results: Results, iou_type: IouType = "bbox"
+) -> tuple[np.ndarray, dict[str, float]]:
     """Returns the precision table (as `fast.precision_table`) and the package's own summary.
 
     The summary holds the keys that the package itself prints; what it does not know (novel and
@@ -47,8 +51,8 @@ def official_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, d
     if not len(results):
         raise DataError("the official packages cannot read results without a detection")
     if truth.protocol == "lvis":
-        return _lvis_scores(truth, results)
-    return _coco_scores(truth, results)
+        return _lvis_scores(truth, results, iou_type)
+    return _coco_scores(truth, results, iou_type)
 
 
 @contextlib.contextmanager
@@ -85,7 +89,9 @@ def import_lvis() -> ModuleType:
         root.setLevel(level)
 
 
-def _lvis_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict[str, float]]:
+def _lvis_scores(
+    truth: GroundTruth, results: Results, iou_type: IouType
+) -> tuple[np.ndarray, dict[str, float]]:
     nameless = [c.category_id for c in truth.categories if c.frequency not in ("r", "c", "f")]
     if nameless:
         raise DataError(
@@ -96,7 +102,7 @@ def _lvis_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict
     with _files_of(truth, results) as (annotations, detections):
         ground_truth = lvis.LVIS(annotations)
         found = lvis.LVISResults(ground_truth, detections)
-        evaluation = lvis.LVISEval(ground_truth, found, _kind(results))
+        evaluation = lvis.LVISEval(ground_truth, found, iou_type)
     with numpy_float_alias():
         evaluation.run()
     keys = (*OVERALL_KEYS, *GROUP_KEYS["lvis"])
@@ -104,22 +110,20 @@ def _lvis_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict
     return _in_our_order(truth, evaluation.eval["precision"]), own
 
 
-def _coco_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict[str, float]]:
+def _coco_scores(
+    truth: GroundTruth, results: Results, iou_type: IouType
+) -> tuple[np.ndarray, dict[str, float]]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with _files_of(truth, results) as (annotations, detections), _no_printing():
         ground_truth = COCO(annotations)
-        evaluation = COCOeval(ground_truth, ground_truth.loadRes(detections), _kind(results))
+        evaluation = COCOeval(ground_truth, ground_truth.loadRes(detections), iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     own = {key: _or_nan(value) for key, value in zip(OVERALL_KEYS, evaluation.stats, strict=False)}
     return _in_our_order(truth, evaluation.eval["precision"][..., -1]), own
-
-
-def _kind(results: Results) -> Literal["bbox", "segm"]:
-    return "bbox" if results.masks is None else "segm"
 
 
 def _no_printing() -> contextlib.AbstractContextManager[Any]:
@@ -171,8 +175,8 @@ def _annotation_file(truth: GroundTruth) -> dict[str, Any]:
                 "bbox": truth.boxes_xywh[index].tolist(),
                 "area": float(truth.areas[index]),
                 "iscrowd": int(truth.is_crowd[index]),
+                **_segmentation(truth.masks, index),
             }
-            | ({} if truth.masks is None else {"segmentation": truth.masks[index]})
             for index in range(len(truth.image_ids))
         ],
     }
@@ -183,13 +187,16 @@ def _result_file(results: Results) -> list[dict[str, Any]]:
         {
             "image_id": int(results.image_ids[index]),
             "category_id": int(results.category_ids[index]),
+            **({"bbox": results.boxes_xywh[index].tolist()} if results.has_boxes else {}),
             "score": float(results.scores[index]),
+            **_segmentation(results.masks, index),
         }
-        # Where a record has a box, the packages take the area from it.
-        | (
-            {"bbox": results.boxes_xywh[index].tolist()}
-            if results.masks is None
-            else {"segmentation": results.masks[index]}
-        )
         for index in range(len(results))
     ]
+
+
+def _segmentation(masks: MaskColumn | None, index: int) -> dict[str, Any]:
+    if masks is None:
+        return {}
+    (mask,) = masks.objects(np.array([index]))
+    return {"segmentation": mask | {"counts": mask["counts"].decode("ascii")}}

@@ -3,20 +3,23 @@
 from collections.abc import Mapping
 
 from dkdetr.data.annotations import Category
-from dkdetr.data.splits import Protocol
+from dkdetr.data.split_sources import Protocol
 
 MAX_DETECTIONS_PER_IMAGE = 300
 """LVIS: over all categories of an image."""
 MAX_DETECTIONS_PER_CLASS = 100
 """COCO: of one category in one image."""
 
+MASK_PREFIX = "segm."
+"""Before the keys of masks."""
+VOC_KEYS: tuple[str, ...] = ("AP50", "AP75")
 OVERALL_KEYS: tuple[str, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 _FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 def group_of(protocol: Protocol, category: Category) -> str:
-    """Returns the group a category is reported in: a frequency, novel or base, or '' for COCO."""
+    """Returns the group a category is reported in: a frequency, novel or base, else ''."""
     if protocol == "lvis":
         return _FREQUENCY_NAMES.get(category.frequency, "")
     if protocol == "ovcoco":
@@ -28,17 +31,14 @@ GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
     "lvis": {"APr": "rare", "APc": "common", "APf": "frequent"},
     "coco": {},
     "ovcoco": {"AP50_novel": "novel", "AP50_base": "base", "AP50_all": "all"},
+    "voc": {},
 }
 """By protocol: the key of each group's number; AP50 where the key says so, else AP."""
 
 
-MASK_PREFIX = "segm."
-"""Before the keys of masks' numbers."""
-
-
 def metric_keys(protocol: Protocol) -> tuple[str, ...]:
-    """Returns the keys of a protocol's numbers, in the order tables show them."""
-    return (*OVERALL_KEYS, *GROUP_KEYS[protocol])
+    """Returns the keys of a protocol's box metrics, in the order tables show them."""
+    return VOC_KEYS if protocol == "voc" else (*OVERALL_KEYS, *GROUP_KEYS[protocol])
 
 
 _MEANINGS = {
@@ -59,6 +59,6 @@ _MEANINGS = {
 
 def metric_meaning(key: str) -> str:
     """Returns a metric in words."""
-    if key.startswith(MASK_PREFIX):
-        return f"{_MEANINGS[key.removeprefix(MASK_PREFIX)]}, of masks"
-    return _MEANINGS[key]
+    is_mask = key.startswith(MASK_PREFIX)
+    meaning = _MEANINGS[key.removeprefix(MASK_PREFIX)]
+    return f"masks: {meaning}" if is_mask else meaning

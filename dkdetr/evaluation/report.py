@@ -172,7 +172,10 @@ def _metric_rows(runs: Sequence[RunForReport]) -> list[dict[str, Any]]:
 
 def _bar_rows(runs: Sequence[RunForReport]) -> list[dict[str, Any]]:
     """Returns the bars of the protocol's groups, as shares of the longest of them."""
-    keys = list(GROUP_KEYS[runs[0].metrics.protocol]) or ["AP", "AP50", "AP75"]
+    metrics = runs[0].metrics
+    keys = list(GROUP_KEYS[metrics.protocol]) or ["AP", "AP50", "AP75"]
+    # VOC has no AP over thresholds, and a file of masks no boxes.
+    keys = [key for key in keys if key in metrics.values] or list(metrics.values)
     table = {key: [run.metrics.values[key] for run in runs] for key in keys}
     defined = [value for row in table.values() for value in row if not math.isnan(value)]
     longest = max(defined, default=0.0) or 1.0

@@ -1,50 +1,49 @@
-"""Detections on disk: COCO's results form, one record a line, in one canonical order.
+"""Detections on disk: COCO's results form, read in pieces and kept as columns.
 
-A file holds boxes, or masks without boxes: the official tools decide by the first record's `bbox`
-which of the two they score, and take areas from it.
-
-Image ids ascend; within an image scores descend and equal scores keep their order. Evaluators
-break ties by file order, so a canonical file gives one AP whatever order images were seen in.
+A results file of LVIS's validation set holds six million records. As Python objects they would
+fill gigabytes, so the text is cut between records and each piece becomes arrays at once.
 """
 
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
 
-from dkdetr.atomic_file import atomic_file
 from dkdetr.errors import CorruptArtefactError, DataError
-from dkdetr.run_lengths import Rle, areas, boxes_xywh, whole_runs
+from dkdetr.evaluation.mask_column import (
+    MaskColumn,
+    bad_masks,
+    concatenate_masks,
+    join_masks,
+    mask_boxes,
+)
+from dkdetr.progress import progress
 
 _NUM_NAMED = 20
+_PIECE_BYTES = 1 << 24
+_ENDS_TRIED = 8
+_LONG_READ_BYTES = 1 << 27
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
     """Detections of many images as columns, in file order. Boxes in original pixels.
 
-    `image_ids` i64[n], `category_ids` i64[n], `boxes_xywh` f64[n, 4], `scores` f64[n]. Where the
-    file holds masks, `masks` are their run lengths, object[n], and boxes are the masks' own.
+    `image_ids` i64[n], `category_ids` i64[n], `boxes_xywh` f64[n, 4], `scores` f64[n]. `masks` is
+    there if the records have segmentations; `has_boxes` is False if they have nothing else: the
+    boxes are then the masks' frames.
     """
 
     image_ids: np.ndarray
     category_ids: np.ndarray
     boxes_xywh: np.ndarray
     scores: np.ndarray
-    masks: np.ndarray | None = None
-
-    @property
-    def areas(self) -> np.ndarray:
-        """Areas f64[n] in pixels, of masks where there are any."""
-        if self.masks is not None:
-            return areas(self.masks.tolist())
-        return self.boxes_xywh[:, 2] * self.boxes_xywh[:, 3]
+    masks: MaskColumn | None = None
+    has_boxes: bool = True
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -56,190 +55,186 @@ class Results:
             category_ids=self.category_ids[chosen],
             boxes_xywh=self.boxes_xywh[chosen],
             scores=self.scores[chosen],
-            masks=None if self.masks is None else self.masks[chosen],
+            masks=None if self.masks is None else self.masks.take(chosen),
+            has_boxes=self.has_boxes,
         )
 
 
-class ResultsWriter:
-    """Writes a results file image by image, in any order, holding none of it in memory.
-
-    A context manager: the file takes its name, whole and in canonical order, when the block ends;
-    after an error there is no file. Each image's records go to a temporary file beside the target
-    as they come, and are copied in the order of image ids at the end.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._places: dict[int, tuple[int, int]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Unnamed: nothing is left behind whatever happens to the process.
-        self._spool = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
-
-    @property
-    def num_images(self) -> int:
-        """Images written so far, those without a detection included."""
-        return len(self._places)
-
-    def write(
-        self,
-        image_id: int,
-        boxes_xyxy: np.ndarray,
-        scores: np.ndarray,
-        category_ids: np.ndarray,
-    ) -> None:
-        """Adds one image's detections: f32[n, 4] original pixels, f32[n], i64[n]; once an image."""
-        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-        boxes = np.concatenate((boxes_xyxy[:, :2], sides), axis=1).astype(np.float32)
-        self._write(image_id, "bbox", boxes, scores, category_ids)
-
-    def write_masks(
-        self, image_id: int, masks: Sequence[Rle], scores: np.ndarray, category_ids: np.ndarray
-    ) -> None:
-        """Adds one image's masks, as `write` does boxes; a file holds one of the two."""
-        self._write(image_id, "segmentation", masks, scores, category_ids)
-
-    def _write(
-        self,
-        image_id: int,
-        key: str,
-        shapes: np.ndarray | Sequence[Rle],
-        scores: np.ndarray,
-        category_ids: np.ndarray,
-    ) -> None:
-        assert image_id not in self._places, f"image {image_id} is written twice"
-        order = np.argsort(-scores, kind="stable")
-        lines = [
-            orjson.dumps(
-                {
-                    "image_id": image_id,
-                    "category_id": int(category_ids[index]),
-                    key: shapes[index],
-                    "score": scores[index],
-                },
-                option=orjson.OPT_SERIALIZE_NUMPY,
-            )
-            for index in order
-        ]
-        block = b",\n".join(lines)
-        self._places[image_id] = (self._spool.seek(0, os.SEEK_END), len(block))
-        self._spool.write(block)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self._spool:
-            if kind is None:
-                self._commit()
-
-    def _commit(self) -> None:
-        with atomic_file(self._path) as file:
-            separator = b"[\n"
-            for _, (offset, length) in sorted(self._places.items()):
-                if length:
-                    self._spool.seek(offset)
-                    file.write(separator)
-                    file.write(self._spool.read(length))
-                    separator = b",\n"
-            file.write(b"\n]\n" if separator == b",\n" else b"[]\n")
-
-
 def read_results(path: Path) -> Results:
-    """Returns the detections of a COCO results file (a list of image_id, category_id, bbox, score).
+    """Returns the detections of a COCO results file: a list of records, in the file's order.
 
-    Records with `segmentation` (packed run lengths) and no `bbox` are masks. Further keys of a
-    record are left alone; the order of the file is kept.
+    A record has image_id, category_id, score, and bbox or segmentation (compressed RLE) or both;
+    what the first record has decides for all. Further keys are left alone.
 
     Raises:
         DataError: no such file, or records that are not detections; names the first of them.
         CorruptArtefactError: not JSON, as after an interrupted copy.
     """
+    parts: list[Results] = []
+    bad: list[int] = []
+    num_records = 0
+    kind = _Kind(has_boxes=True, has_masks=False)
     try:
-        text = path.read_bytes()
+        size = path.stat().st_size
+        shown = progress("reading results, MB", size >> 20, quiet=size < _LONG_READ_BYTES)
+        with path.open("rb") as file, shown as advance:
+            for records in _pieces(file, path, lambda done: advance(done >> 20, "")):
+                if not num_records and records:
+                    kind = _kind_of(records[0])
+                part = _columns(records, kind)
+                if part is None:
+                    bad += [
+                        num_records + index
+                        for index, record in enumerate(records)
+                        if _columns([record], kind) is None
+                    ]
+                else:
+                    parts.append(part)
+                num_records += len(records)
     except OSError as error:
         raise DataError(f"cannot read results '{path}': {error.strerror}") from None
-    try:
-        records = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise CorruptArtefactError(
-            f"results '{path}' are not whole JSON ({error}): write or copy the file again"
-        ) from None
-    if not isinstance(records, list):
+    if bad:
+        raise DataError(_name_bad_records(path, bad, num_records, kind))
+    return _concatenate(parts, kind)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    has_boxes: bool
+    has_masks: bool
+
+
+def _kind_of(record: Any) -> _Kind:
+    if not isinstance(record, dict):
+        return _Kind(has_boxes=True, has_masks=False)
+    # An empty list stands for nothing, as some writers put it.
+    has_masks = isinstance(record.get("segmentation"), dict)
+    has_boxes = not has_masks or record.get("bbox", []) != []
+    return _Kind(has_boxes, has_masks)
+
+
+def _pieces(file: BinaryIO, path: Path, advance: Callable[[int], None]) -> Iterator[list[Any]]:
+    """Yields the records of a JSON list, many at a time."""
+    text = file.read(_PIECE_BYTES).lstrip()
+    if not text.startswith(b"["):
+        records = _parse(text + file.read(), path)
         raise DataError(
             f"results '{path}' hold a {type(records).__name__}, not a list of detections "
             '[{"image_id": ..., "category_id": ..., "bbox": [x, y, w, h], "score": ...}, ...]'
         )
-    results = _columns(records)
-    if results is None:
-        raise DataError(_name_bad_records(path, records))
-    return results
+    text, enough = text[1:], 0
+    while more := file.read(_PIECE_BYTES):
+        for end in _record_ends(text) if len(text) >= enough else ():
+            try:
+                records = orjson.loads(b"[%b]" % text[:end])
+            except orjson.JSONDecodeError:
+                continue  # not between records, or no JSON at all: the end of the file will tell
+            yield records
+            text, enough = text[end:].lstrip()[1:], 0
+            break
+        else:
+            enough = max(enough, 2 * len(text) if len(text) >= enough else 0)
+        text += more
+        advance(file.tell())
+    yield _parse(b"[" + text, path)
 
 
-def _columns(records: Sequence[Any]) -> Results | None:
-    """Returns the records as columns, or None if any of them is not a detection."""
-    if not records:
-        none = np.zeros(0, dtype=np.int64)
-        return Results(none, none, np.zeros((0, 4)), np.zeros(0))
+def _record_ends(text: bytes) -> Iterator[int]:
+    """Yields places behind a `}` before `,` and `{`, the last ones of the text first."""
+    stop = len(text)
+    for _ in range(_ENDS_TRIED):
+        stop = text.rfind(b"{", 0, stop)
+        if stop < 0:
+            return
+        before = text[max(0, stop - 64) : stop].rstrip()
+        if before.endswith(b",") and before[:-1].rstrip().endswith(b"}"):
+            yield text.rfind(b"}", 0, stop) + 1
+
+
+def _parse(text: bytes, path: Path) -> Any:
     try:
-        image_ids = np.array([record["image_id"] for record in records])
-        category_ids = np.array([record["category_id"] for record in records])
-        scores = np.array([record["score"] for record in records])
-        masks = _masks(records) if "bbox" not in records[0] else None
-        boxes = (
-            np.array([record["bbox"] for record in records])
-            if masks is None
-            else boxes_xywh(masks.tolist())
-        )
-    except (KeyError, TypeError, ValueError):
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise CorruptArtefactError(
+            f"results '{path}' are not whole JSON ({error}): write or copy the file again"
+        ) from None
+
+
+def _columns(records: Sequence[Any], kind: _Kind) -> Results | None:
+    """Returns the records as columns, or None if any of them is not a detection."""
+    try:
+        image_ids = _integers([record["image_id"] for record in records])
+        category_ids = _integers([record["category_id"] for record in records])
+        scores = _numbers([record["score"] for record in records])
+        masks = _masks([record["segmentation"] for record in records]) if kind.has_masks else None
+        if kind.has_boxes:
+            boxes = _boxes([record["bbox"] for record in records])
+        else:
+            assert masks is not None
+            boxes = mask_boxes(masks)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    right = (
-        image_ids.dtype.kind == "i"
-        and category_ids.dtype.kind == "i"
-        and scores.dtype.kind in "if"
-        and boxes.dtype.kind in "if"
-        and boxes.shape == (len(records), 4)
-        and bool(np.isfinite(scores).all())
-        and bool(np.isfinite(boxes).all())
-        and bool((boxes[:, 2:] >= 0).all())
-    )
-    if not right:
-        return None
+    return Results(image_ids, category_ids, boxes, scores, masks, kind.has_boxes)
+
+
+def _integers(values: list[Any]) -> np.ndarray:
+    if set(map(type, values)) - {int}:
+        raise TypeError
+    return np.array(values, dtype=np.int64)
+
+
+def _numbers(values: list[Any]) -> np.ndarray:
+    if set(map(type, values)) - {int, float}:
+        raise TypeError
+    numbers = np.array(values, dtype=np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError
+    return numbers
+
+
+def _boxes(values: list[Any]) -> np.ndarray:
+    if set(map(type, values)) - {list} or set(map(len, values)) - {4}:
+        raise TypeError
+    boxes = _numbers(list(chain.from_iterable(values))).reshape(-1, 4)
+    if (boxes[:, 2:] < 0).any():
+        raise ValueError
+    return boxes
+
+
+def _masks(values: list[Any]) -> MaskColumn:
+    sizes = [value["size"] for value in values]
+    if set(map(type, sizes)) - {list} or set(map(len, sizes)) - {2}:
+        raise TypeError
+    sizes_hw = _integers(list(chain.from_iterable(sizes))).reshape(-1, 2)
+    counts = [value["counts"] for value in values]
+    if set(map(type, counts)) - {str}:
+        raise TypeError
+    column = join_masks([each.encode("ascii") for each in counts], sizes_hw)
+    if bad_masks(column).any():
+        raise ValueError
+    return column
+
+
+def _concatenate(parts: Sequence[Results], kind: _Kind) -> Results:
+    none = np.zeros(0, dtype=np.int64)
+    masks = [part.masks for part in parts if part.masks is not None]
     return Results(
-        image_ids, category_ids, boxes.astype(np.float64), scores.astype(np.float64), masks
+        image_ids=np.concatenate([none, *(part.image_ids for part in parts)]),
+        category_ids=np.concatenate([none, *(part.category_ids for part in parts)]),
+        boxes_xywh=np.concatenate([np.zeros((0, 4)), *(part.boxes_xywh for part in parts)]),
+        scores=np.concatenate([np.zeros(0), *(part.scores for part in parts)]),
+        masks=concatenate_masks(masks) if kind.has_masks else None,
+        has_boxes=kind.has_boxes,
     )
 
 
-def _masks(records: Sequence[Any]) -> np.ndarray:
-    """Returns the run lengths of mask records; raises as reading other columns does."""
-    if any("bbox" in record for record in records):
-        raise ValueError("boxes among masks")
-    masks = np.empty(len(records), dtype=object)
-    for index, record in enumerate(records):
-        mask = cast("Any", record["segmentation"])
-        size = mask["size"]
-        if not (isinstance(size, list) and list(map(type, size)) == [int, int]):
-            raise ValueError("a mask's size is [height, width]")
-        if not isinstance(mask["counts"], str):
-            raise TypeError("a mask's counts are packed in a string")
-        whole_runs(mask)
-        masks[index] = mask
-    return masks
-
-
-def _name_bad_records(path: Path, records: Sequence[Any]) -> str:
-    bad = [index for index, record in enumerate(records) if _columns([record]) is None]
-    if not bad:  # each is fine alone: kinds of numbers differ among the records
-        return f"results '{path}' mix kinds of ids: image_id and category_id must be integers"
+def _name_bad_records(path: Path, bad: Sequence[int], num_records: int, kind: _Kind) -> str:
     first = ", ".join(str(index) for index in bad[:_NUM_NAMED])
     more = f" and {len(bad) - _NUM_NAMED} more" if len(bad) > _NUM_NAMED else ""
+    shape = "bbox [x, y, width, height] in pixels with no negative side" if kind.has_boxes else ""
+    mask = "segmentation {size: [h, w], counts: compressed RLE}" if kind.has_masks else ""
     return (
-        f"results '{path}': {len(bad)} of {len(records)} records are not detections, at index "
+        f"results '{path}': {len(bad)} of {num_records} records are not detections, at index "
         f"{first}{more}. A detection has integers image_id and category_id, a finite score, and "
-        f"bbox [x, y, width, height] in pixels with no negative side, or, all over the file, "
-        "segmentation with size [height, width] and counts, a packed string"
+        f"{' and '.join(filter(None, (shape, mask)))}"
     )

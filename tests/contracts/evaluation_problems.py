@@ -6,8 +6,8 @@ import numpy as np
 
 from dkdetr.data.annotations import Category, ImageInfo
 from dkdetr.evaluation.ground_truth import GroundTruth
+from dkdetr.evaluation.mask_column import encode_segmentation, join_masks, mask_boxes
 from dkdetr.evaluation.results import Results
-from dkdetr.run_lengths import boxes_xywh, segmentation_rle
 
 
 def random_problem(
@@ -84,18 +84,21 @@ def _box(rng):
     return (x, y, w, h) if rng.random() < 0.5 else (round(x), round(y), round(w), round(h))
 
 
-def masked(truth, results):
-    """Returns the problem with a diamond in every box for its mask."""
-    sizes = {image.image_id: (image.height, image.width) for image in truth.images}
+def with_masks(truth, results, *, keep_boxes):
+    """Returns the same problem with a pentagon in each box as its mask; some masks are empty."""
+    sizes = np.tile([480, 640], (len(truth.image_ids), 1))
+    masks = join_masks([_pentagon(box) for box in truth.boxes_xywh], sizes)
+    found = join_masks(
+        [_pentagon(box) for box in results.boxes_xywh], np.tile([480, 640], (len(results), 1))
+    )
+    boxes = results.boxes_xywh if keep_boxes else mask_boxes(found)
+    return (
+        replace(truth, masks=masks),
+        replace(results, masks=found, boxes_xywh=boxes, has_boxes=keep_boxes),
+    )
 
-    def diamonds(image_ids, boxes):
-        masks = np.empty(len(boxes), dtype=object)
-        for index, (image_id, (x, y, w, h)) in enumerate(zip(image_ids, boxes, strict=True)):
-            ring = [x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h, x, y + h / 2]
-            masks[index] = segmentation_rle([list(map(float, ring))], sizes[int(image_id)])
-        return masks
 
-    truth = replace(truth, masks=diamonds(truth.image_ids, truth.boxes_xywh))
-    masks = diamonds(results.image_ids, results.boxes_xywh)
-    boxes = boxes_xywh(masks.tolist())
-    return truth, replace(results, masks=masks, boxes_xywh=boxes)
+def _pentagon(box_xywh):
+    x, y, w, h = box_xywh.tolist()
+    corners = [x + w / 2, y, x + w, y + h / 3, x + 0.8 * w, y + h, x + 0.2 * w, y + h, x, y + h / 3]
+    return encode_segmentation([corners], 480, 640)

@@ -2,6 +2,8 @@ import copy
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,7 @@ def test_cutting_polygons_before_parsing_changes_nothing_else():
     document["info"] = {"note": 'a "segmentation": [1, 2] in a string stays', "x": [1]}
     document["annotations"][0]["segmentation"] = {"counts": [1, 2, 3], "size": [4, 5]}
     document["annotations"][1] = {"segmentation": [[1, 2.5e-3]], **document["annotations"][1]}
-    from dkdetr.data import annotations as module
+    from dkdetr.data import annotation_file as module
 
     for text in (json.dumps(document).encode(), orjson.dumps(document)):
         cut = orjson.loads(module._POLYGONS.sub(b'"segmentation":null', text))
@@ -93,6 +95,8 @@ def _top(key, value):
     return mutate
 
 
+THIRD = "/annotations/2 (id 3)"
+
 MUTATIONS = {
     "no images": (_top("images", []), "images"),
     "images an object": (_top("images", {}), "no list 'images'"),
@@ -101,39 +105,57 @@ MUTATIONS = {
     "an image a number": (lambda d: d["images"].append(3), "/images/4"),
     "an annotation a list": (lambda d: d["annotations"].append([]), "/annotations/13"),
     "a category null": (lambda d: d["categories"].append(None), "/categories/66"),
-    "image id twice": (_set("images", 1, "id", 1), "more than once: id 1"),
-    "annotation id twice": (_set("annotations", 1, "id", 1), "more than once: id 1"),
-    "category id twice": (_set("categories", 1, "id", 1), "more than once: id 1"),
+    "image id twice": (_set("images", 1, "id", 1), "more than once"),
+    "annotation id twice": (_set("annotations", 1, "id", 1), "more than once"),
+    "category id twice": (_set("categories", 1, "id", 1), "more than once"),
     "image id text": (_set("images", 0, "id", "1"), "/images/0"),
     "image id true": (_set("images", 0, "id", True), "/images/0"),
     "image id missing": (_delete("images", 2, "id"), "/images/2"),
     "image id huge": (_set("images", 0, "id", 2**63), "64 bits"),
-    "height zero": (_set("images", 3, "height", 0), "id 4"),
-    "width negative": (_set("images", 3, "width", -5), "id 4"),
-    "width fraction": (_set("images", 3, "width", 5.5), "id 4"),
-    "width missing": (_delete("images", 0, "width"), "id 1"),
+    "height zero": (_set("images", 3, "height", 0), "(id 4)"),
+    "width negative": (_set("images", 3, "width", -5), "(id 4)"),
+    "width fraction": (_set("images", 3, "width", 5.5), "(id 4)"),
+    "width missing": (_delete("images", 0, "width"), "(id 1)"),
     "file name missing": (_delete("images", 0, "file_name"), "no 'file_name'"),
     "file name a number": (_set("images", 0, "file_name", 7), "no 'file_name'"),
     "file name empty": (_set("images", 0, "file_name", ""), "no 'file_name'"),
-    "category name missing": (_delete("categories", 4, "name"), "category 5"),
-    "category name a list": (_set("categories", 4, "name", []), "category 5"),
-    "category name blank": (_set("categories", 4, "name", " "), "category 5"),
-    "unknown category": (_set("annotations", 2, "category_id", 900), "unknown category_id: id 3"),
-    "unknown image": (_set("annotations", 2, "image_id", 900), "unknown image_id: id 3"),
-    "category a fraction": (_set("annotations", 2, "category_id", 1.0), "id 3"),
-    "image id of box missing": (_delete("annotations", 2, "image_id"), "id 3"),
-    "box missing": (_delete("annotations", 2, "bbox"), "id 3"),
-    "box of three": (_set("annotations", 2, "bbox", [1, 2, 3]), "id 3"),
-    "box of five": (_set("annotations", 2, "bbox", [1, 2, 3, 4, 5]), "id 3"),
-    "box text": (_set("annotations", 2, "bbox", "1 2 3 4"), "id 3"),
-    "box with null": (_set("annotations", 2, "bbox", [1, 2, None, 4]), "id 3"),
-    "box with true": (_set("annotations", 2, "bbox", [1, 2, True, 4]), "id 3"),
-    "box nested": (_set("annotations", 2, "bbox", [1, 2, [3], 4]), "id 3"),
+    "category name missing": (_delete("categories", 4, "name"), "no name: /categories/4 (id 5)"),
+    "category name a list": (_set("categories", 4, "name", []), "no name: /categories/4 (id 5)"),
+    "category name blank": (_set("categories", 4, "name", " "), "no name: /categories/4 (id 5)"),
+    "unknown category": (
+        _set("annotations", 2, "category_id", 900),
+        "unknown category_id: /annotations/2 (id 3)",
+    ),
+    "unknown image": (
+        _set("annotations", 2, "image_id", 900),
+        "unknown image_id: /annotations/2 (id 3)",
+    ),
+    "category a fraction": (_set("annotations", 2, "category_id", 1.0), "(id 3)"),
+    "image id of box missing": (_delete("annotations", 2, "image_id"), "(id 3)"),
+    "box missing": (_delete("annotations", 2, "bbox"), "(id 3)"),
+    "box of three": (_set("annotations", 2, "bbox", [1, 2, 3]), "(id 3)"),
+    "box of five": (_set("annotations", 2, "bbox", [1, 2, 3, 4, 5]), "(id 3)"),
+    "box text": (_set("annotations", 2, "bbox", "1 2 3 4"), "(id 3)"),
+    "box with null": (_set("annotations", 2, "bbox", [1, 2, None, 4]), "(id 3)"),
+    "box with true": (_set("annotations", 2, "bbox", [1, 2, True, 4]), "(id 3)"),
+    "box nested": (_set("annotations", 2, "bbox", [1, 2, [3], 4]), "(id 3)"),
     "negative width": (_set("annotations", 2, "bbox", [9, 9, -3, 4]), "negative"),
-    "not a number": (_set("annotations", 2, "bbox", [1, 2, float("nan"), 4]), "not finite: id 3"),
-    "infinite": (_set("annotations", 2, "bbox", [1, 2, float("inf"), 4]), "not finite: id 3"),
-    "right of image": (_set("annotations", 2, "bbox", [500, 2, 5, 5]), "outside its image: id 3"),
-    "above image": (_set("annotations", 2, "bbox", [5, -9, 5, 5]), "outside its image: id 3"),
+    "not a number": (
+        _set("annotations", 2, "bbox", [1, 2, float("nan"), 4]),
+        "not finite: /annotations/2 (id 3)",
+    ),
+    "infinite": (
+        _set("annotations", 2, "bbox", [1, 2, float("inf"), 4]),
+        "not finite: /annotations/2 (id 3)",
+    ),
+    "right of image": (
+        _set("annotations", 2, "bbox", [500, 2, 5, 5]),
+        "outside its image: /annotations/2 (id 3)",
+    ),
+    "above image": (
+        _set("annotations", 2, "bbox", [5, -9, 5, 5]),
+        "outside its image: /annotations/2 (id 3)",
+    ),
     "crowd 2": (_set("annotations", 2, "iscrowd", 2), "iscrowd"),
     "crowd text": (_set("annotations", 2, "iscrowd", "no"), "iscrowd"),
     "crowd a list": (_set("annotations", 2, "iscrowd", []), "iscrowd"),
@@ -156,7 +178,7 @@ def test_twenty_ids_are_shown_and_all_are_counted(tmp_path):
     document = coco_document(30)
     for record in document["annotations"][:50]:
         record["category_id"] = 900
-    with pytest.raises(DataError, match=r"50 records.* id 20 and 30 more") as caught:
+    with pytest.raises(DataError, match=r"50 records.* \(id 20\) and 30 more") as caught:
         read(tmp_path, document)
     assert "id 21" not in str(caught.value)
 
@@ -216,7 +238,7 @@ def test_lvis_paths_come_from_the_url_and_federated_lists_are_needed(tmp_path):
     assert found.images[0].not_exhaustive_category_ids == (2,)
     assert found.images[1].file_name == "2.png"
     del document["images"][1]["neg_category_ids"]
-    with pytest.raises(DataError, match=r"neg_category_ids.* id 2"):
+    with pytest.raises(DataError, match=r"neg_category_ids.*\(id 2\)"):
         read(tmp_path, document, "lvis")
 
 
@@ -236,3 +258,13 @@ def test_real_coco_files_read_as_the_standard_library_reads_them(part):
     for image_id, expected in sums.items():
         boxes = found.boxes.of_image(by_image[image_id]).boxes_xyxy
         assert boxes[:, :2].sum() == pytest.approx(expected, rel=1e-4, abs=0.5)
+
+
+def test_reading_lvis_keeps_to_its_share_of_three_gigabytes():
+    # The whole of it: python tests/benchmarks/annotations.py.
+    program = Path(__file__).parents[1] / "benchmarks/annotations.py"
+    command = [sys.executable, program, "--annotations", "65000", "--images", "5000"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak, before = re.search(r"peak ([\d.]+) GB \(before: ([\d.]+)\)", said).groups()
+    assert said.startswith("65,000 boxes of 5,000 images")
+    assert float(peak) - float(before) < 3 * 65_000 / 1.3e6

@@ -160,7 +160,7 @@ def test_coco_folders_are_tried_in_turn(tmp_path):
     for name in ("train2017/a.jpg", "val2017/b.jpg", "c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    folder = ImageFolder(tmp_path, coco_layout=True)
+    folder = ImageFolder(tmp_path, layout="coco")
     assert folder.path("val2017/a.jpg") == tmp_path / "train2017/a.jpg"
     assert folder.path("train2017/b.jpg") == tmp_path / "val2017/b.jpg"
     assert folder.path("val2017/c.jpg") == tmp_path / "c.jpg"

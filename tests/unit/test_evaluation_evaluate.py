@@ -124,7 +124,7 @@ def test_an_oracle_scores_one_and_leaves_three_files(split, config, tmp_path):
     assert described["APl"] is None
     assert described["num_images"] == len(split.images)
     lines = (out_dir / "per_category.csv").read_text().splitlines()
-    assert lines[0] == "category_id,name,group,AP,AP50,num_gt,num_detections"
+    assert lines[0] == "category_id,name,group,AP,AP50,AP75,num_gt,num_detections"
     assert any(line.startswith("5,gnu,novel,") and ",1," in line for line in lines)
 
 

@@ -51,13 +51,43 @@ def test_missing_areas_are_made_up_for_and_said(tmp_path):
     assert truth.notes[0].startswith("1 boxes have no area")
 
 
+@pytest.mark.parametrize("area", [None, "3", float("nan"), [1]])
+def test_an_area_that_is_no_number_is_refused(area, tmp_path):
+    path = coco_file(tmp_path, [annotation(1), annotation(2, area=area)])
+    split = load_split(f"coco:{tmp_path}:{path}", tmp_path)
+    with pytest.raises(DataError, match="COCO or LVIS form"):
+        ground_truth_of(split)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None,
+        [],
+        [[1, 2, 3, 4]],
+        "x",
+        {"size": [50, 60]},
+        {"size": [50, 60], "counts": 5},
+        {"size": [50, 60], "counts": ""},
+        {"size": [5, 6], "counts": "0N"},
+        [[None] * 6],
+    ],
+)
+def test_an_object_without_an_outline_is_named_where_masks_are_wanted(segmentation, tmp_path):
+    good = annotation(1, segmentation=[[1, 1, 9, 1, 9, 9]])
+    path = coco_file(tmp_path, [good, annotation(7, segmentation=segmentation)])
+    split = load_split(f"coco:{tmp_path}:{path}", tmp_path)
+    with pytest.raises(DataError, match=r"1 of 2 annotations have no segmentation.* id 7"):
+        ground_truth_of(split, with_masks=True)
+
+
 def test_a_file_that_changed_since_is_refused(tmp_path):
     path = coco_file(tmp_path, [annotation(1)])
     split = load_split(f"coco:{tmp_path}:{path}", tmp_path)
-    for text, words in (("{}", "COCO or LVIS form"), ("[", "COCO or LVIS form")):
+    for text, words in (("{}", "COCO or LVIS form"), ("[", "not JSON")):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
             ground_truth_of(split)
     path.unlink()
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="no annotation file"):
         ground_truth_of(split)

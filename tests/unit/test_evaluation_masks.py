@@ -16,8 +16,10 @@ from dkdetr.errors import DataError
 from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.evaluate import evaluate_student, score_predictions
 from dkdetr.evaluation.ground_truth import ground_truth_of
+from dkdetr.evaluation.mask_column import mask_areas
 from dkdetr.evaluation.mask_postprocess import mask_rles, original_masks
-from dkdetr.evaluation.results import ResultsWriter, read_results
+from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.results_writer import ResultsWriter
 from dkdetr.run_lengths import decode_mask, encode_masks
 from dkdetr.structures import EncoderOutput, ImageBatch, QueryOutput, StudentOutput
 from tests.tiny_student import image_batch, text_embeddings, tiny_config, tiny_student
@@ -125,9 +127,14 @@ def test_written_read_and_without_a_box(tmp_path):
     assert all(r.keys() == {"image_id", "category_id", "segmentation", "score"} for r in records)
     assert all(type(r["segmentation"]["counts"]) is str for r in records)
     results = read_results(path)
-    assert results.masks.tolist() == [rles[0], rles[1], rles[2], rles[0]]
-    assert results.areas.tolist() == [int(decode_mask(rle).sum()) for rle in results.masks]
-    assert results.take(np.array([1])).masks.tolist() == [rles[1]]
+    order = [rles[0], rles[1], rles[2], rles[0]]
+    assert [rle["counts"].decode() for rle in results.masks.objects(np.arange(4))] == [
+        rle["counts"] for rle in order
+    ]
+    assert results.masks.sizes_hw.tolist() == [[5, 7]] * 4
+    assert mask_areas(results.masks).tolist() == [int(decode_mask(rle).sum()) for rle in order]
+    (second,) = results.take(np.array([1])).masks.objects(np.array([0]))
+    assert second["counts"].decode() == rles[1]["counts"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +258,7 @@ def test_a_split_without_masks_is_refused_before_the_work(split, tmp_path):
     document = orjson.loads(split.annotations_path.read_bytes())
     del document["annotations"][0]["segmentation"]
     split.annotations_path.write_bytes(orjson.dumps(document))
-    with pytest.raises(DataError, match="annotation 1 has no mask"):
+    with pytest.raises(DataError, match=r"annotations have no segmentation.* id 1"):
         evaluate(split, tmp_path / "eval")
     assert not (tmp_path / "eval").exists()
 

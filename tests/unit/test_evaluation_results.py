@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from dkdetr.errors import CorruptArtefactError, DataError
-from dkdetr.evaluation.results import ResultsWriter, read_results
+from dkdetr.evaluation import results as module
+from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.results_writer import ResultsWriter
 
 
 def write(writer, image_id, scores, category_ids=None):
@@ -112,3 +114,77 @@ def test_other_files_are_refused(tmp_path):
         read_results(path)
     with pytest.raises(DataError, match="cannot read"):
         read_results(tmp_path / "absent.json")
+
+
+def mask(size=(4, 6), counts="0h0"):
+    return {"size": list(size), "counts": counts}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segmentation": None},
+        {"segmentation": []},
+        {"segmentation": {"size": [4, 6]}},
+        {"segmentation": mask(counts="")},
+        {"segmentation": mask(counts="a b")},
+        {"segmentation": mask(counts="P")},  # goes on, and there is nothing more
+        {"segmentation": mask(counts="ä")},
+        {"segmentation": mask(counts="04")},  # does not fill the image
+        {"segmentation": mask(counts=[4, 20])},
+        {"segmentation": mask(size=(4,))},
+        {"segmentation": mask(size=(0, 6))},
+        {"segmentation": mask(size=(4.0, 6))},
+    ],
+)
+def test_bad_masks_are_named(tmp_path, change):
+    path = tmp_path / "results.json"
+    good = {"image_id": 1, "category_id": 2, "segmentation": mask(), "score": 1}
+    path.write_text(json.dumps([good, good | change, good]))
+    with pytest.raises(DataError, match=r"1 of 3 records .* at index 1\..*compressed RLE"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("layout", [None, 1])
+def test_large_files_are_read_in_pieces(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(module, "_PIECE_BYTES", 1000)
+    rng = np.random.default_rng(0)
+    records = [
+        {
+            "image_id": index,
+            # What looks like the end of a record and is none.
+            "extra": [{"a": "},{"}, {"b": "\\"}] if rng.random() < 0.5 else "}, {",
+            "category_id": int(rng.integers(90)),
+            "bbox": rng.uniform(0, 9, 4).tolist(),
+            "score": rng.random(),
+        }
+        for index in range(500)
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(records, indent=layout))
+    found = read_results(path)
+    assert found.image_ids.tolist() == list(range(500))
+    assert found.boxes_xywh.tolist() == [each["bbox"] for each in records]
+    for index in (0, 250, 499):
+        broken = [dict(each) for each in records]
+        broken[index]["score"] = None
+        path.write_text(json.dumps(broken, indent=layout))
+        with pytest.raises(DataError, match=rf"1 of 500 records .* at index {index}\."):
+            read_results(path)
+    path.write_text(json.dumps(records, indent=layout)[:-300])
+    with pytest.raises(CorruptArtefactError, match="not whole JSON"):
+        read_results(path)
+
+
+def test_one_writer_takes_over_what_another_holds(tmp_path):
+    with ResultsWriter(tmp_path / "whole.json") as whole:
+        for image_id in (1, 2, 3, 4):
+            write(whole, image_id, [0.1, 0.5][: image_id % 3])
+    with ResultsWriter(tmp_path / "first.json") as first:
+        write(first, 4, [0.1])
+        with ResultsWriter(tmp_path / "other.json", commits=False) as other:
+            for image_id in (3, 1, 2):
+                write(other, image_id, [0.1, 0.5][: image_id % 3])
+            first.absorb(other.places, other.pieces())
+    assert (tmp_path / "first.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not (tmp_path / "other.json").exists()

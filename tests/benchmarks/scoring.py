@@ -1,0 +1,175 @@
+"""Prints how long an LVIS-sized results file takes to score, from its files, and the memory.
+
+python tests/benchmarks/scoring.py [--images 1981] [--detections 300] [--classes 1203] [--official]
+
+The whole of LVIS val is --images 19809. Each tool runs in a process of its own, reading included.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=1981)
+    parser.add_argument("--detections", type=int, default=300)
+    parser.add_argument("--classes", type=int, default=1203)
+    parser.add_argument("--official", action="store_true", help="time the lvis package, too")
+    parser.add_argument("--folder", type=Path, help="keep the files here")
+    parser.add_argument("--only", choices=("ours", "official"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        report(options.only, options.folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "results.json").is_file():
+            write_problem(folder, options.images, options.detections, options.classes)
+        size = (folder / "results.json").stat().st_size / 1e6
+        print(
+            f"{options.images} images x {options.detections} detections, {options.classes} classes:"
+            f" {size:.0f} MB"
+        )
+        seconds = {
+            tool: measure(tool, folder)
+            for tool in ("ours", *(("official",) if options.official else ()))
+        }
+        if options.official:
+            print(f"ratio {seconds['official'] / seconds['ours']:.1f}")
+
+
+def measure(tool: str, folder: Path) -> float:
+    command = [sys.executable, __file__, "--only", tool, "--folder", str(folder)]
+    start = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    seconds = time.perf_counter() - start
+    print(f"{tool:9s} {seconds:7.1f} s  {done.stdout.strip().splitlines()[-1]}", flush=True)
+    return seconds
+
+
+def report(tool: str, folder: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    values = ours(folder) if tool == "ours" else official(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    shown = "  ".join(f"{key} {value:.6f}" for key, value in values.items())
+    print(f"peak {peak:.2f} GB  {shown}")
+
+
+def ours(folder: Path) -> dict[str, float]:
+    from dkdetr.data.splits import load_split
+    from dkdetr.evaluation.detection_metrics import score
+    from dkdetr.evaluation.ground_truth import ground_truth_of
+    from dkdetr.evaluation.results import read_results
+
+    started = time.perf_counter()
+
+    def lap(what: str) -> None:
+        print(f"{time.perf_counter() - started:7.1f} s: {what}", file=sys.stderr, flush=True)
+
+    truth = ground_truth_of(load_split(f"lvis:{folder}:{folder / 'lvis_val.json'}", folder))
+    lap("annotations")
+    results = read_results(folder / "results.json")
+    lap("results")
+    values = score(truth, results).values
+    lap("scored")
+    return {key: values[key] for key in ("AP", "APr", "APc", "APf")}
+
+
+def official(folder: Path) -> dict[str, float]:
+    from dkdetr.evaluation.official import import_lvis, numpy_float_alias
+
+    lvis = import_lvis()
+    truth = lvis.LVIS(str(folder / "lvis_val.json"))
+    found = lvis.LVISResults(truth, str(folder / "results.json"))
+    evaluation = lvis.LVISEval(truth, found, "bbox")
+    with numpy_float_alias():
+        evaluation.run()
+    return {key: float(evaluation.results[key]) for key in ("AP", "APr", "APc", "APf")}
+
+
+def write_problem(folder: Path, num_images: int, num_detections: int, num_classes: int) -> None:
+    """Writes lvis_val.json and results.json: 12 boxes an image, of which detections find most."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = 1 / np.arange(5, num_classes + 5)  # few classes have most boxes, as in LVIS
+    weights = rng.permutation(weights / weights.sum())
+    images, annotations = [], []
+    with (folder / "results.json").open("w") as file:
+        file.write("[")
+        for image_id in range(1, num_images + 1):
+            present = rng.choice(num_classes, size=5, p=weights, replace=False) + 1
+            absent = np.setdiff1d(rng.choice(num_classes, size=8, p=weights), present - 1) + 1
+            own = present[rng.integers(0, 5, size=12)]
+            boxes = random_boxes(rng, 12)
+            annotations += [
+                {
+                    "id": len(annotations) + place,
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": box,
+                    "area": 0.7 * box[2] * box[3],
+                }
+                for place, (category_id, box) in enumerate(
+                    zip(own.tolist(), boxes.tolist(), strict=True), start=1
+                )
+            ]
+            images.append(
+                {
+                    "id": image_id,
+                    "coco_url": f"http://x/val2017/{image_id:012d}.jpg",
+                    "height": 480,
+                    "width": 640,
+                    "neg_category_ids": absent.tolist(),
+                    "not_exhaustive_category_ids": present[:1].tolist(),
+                }
+            )
+            file.write(",\n" if image_id > 1 else "\n")
+            others = rng.integers(1, num_classes + 1, size=num_detections)
+            file.write(",\n".join(detections(rng, image_id, own, absent, boxes, others)))
+        file.write("\n]\n")
+    categories = [
+        {"id": number, "name": f"name {number}", "frequency": "rcf"[number % 3]}
+        for number in range(1, num_classes + 1)
+    ]
+    document = {"images": images, "categories": categories, "annotations": annotations}
+    (folder / "lvis_val.json").write_text(json.dumps(document))
+
+
+def detections(rng, image_id, own, absent, boxes, others) -> list[str]:
+    """Returns one image's records: a third near its boxes, a third of judged classes, a third not.
+
+    A student's detections are so: they crowd around what is there.
+    """
+    count = len(others)
+    near = rng.integers(0, len(own), size=count)
+    found = np.where((np.arange(count) % 3 == 0)[:, None], boxes[near], random_boxes(rng, count))
+    found *= rng.normal(1, 0.06, size=(count, 4))
+    judged = np.concatenate((own, absent))
+    labels = np.where(np.arange(count) % 3 == 0, own[near], rng.choice(judged, size=count))
+    labels = np.where(np.arange(count) % 3 == 2, others, labels)
+    scores = np.sort(rng.random(count))[::-1].round(5)
+    return [
+        f'{{"image_id":{image_id},"category_id":{label},"bbox":{box},"score":{score}}}'
+        for label, box, score in zip(
+            labels.tolist(), found.round(2).tolist(), scores.tolist(), strict=True
+        )
+    ]
+
+
+def random_boxes(rng, count) -> np.ndarray:
+    sides = np.exp(rng.uniform(np.log(10), np.log(300), size=(count, 2)))
+    return np.concatenate((rng.uniform(0, 1, size=(count, 2)) * (640, 480) * 0.5, sides), axis=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ _FIFTY_POINTS = [
     *(f"create.before_file:{hit}" for hit in range(1, 16, 2)),
     *(f"atomic.before_rename:{hit}" for hit in range(1, 65, 4)),
     *(f"commit.before_write:{hit}" for hit in (1, 2, 3)),
-    *(f"commit.after_file:{hit}" for hit in range(1, 43, 4)),
+    *(f"commit.after_file:{hit}" for hit in range(1, 40, 4)),
     *(f"commit.before_manifest:{hit}" for hit in (1, 2, 3)),
     *(f"commit.after_manifest:{hit}" for hit in (1, 2, 3)),
     "text.before_write:1",
@@ -48,7 +48,8 @@ _FIFTY_POINTS = [
     "seal.after_quarantine:1",
     "seal.before_complete:1",
     "seal.after_complete:1",
-    "atomic.before_rename:63",
+    "atomic.before_rename:2",
+    "atomic.before_rename:22",
 ]
 
 

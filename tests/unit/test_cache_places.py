@@ -234,7 +234,7 @@ def test_urls_are_for_reading_and_unknown_ones_are_named():
         open_cache("memory://nowhere")
     with pytest.raises(CacheError, match=r"nosuch://x.* cannot be opened"):
         open_cache("nosuch://x")
-    with pytest.raises(CacheError, match="not train there"):
+    with pytest.raises(CacheError, match="and not train; copy it"):
         local_folder("memory://x", to="train")
     assert cache_path("memory://a/b") == RemotePath("memory://a/b/")
 

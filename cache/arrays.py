@@ -12,6 +12,11 @@ from cache.plan import Plan
 from cache.rows import ImageRows
 
 DATA_FOLDER = "data.zarr"
+REGION_VIEWS = (
+    ("region_embeddings", "embedding_scale"),
+    ("flipped_embeddings", "flipped_scale"),
+)
+"""The arrays of a region's vectors, and those of their scales where they are stored as int8."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,12 @@ def array_specs(plan: Plan) -> tuple[ArraySpec, ...]:
     """Returns the arrays of a cache, in the order in which they are written."""
     regions, dim, nan = plan.max_regions, plan.embed_dim, float("nan")
     num_gt = max(1, plan.max_gt)  # Zarr knows no chunk of no elements
-    embeddings = (
-        (ArraySpec("region_embeddings", (regions, dim), "float16", nan),)
-        if plan.storage == "fp16"
-        else (
-            ArraySpec("region_embeddings", (regions, dim), "int8", 0),
-            ArraySpec("embedding_scale", (regions,), "float16", nan),
-        )
-    )
+    views = REGION_VIEWS if plan.flipped else REGION_VIEWS[:1]
+    stored = "float16" if plan.storage == "fp16" else "int8"
+    empty = nan if plan.storage == "fp16" else 0
+    embeddings = [ArraySpec(name, (regions, dim), stored, empty) for name, _ in views]
+    if plan.storage == "int8":
+        embeddings += [ArraySpec(scale, (regions,), "float16", nan) for _, scale in views]
     return (
         ArraySpec("image_id", (), "int64", -1),
         ArraySpec("image_size_hw", (2,), "int32", -1),
@@ -81,12 +84,11 @@ def blocks_of(images: Sequence[ImageRows], plan: Plan) -> dict[str, NDArray[Any]
         blocks["gt/boxes_xyxy"][at, :m] = rows.gt_boxes_xyxy
         blocks["gt/category_ids"][at, :m] = rows.gt_category_ids
         blocks["gt/embeddings"][at, :m] = rows.gt_embeddings
-        if plan.storage == "fp16":
-            blocks["region_embeddings"][at, :n] = rows.region_embeddings
-        else:
-            levels, scale = quantize(rows.region_embeddings)
-            blocks["region_embeddings"][at, :n] = levels
-            blocks["embedding_scale"][at, :n] = scale
+        for name, scale in REGION_VIEWS if plan.flipped else REGION_VIEWS[:1]:
+            if plan.storage == "fp16":
+                blocks[name][at, :n] = getattr(rows, name)
+            else:
+                blocks[name][at, :n], blocks[scale][at, :n] = quantize(getattr(rows, name))
     return blocks
 
 
@@ -104,9 +106,6 @@ def quantize(embeddings: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.flo
 def rows_of(chunks: Mapping[str, NDArray[Any]]) -> ImageRows:
     """Returns the rows of one image from its chunk of every array; embeddings as stored."""
     n, m = int(chunks["num_regions"]), int(chunks["gt/num_boxes"])
-    embeddings = chunks["region_embeddings"][:n].astype(np.float32)
-    if "embedding_scale" in chunks:
-        embeddings *= chunks["embedding_scale"][:n, None].astype(np.float32)
     height, width = (int(side) for side in chunks["image_size_hw"])
     return ImageRows(
         image_id=int(chunks["image_id"]),
@@ -114,9 +113,22 @@ def rows_of(chunks: Mapping[str, NDArray[Any]]) -> ImageRows:
         boxes_xyxy=chunks["boxes_xyxy"][:n].copy(),
         objectness=chunks["objectness"][:n].copy(),
         max_base_iou=chunks["max_base_iou"][:n].copy(),
-        region_embeddings=embeddings,
+        region_embeddings=_vectors(chunks, *REGION_VIEWS[0], n),
         image_embedding=chunks["image_embedding"].astype(np.float32),
         gt_boxes_xyxy=chunks["gt/boxes_xyxy"][:m].copy(),
         gt_category_ids=chunks["gt/category_ids"][:m].copy(),
         gt_embeddings=chunks["gt/embeddings"][:m].astype(np.float32),
+        flipped_embeddings=(
+            _vectors(chunks, *REGION_VIEWS[1], n) if REGION_VIEWS[1][0] in chunks else None
+        ),
     )
+
+
+def _vectors(
+    chunks: Mapping[str, NDArray[Any]], name: str, scale: str, count: int
+) -> NDArray[np.float32]:
+    """Returns the first `count` vectors of an image, in float32."""
+    vectors = chunks[name][:count].astype(np.float32)
+    if scale in chunks:
+        vectors *= chunks[scale][:count, None].astype(np.float32)
+    return vectors

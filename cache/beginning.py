@@ -25,6 +25,9 @@ from cache.plan import Plan
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, diff_parts
 from cache.zarr_files import metadata_files
 
+_PLACES = ("split", "data_root", "teacher_spec", "command")
+"""What provenance says of where things lie: the latest command knows best."""
+
 
 def refuse_foreign_folder(path: Path) -> None:
     """Returns if `path` is free, or a cache begun or finished; else raises CacheError."""
@@ -75,9 +78,13 @@ def write_head(path: Path, head: Head, plan: Plan, provenance: Mapping[str, Any]
     files[CACHE_FILE] = dump_checked_json(table)
     (path / MANIFEST_FOLDER).mkdir(exist_ok=True)
     try:
-        load_provenance(path)
+        kept = load_provenance(path)
     except (FileNotFoundError, CorruptCacheError):
-        write_provenance(path, provenance)
+        kept = None
+    places = {key: provenance[key] for key in _PLACES if key in provenance}
+    current = {**(provenance if kept is None else kept), **places}
+    if current != kept:
+        write_provenance(path, current)
     for name, data in files.items():
         if not _same_json(path / name, data):
             (path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ class Plan:
     max_gt: int
     storage: Storage
     batch_layout: Mapping[str, Any] = field(hash=False)
+    flipped: bool = False
+    """True where every region has a second embedding, of its mirrored crop."""
 
     def __post_init__(self) -> None:
         if not self.image_ids:
@@ -82,6 +84,7 @@ class Plan:
             "max_gt": self.max_gt,
             "storage": self.storage,
             "batch_layout": dict(self.batch_layout),
+            "flipped": self.flipped,
         }
 
     @classmethod
@@ -99,6 +102,7 @@ def make_plan(
     max_gt: int,
     storage: Storage,
     batch_layout: Mapping[str, Any],
+    flipped: bool = False,
 ) -> Plan:
     """Returns a plan over the sorted ids, in shards of min(512, max(16, ceil(n / 16))) images.
 
@@ -109,6 +113,7 @@ def make_plan(
         max_gt: the most base ground-truth boxes any of these images has.
         storage: how region embeddings are stored; `int8` halves them, at a cosine of 0.9999.
         batch_layout: how the teacher's batches are composed.
+        flipped: whether a region has a second embedding, of its mirrored crop.
     """
     ordered = tuple(sorted(int(image_id) for image_id in image_ids))
     return Plan(
@@ -119,4 +124,5 @@ def make_plan(
         max_gt=max_gt,
         storage=storage,
         batch_layout=batch_layout,
+        flipped=flipped,
     )

@@ -43,6 +43,8 @@ class ImageRows:
     """[m]"""
     gt_embeddings: Floats
     """[m, embed_dim], unit norm."""
+    flipped_embeddings: Floats | None = None
+    """[n, embed_dim], unit norm: of the mirrored crops; None where the plan has none."""
 
     @property
     def num_regions(self) -> int:
@@ -64,6 +66,7 @@ def empty_rows(image_id: int, plan: Plan) -> ImageRows:
         gt_boxes_xyxy=np.zeros((0, 4), np.float32),
         gt_category_ids=np.zeros(0, np.int64),
         gt_embeddings=np.zeros((0, plan.embed_dim), np.float32),
+        flipped_embeddings=np.zeros((0, plan.embed_dim), np.float32) if plan.flipped else None,
     )
 
 
@@ -91,6 +94,10 @@ def rows_problem(rows: ImageRows, plan: Plan) -> str | None:
         "gt_category_ids": (m,),
         "gt_embeddings": (m, dim),
     }
+    if plan.flipped != (rows.flipped_embeddings is not None):
+        return f"flipped_embeddings are {'lacking' if plan.flipped else 'not'} in the plan"
+    if plan.flipped:
+        shapes["flipped_embeddings"] = (n, dim)
     for name, shape in shapes.items():
         array = getattr(rows, name)
         if array.shape != shape:
@@ -111,7 +118,15 @@ def rows_problem(rows: ImageRows, plan: Plan) -> str | None:
         or norm_problem("region_embeddings", rows.region_embeddings)
         or norm_problem("image_embedding", rows.image_embedding[None])
         or norm_problem("gt_embeddings", rows.gt_embeddings)
+        or flipped_problem(rows)
     )
+
+
+def flipped_problem(rows: ImageRows) -> str | None:
+    """Returns what is wrong with the embeddings of mirrored crops, where there are any, or None."""
+    if rows.flipped_embeddings is None:
+        return None
+    return norm_problem("flipped_embeddings", rows.flipped_embeddings)
 
 
 def norm_problem(name: str, embeddings: Floats) -> str | None:

@@ -24,7 +24,7 @@ from cache.layout import (
 )
 from cache.manifest import MANIFEST_FOLDER, ShardManifest, manifest_file
 from cache.neighbor_lists import NeighborLists, load_neighbors
-from cache.rows import ImageRows, norm_problem
+from cache.rows import ImageRows, flipped_problem, norm_problem
 from cache.shard_reader import ShardReader
 from cache.spec import CacheError, CorruptCacheError, UnsealedCacheError
 
@@ -133,8 +133,10 @@ class CacheReader:
             return f"its row belongs to image {rows.image_id}"
         if image_id in self.quarantined:
             return "it is quarantined and yet has regions" if rows.num_regions else None
-        return norm_problem("region_embeddings", rows.region_embeddings) or norm_problem(
-            "image_embedding", rows.image_embedding[None]
+        return (
+            norm_problem("region_embeddings", rows.region_embeddings)
+            or norm_problem("image_embedding", rows.image_embedding[None])
+            or flipped_problem(rows)
         )
 
     def _check_leaf(self, name: str, prefix: str = "") -> None:
@@ -143,14 +145,16 @@ class CacheReader:
             raise CorruptCacheError(f"{prefix}{problem}; next: dkdetr cache verify {self.path}")
 
     def _make_info(self) -> CacheInfo:
+        provenance = load_provenance(self.path)
         parts = {**self._head.parts, "text": load_text_manifest(self.path)["parts"]}
         return CacheInfo(
             path=self.path,
-            split=_part_name(parts["split"]),
+            # Where the pictures lie is provenance; the parts know what they are.
+            split=str(provenance.get("split") or _part_name(parts["split"])),
             fingerprint=self._head.fingerprint,
             merkle_root=self._seal.merkle_root,
             parts=parts,
-            provenance=load_provenance(self.path),
+            provenance=provenance,
             num_images=self.plan.num_images,
             num_regions=self._seal.num_regions,
             max_regions=self.plan.max_regions,

@@ -182,8 +182,11 @@ class TrainingBatches:
         # Places left empty get an anchor that every later formula survives: the whole view.
         boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
         boxes[:count] = chosen.boxes_cxcywh
-        embeddings = torch.zeros(kd.regions_per_image, rows.region_embeddings.shape[1])
-        embeddings[:count] = torch.from_numpy(rows.region_embeddings[chosen.indices.numpy()])
+        # A mirrored view learns from the mirrored crops, where the cache has them.
+        mirrored = rows.flipped_embeddings if geometry.flip else None
+        cached = rows.region_embeddings if mirrored is None else mirrored
+        embeddings = torch.zeros(kd.regions_per_image, cached.shape[1])
+        embeddings[:count] = torch.from_numpy(cached[chosen.indices.numpy()])
         return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
 
 

@@ -229,14 +229,22 @@ def cache_info(
 @_command(cache_app, "verify")
 def cache_verify(
     path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    crop_modes: Annotated[
+        str,
+        typer.Option(
+            help="Let the teacher name a sample of base objects cropped otherwise: "
+            "squash,clip_center,... or all (needs its weights)"
+        ),
+    ] = "",
     data_root: DataRoot = Path("data"),
+    device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Read every byte of a cache and check it; report the recall of its proposals."""
+    """Read every byte of a cache and check it; report recall and zero-shot accuracy."""
     from pipeline.inspect import verify_and_report
 
-    report = verify_and_report(path, data_root)
+    report = verify_and_report(path, data_root, crop_modes=crop_modes, device=device)
     _tell(report.lines(), json_out)
     _report(report.as_json(), json_out)
     report.raise_problems()

@@ -6,7 +6,7 @@ unit embeddings are averaged and normalised again.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, cast, get_args
@@ -24,6 +24,10 @@ _MAX_SCALE = 10.0
 
 CropMode = Literal["squash", "clip_center", "pad_square", "context_square", "native"]
 Combine = Literal["mean", "sum"]
+_COMBINED: dict[Combine, str] = {
+    "mean": "mean of unit vectors, normalised",
+    "sum": "sum of features, normalised",
+}
 Views = Literal["orig", "orig,flip", "avg"]
 
 
@@ -62,19 +66,21 @@ class CropRule:
 
     def parts(self) -> dict[str, Any]:
         """Returns the rule as the cache's fingerprint records it."""
-        means = {
-            "mean": "mean of unit vectors, normalised",
-            "sum": "sum of features, normalised",
-        }
         return {
             "mode": self.mode,
             "scales": list(self.scales),
-            "combine": means[self.combine],
+            "combine": _COMBINED[self.combine],
             "views": self.views,
             "clamp": "to the picture",
             "rounding": "outward",
             "min_side": _MIN_SIDE,
         }
+
+
+def rule_from_parts(parts: Mapping[str, Any]) -> CropRule:
+    """Returns the rule that `CropRule.parts` recorded in a cache."""
+    combine = next(word for word, told in _COMBINED.items() if told == parts["combine"])
+    return CropRule(parts["mode"], tuple(parts["scales"]), combine, parts["views"])
 
 
 def parse_crop_rule(

@@ -27,6 +27,8 @@ _KNOWN = {
     "numpy.ndarray": "ndarray",
     "numpy.dtype": "dtype",
     "_codecs.encode": "encode",
+    # Old protocols have no other way to write an empty array's bytes.
+    **dict.fromkeys(["builtins.bytes", "__builtin__.bytes"], "bytes"),
 }
 """The names that a pickle may say; they are words here, and stand for no object."""
 
@@ -169,6 +171,8 @@ class _Machine:
             if encoding not in {"latin1", b"latin1"}:
                 raise self._refusal(f"the encoding {encoding!r}")
             return text.encode("latin1")
+        if word == "bytes" and not arguments:
+            return b""
         if word == "dtype":
             return self._dtype(arguments[0])
         if word == _RECONSTRUCT and arguments[0] == _Name("ndarray"):

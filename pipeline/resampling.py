@@ -119,6 +119,7 @@ def cut_by_matrices(
         ]  # fmt: skip
         (across, seen_x), (down, seen_y) = axes
         rows = (pixels @ across.to(dtype).mT).view(-1, 3, height, look.size_hw[1])
+        rows = rows.round().clamp(0, 255)  # whole grey levels between the passes, as Pillow has
         found = (down.to(dtype).unsqueeze(1) @ rows).float().round().clamp(0, 255).byte()
         seen = seen_y[:, None, :, None] & seen_x[:, None, None, :]
         crops[part] = torch.where(seen, found, fill)

@@ -1,17 +1,20 @@
 """`fit` under torchrun: two gloo ranks train one process's network, and nobody is left hanging."""
 
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from cache.store import open_cache
+from dkdetr.data.splits import load_split
+from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.interruption import StopFlag
+from dkdetr.errors import UsageError
+from dkdetr.experiment_file import load_experiment
+from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.proposal_network import load_network
-from tests.e2e.commands import DKDETR, dkdetr, environment, run_command, succeed
+from tests.e2e.commands import DKDETR, run_command, succeed
 from tests.e2e.small_coco import write_coco_folder
 
 # What a rank computes alone must not depend on the rest of the batch, nor on dropout's draws.
@@ -31,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _words(out: str, *more: str, epochs: int = 2) -> tuple[str, ...]:
+def fit_words(out: str, *more: str, epochs: int = 2) -> tuple[str, ...]:
     return (
         "cache-teacher", "--split", "ovcoco:train2017:train2017.json", "--out", out, "--teacher",
         "pictograms", "--prompts", "single", "--keep", "8", "--device", "cpu", "--fit-epochs",
@@ -40,9 +43,9 @@ def _words(out: str, *more: str, epochs: int = 2) -> tuple[str, ...]:
 
 
 def test_two_ranks_train_the_network_of_one_process_and_one_goes_on(folder: Path) -> None:
-    succeed(*_words("one", "--only-proposals"), cwd=folder)
+    succeed(*fit_words("one", "--only-proposals"), cwd=folder)
     assert not (folder / "one" / "CACHE.json").exists()
-    done = run_command([*TORCHRUN, *DKDETR, *_words("two", "--json", "two.json")], folder)
+    done = run_command([*TORCHRUN, *DKDETR, *fit_words("two", "--json", "two.json")], folder)
     assert done.returncode == 0, done.stderr
     one, two = (
         load_network(folder / name / "proposals" / "network.safetensors")[0]
@@ -56,41 +59,9 @@ def test_two_ranks_train_the_network_of_one_process_and_one_goes_on(folder: Path
     assert (folder / "two.json").is_file()
 
 
-def test_an_error_of_the_first_rank_ends_the_others(folder: Path) -> None:
-    picture = folder / "train2017" / "000005.jpg"
-    picture.rename(folder / "away.jpg")
-    try:
-        started = time.monotonic()
-        done = run_command([*TORCHRUN, *DKDETR, *_words("three")], folder)
-        assert time.monotonic() - started < 60
-    finally:
-        (folder / "away.jpg").rename(picture)
-    assert done.returncode != 0
-    assert "000005.jpg" in done.stderr
-
-
-def test_sigterm_to_all_ranks_keeps_the_state_and_the_same_command_goes_on(folder: Path) -> None:
-    words = _words("four", "--only-proposals", epochs=40)
-    process = subprocess.Popen(
-        [*TORCHRUN, *DKDETR, *words], cwd=folder, env=environment(), stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    state = folder / "four" / "proposals" / "fit_state.safetensors"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "stopped by SIGTERM at step" in said, said
-    assert state.exists()
-    resumed = dkdetr(*words, cwd=folder)  # on one process
-    assert resumed.returncode == 0, resumed.stderr
-    assert not state.exists()
-
-
 def test_batches_must_divide_by_the_ranks(folder: Path) -> None:
-    words = _words("five", "--only-proposals", "--set", "data.batch_size=3")
-    done = run_command([*TORCHRUN, *DKDETR, *words], folder)
-    assert done.returncode != 0
-    assert "do not divide by 2 ranks" in done.stderr
+    split = load_split(f"ovcoco:{folder}/train2017:{folder}/train2017.json", folder)
+    config = load_experiment("trial", ["data.batch_size=3"]).config
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="do not divide by 2 ranks"):
+        NetworkTraining(config, split, StateFile(folder / "x", ""), ranks, StopFlag())

@@ -101,3 +101,19 @@ def test_stream_gives_every_stack_its_rows_in_full_batches(sizes: list[int]) -> 
     assert len(seen) == -(-sum(sizes) // 8)
     for row, stack in zip(rows, stacks, strict=True):
         assert row[:, 0].tolist() == stack[:, 0, 0, 0].tolist()
+
+
+def test_a_context_square_has_eight_times_the_area_and_lies_in_the_picture() -> None:
+    rule = CropRule("context_square", (1.0, 0.5))
+    boxes = np.array([[40, 40, 50, 60], [0, 0, 10, 20], [10, 10, 90, 90]], dtype=np.float32)
+    windows = crop_windows(boxes, rule, height=100, width=120)
+    # sqrt(8 x 10 x 20) = 40 about (45, 50); half of it at scale 0.5.
+    assert windows[0].tolist() == [[25, 30, 65, 70], [35, 40, 55, 60]]
+    assert windows[1, 0].tolist() == [0, 0, 40, 40]  # moved into the picture
+    assert windows[2, 0].tolist() == [0, 0, 120, 100]  # no greater than the picture
+
+
+def test_sum_weighs_a_crop_by_its_length_and_mean_does_not() -> None:
+    features = np.array([[[3.0, 0.0], [0.0, 4.0]]], dtype=np.float32)
+    np.testing.assert_allclose(combine_crops(features, "sum"), [[0.6, 0.8]], atol=1e-6)
+    np.testing.assert_allclose(combine_crops(features, "mean"), [[0.5**0.5] * 2], atol=1e-6)

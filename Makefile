@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults-cache clean
+.PHONY: demo test check unit faults-cache faults-stage-one clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -26,7 +26,11 @@ unit: $(INSTALLED)
 
 # The long fault tests: 200 kills, 1,000 flipped bits.
 faults-cache: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_cache_faults.py
+
+# Lost workers, failing ranks, SIGTERM while a cache is made.
+faults-stage-one: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_stage_one_faults.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

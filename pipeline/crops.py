@@ -80,7 +80,8 @@ class CropRule:
 def rule_from_parts(parts: Mapping[str, Any]) -> CropRule:
     """Returns the rule that `CropRule.parts` recorded in a cache."""
     combine = next(word for word, told in _COMBINED.items() if told == parts["combine"])
-    return CropRule(parts["mode"], tuple(parts["scales"]), combine, parts["views"])
+    scales = tuple(parts["scales"])
+    return CropRule(parts["mode"], scales, cast("Combine", combine), parts["views"])
 
 
 def parse_crop_rule(

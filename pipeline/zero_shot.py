@@ -6,7 +6,7 @@ sample of base objects again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -50,7 +50,7 @@ def parse_modes(words: str) -> tuple[CropMode, ...]:
     for word in chosen:
         if word not in known:
             raise UsageError(f"--crop-modes {word}: choose of {', '.join(known)}, or all")
-    return chosen
+    return cast("tuple[CropMode, ...]", chosen)
 
 
 def cached_accuracy(reader: CacheReader) -> ZeroShot | None:

@@ -144,21 +144,21 @@ def _address(where: Path) -> str:
 def test_the_command_answers_sigterm_with_75(
     made: tuple[CacheRequest, str], tmp_path: Path
 ) -> None:
-    request, root = made
+    request, _ = made
     words = (
         "cache-teacher", "--split", request.split, "--out", "c", "--teacher", request.teacher,
         "--proposals", request.proposals, "--prompts", "vild63", "--keep", "5", "--device", "cpu",
     )  # fmt: skip
-    process = subprocess.Popen(
-        [*DKDETR, *words], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
     said = ""
-    for line in process.stderr:
-        said += line
-        if line.startswith("teacher "):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, said
+    with subprocess.Popen(
+        [*DKDETR, *words], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said += line
+            if line.startswith("teacher "):
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 75, said
     assert "error [75]: stopped by SIGTERM" in said
     assert dkdetr(*words, cwd=tmp_path).returncode == 0
     assert open_cache(tmp_path / "c").info.num_images == 35

@@ -89,7 +89,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
     """
     path = request.out / NETWORK_FILE
     plan = fit_plan(request, split)
-    with join_fit_ranks(request.device) as ranks, stop_on_sigterm() as stop:
+    with join_fit_ranks(request.device) as ranks:
         if not ranks.is_first:
             order = share_from_first(ranks, None)
             if order["do"] == "fail":
@@ -97,7 +97,8 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
             if order["do"] == "train":
                 readable = without_images(split, dict.fromkeys(order["unreadable"], ""))
                 state = StateFile(request.out / _STATE_FILE, order["key"])
-                NetworkTraining(plan.config, readable, state, ranks, stop).run()
+                with stop_on_sigterm() as stop:
+                    NetworkTraining(plan.config, readable, state, ranks, stop).run()
                 ranks.wait()
             return path
         assert images is not None
@@ -120,8 +121,9 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
             )
             readable = without_images(split, unreadable)
             state = StateFile(request.out / _STATE_FILE, key)
-            training = NetworkTraining(plan.config, readable, state, ranks, stop)
-            trunk = training.run()
+            with stop_on_sigterm() as stop:
+                training = NetworkTraining(plan.config, readable, state, ranks, stop)
+                trunk = training.run()
             facts = {"key": key, "image_size": plan.config.data.image_size,
                      "seen": _seen(plan, split, training.num_iterations)}  # fmt: skip
             save_network(path, trunk.cpu(), plan.config.student, facts)

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import DetectionLossConfig, ExperimentConfig
-from dkdetr.data.loader import batches_per_epoch, make_training_loader
+from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
 from dkdetr.data.samplers import derive_seed
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
@@ -94,7 +94,6 @@ class NetworkTraining:
             PreemptedError: SIGTERM came to some rank; the state is kept.
             NonFiniteLossError: the training diverged.
         """
-        total = self.num_iterations
         epoch, batch = divmod(self._iteration, self._per_epoch)
         loader = make_training_loader(
             self._split,
@@ -110,6 +109,17 @@ class NetworkTraining:
         if self._ranks.world_size > 1:
             devices = [self._ranks.device] if self._ranks.device.type == "cuda" else None
             model = DistributedDataParallel(self.trunk, device_ids=devices)
+        try:
+            self._train(model, loader)
+        except (RuntimeError, EOFError, OSError):
+            # A SIGTERM for the whole group ends the loader's processes too.
+            if not self._stop.is_set or self._ranks.world_size > 1:
+                raise
+            self._preempt()
+        return self.trunk.eval()
+
+    def _train(self, model: nn.Module, loader: BatchStream[TrainingBatch]) -> None:
+        total = self.num_iterations
         kept_at = time.monotonic()
         quiet = not self._ranks.is_first
         with progress("fitting proposals", total, done=self._iteration, quiet=quiet) as advance:
@@ -126,7 +136,6 @@ class NetworkTraining:
                     kept_at = time.monotonic()
                 if self._iteration % 10 == 0 or self._iteration == total:
                     advance(self._iteration, f"loss {loss.item():.2f}")
-        return self.trunk.eval()
 
     def time_step(self) -> tuple[float, float]:
         """Returns the seconds of loading a batch here and of a step; spoils the network.

@@ -24,7 +24,9 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Look at a teacher cache and check it.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets: what is known, what is there.", no_args_is_help=True)
 config_app = typer.Typer(help="Experiments and their settings.", no_args_is_help=True)
+vocab_app = typer.Typer(help="Vocabularies: names and their embeddings.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+app.add_typer(vocab_app, name="vocab")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
@@ -277,19 +279,29 @@ def train_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train a student from a cache; the same command resumes. CLIP is not loaded.
+    """Train a student from a cache; the same command resumes.
+
+    CLIP is not loaded, unless kd.alignment=online asks for it.
 
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr train ...
     """
     from dkdetr.engine.start import start_training
 
     settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-    summary = start_training(cache, experiment, settings, run, data_root, device)
+    summary = start_training(
+        cache, experiment, settings, run, data_root, device, _load_cache_teacher
+    )
     _say(
         f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
         f"next: dkdetr eval {summary.run}"
     )
     _report(vars(summary), json_out)
+
+
+def _load_cache_teacher(cache: Path, device: Any) -> Any:
+    from pipeline.online_teacher import teacher_of_cache
+
+    return teacher_of_cache(cache, device)
 
 
 @_command(app, "eval")
@@ -331,10 +343,142 @@ def eval_command(
     _report(scored.as_json(), json_out)
 
 
+@_command(app, "predict")
+def predict_command(
+    pictures: Annotated[
+        list[str], typer.Argument(help="Pictures, folders, globs, videos, or - for a list on stdin")
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="A run, a checkpoint or a student file; default: newest run")
+    ] = None,
+    words: Annotated[
+        str | None, typer.Option("--classes", "-c", help='What to look for: "cat, traffic cone"')
+    ] = None,
+    vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
+    threshold: Annotated[float, typer.Option(help="Least score")] = 0.3,
+    class_thresholds: Annotated[
+        list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
+    ] = None,
+    nms: Annotated[
+        float | None, typer.Option(help="Suppress overlaps above this IoU, whatever the names")
+    ] = None,
+    every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
+    draw: Annotated[bool, typer.Option(help="Write annotated pictures")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
+    teacher: Annotated[
+        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+    ] = None,
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Find what words name in pictures: boxes, names and scores."""
+    from dkdetr.inference.picture_sources import find_sources, open_pictures
+    from dkdetr.inference.prediction_files import predict_to_folder
+    from pipeline.open_vocabulary import load_detector
+
+    sources = find_sources(pictures)
+    detector, looked_for = load_detector(model, words, vocab, teacher, device)
+    summary = predict_to_folder(
+        detector,
+        open_pictures(sources, every=every),
+        looked_for,
+        out,
+        draw=draw,
+        threshold=threshold,
+        thresholds=_scores_by_name(class_thresholds or ()),
+        nms_iou=nms,
+        batch_size=batch_size,
+    )
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
+
+
+def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:
+    from dkdetr.errors import UsageError
+
+    scores: dict[str, float] = {}
+    for pair in pairs:
+        name, _, score = pair.rpartition("=")
+        try:
+            scores[name.strip()] = float(score)
+        except ValueError:
+            raise UsageError(f"--class-threshold {pair}: give NAME=SCORE") from None
+    return scores
+
+
 def _build_vocabulary(split: Any, teacher: str, templates: tuple[str, ...]) -> Any:
     from pipeline.vocabularies import build_split_vocabulary
 
     return build_split_vocabulary(split, teacher, templates)
+
+
+@_command(app, "convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Another project's .pth, .bin or .safetensors")],
+    out: Annotated[Path, typer.Argument(help="The student file to write (.safetensors)")],
+    experiment: Annotated[
+        str, typer.Option(help="Whose student it becomes: a shipped name or a TOML file")
+    ] = "lvis_r50_70e",
+    protocol: Annotated[
+        str, typer.Option(help="What it will be scored by: lvis, ovcoco or coco")
+    ] = "lvis",
+    vocab: Annotated[
+        Path | None, typer.Option(help="The vocabulary file that its classifier speaks")
+    ] = None,
+    overrides: Overrides = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Take over weights of DK-DETR (opera), Deformable DETR, transformers, or a ResNet-50."""
+    from dkdetr.inference.conversion import convert_file
+
+    report = convert_file(
+        source,
+        out,
+        experiment,
+        overrides or (),
+        protocol=_one_of("--protocol", protocol, ("lvis", "ovcoco", "coco")),
+        vocabulary_path=vocab,
+    )
+    _tell([*report.lines(), f"written: {out}"], json_out)
+    _report(report.to_json(), json_out)
+
+
+@_command(vocab_app, "build")
+def vocab_build(
+    names: Annotated[Path, typer.Argument(help="A name a line, or: name, synonym, ...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
+    teacher: Annotated[
+        str, typer.Option(help="Whose text tower: as for cache-teacher")
+    ] = "ViT-B-32-quickgelu:openai",
+    prompts: Annotated[str, typer.Option(help="vild63, clip7 or single")] = "vild63",
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Embed names once; eval, predict and convert then need no CLIP."""
+    from pipeline.open_vocabulary import build_vocabulary_file
+
+    built = build_vocabulary_file(names, out, teacher, prompts, device)
+    _tell(built.lines(), json_out)
+    _report(built.as_json(), json_out)
+
+
+@_command(vocab_app, "show")
+def vocab_show(
+    path: Annotated[Path, typer.Argument(help="A vocabulary file")],
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Print a vocabulary's names, teacher, prompts and near-duplicates; loads no CLIP."""
+    from dkdetr.data.vocabulary import load_vocabulary
+    from dkdetr.data.vocabulary_check import describe_vocabulary
+
+    described = describe_vocabulary(load_vocabulary(path))
+    _tell(described.lines(), json_out)
+    _report(described.as_json(), json_out)
 
 
 @_command(data_app, "list")

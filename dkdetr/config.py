@@ -4,11 +4,16 @@ The defaults are the paper's LVIS run (70 epochs); an experiment file states wha
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 _STRICT = ConfigDict(extra="forbid")
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class StudentConfig:
     """Two-stage, box-refining Deformable DETR (method A.2)."""
 
     __pydantic_config__ = _STRICT
+    weights: str | None = None
+    """A student file to start from (`dkdetr convert`, `dkdetr export`); absent = a fresh start."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     neck_bias: bool = False
     """Biases of the neck's convolutions: the original Deformable DETR has them, DK-DETR none."""
@@ -46,6 +53,10 @@ class StudentConfig:
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     num_queries: int = 300
+    denoising: Count = 0
+    """Groups of denoising queries in training (DN-DETR); 0 = the paper."""
+    denoising_box_noise: Fraction = 0.4
+    denoising_label_noise: Fraction = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,12 @@ class DetectionLossConfig:
     weight_giou: float = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    loss_class: Literal["focal", "fed"] = "focal"
+    """`fed`: only a batch's own classes and sampled ones count as negatives (Detic)."""
+    fed_classes: Annotated[int, Field(ge=1)] = 50
+    """Classes that take part in a batch of `fed`, its own included."""
+    fed_power: NotNegative = 0.5
+    """Others are drawn in proportion to the number of their training images to this power."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +95,16 @@ class SemanticKDConfig:
     """SKD: each KD feature finds its own region's teacher embedding (paper Eq. 3, 4)."""
 
     __pydantic_config__ = _STRICT
-    weight: float = 0.1
+    weight: NotNegative = 0.1
     """0 switches SKD off."""
-    loss: Literal["bce", "l1"] = "bce"
-    temperature: float = 0.05
+    loss: Literal["bce", "l1", "infonce", "siglip_bias", "centred"] = "bce"
+    """`bce` and `l1` are the paper's; the others are ours (losses/README.md)."""
+    temperature: Positive = 0.05
+    """Of `siglip_bias`: where its learnable scale starts."""
     bias: float = 0.0
-    """Added to every similarity logit of `bce`; 0 = the paper."""
+    """Added to every logit of `bce` and `centred`, 0 = the paper; of `siglip_bias`: its start."""
+    duplicate_similarity: Fraction = 0.0
+    """Regions whose teacher embeddings are more alike than this are no negatives; 0: all are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +112,21 @@ class RelationalKDConfig:
     """RKD: similarities among KD features imitate those among teacher embeddings (Eq. 5)."""
 
     __pydantic_config__ = _STRICT
-    weight: float = 2.0
+    weight: NotNegative = 2.0
     """0 switches RKD off."""
-    temperature: float = 0.2
-    relations: tuple[Literal["image", "batch"], ...] = ("image", "batch")
+    temperature: Positive = 0.2
+    relations: Annotated[tuple[Literal["image", "batch"], ...], Field(min_length=1)] = (
+        "image",
+        "batch",
+    )
+    include_self: bool = True
+    """Whether a region's similarity to itself stands in its row."""
+    reverse: bool = False
+    """KL(student || teacher) instead of KL(teacher || student)."""
+    cross_only: bool = False
+    """Leave pairs of one image out of the batch's relations (but for a region with itself)."""
+    gather: bool = False
+    """Relations of the batch reach over all ranks, with exact gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,31 +134,78 @@ class RegionSelectionConfig:
     """Which cached regions of an augmented view may be distilled (method B.3, B.5)."""
 
     __pydantic_config__ = _STRICT
-    max_base_iou: float = 0.5
-    nms_iou: float = 0.5
-    min_visible: float = 0.7
-    min_side: float = 16.0
+    max_base_iou: Fraction = 0.5
+    nms_iou: Fraction = 0.5
+    min_visible: Fraction = 0.7
+    min_side: NotNegative = 16.0
     """Pixels of the augmented view."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
-    """Distillation through auxiliary queries anchored at cached boxes (decision 1)."""
+    """Distillation: which queries carry it and what they learn (decision 1, method B.2)."""
 
     __pydantic_config__ = _STRICT
-    start_epoch: int = 40
+    start_epoch: Count = 40
     """Burn-in: epochs before this one train the plain detector."""
-    regions_per_image: int = 20
+    regions_per_image: Count = 20
     """0 switches distillation off altogether."""
     layers: Literal["last", "all"] = "last"
+    auxiliary_queries: bool = True
+    """False: detection queries carry the distillation (Table 5, row 4)."""
+    alignment: Literal["cached", "iou", "hybrid", "online"] = "cached"
+    """Anchors of KD queries: cached boxes; the student's own, each given a cached box by IoU; both;
+    or the student's own, whose crops the teacher embeds during training (the paper)."""
+    content: Literal["shared", "slots"] = "shared"
+    """One learned content for all KD queries, or one a place (the paper)."""
+    align_iou: Fraction = 0.5
+    """Least IoU of a query's own anchor with the cached box whose embedding it is given."""
+    candidates_per_image: Count = 100
+    """Cached regions offered to the student's own anchors (`iou`, `hybrid`)."""
+    exclude: Literal["iou", "matched"] = "iou"
+    """Own anchors left out: those that overlap a base object, or only those matched to one."""
+    hybrid_queries: Count = 0
+    """A control: extra detection queries in training, without distillation (H-DETR)."""
+    hybrid_repeats: Annotated[int, Field(ge=1)] = 6
+    """How many of the extra queries each object is matched to."""
     skd: SemanticKDConfig = field(default_factory=SemanticKDConfig)
     rkd: RelationalKDConfig = field(default_factory=RelationalKDConfig)
     selection: RegionSelectionConfig = field(default_factory=RegionSelectionConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that contradict each other."""
+        if not self.auxiliary_queries and self.alignment == "hybrid":
+            raise ValueError(
+                "alignment = hybrid anchors some KD queries at cached boxes and so wants "
+                "auxiliary_queries = true"
+            )
+        if not self.auxiliary_queries and self.content == "slots":
+            raise ValueError("content = slots is for KD queries and wants auxiliary_queries = true")
+        if self.alignment == "hybrid" and self.regions_per_image == 1:
+            raise ValueError("alignment = hybrid halves regions_per_image: give it at least 2")
+        if (self.rkd.gather or self.rkd.cross_only) and "batch" not in self.rkd.relations:
+            raise ValueError("rkd.gather and rkd.cross_only want 'batch' among rkd.relations")
 
     @property
     def enabled(self) -> bool:
         """True if any epoch of the run can distil."""
         return self.regions_per_image > 0 and (self.skd.weight > 0 or self.rkd.weight > 0)
+
+    @property
+    def offered_regions(self) -> int:
+        """Cached regions that a batch brings for each image."""
+        if self.alignment == "cached":
+            return self.regions_per_image
+        if self.alignment == "online":
+            return 0
+        return max(self.candidates_per_image, self.regions_per_image)
+
+    @property
+    def anchored_regions(self) -> int:
+        """The first of the offered regions, at whose boxes KD queries are anchored."""
+        if self.alignment == "cached":
+            return self.regions_per_image if self.auxiliary_queries else 0
+        return self.regions_per_image // 2 if self.alignment == "hybrid" else 0
 
 
 @dataclass(frozen=True, kw_only=True)

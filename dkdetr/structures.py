@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
@@ -73,12 +73,42 @@ class TeacherRegions(_Movable):
 
 
 @dataclass(frozen=True)
+class OriginalImage:
+    """An image as it was read, and how a place of its augmented view lies in it.
+
+    A normalised point p of the view lies at `scale_xy * p + offset_xy`, in pixels of the original;
+    a scale is negative where the view is mirrored. It stays on the CPU: the teacher cuts its crops
+    there.
+    """
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    scale_xy: tuple[float, float]
+    offset_xy: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class TrainingBatch(_Movable):
-    """One rank's share of a step; `regions` is None while nothing is distilled."""
+    """One rank's share of a step; `regions` is None while nothing is distilled.
+
+    With `kd.alignment = "online"` the regions have no places, and `originals` are there.
+    """
 
     images: ImageBatch
     targets: tuple[Targets, ...]
     regions: TeacherRegions | None
+    originals: tuple[OriginalImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenoisingQueries(_Movable):
+    """Base objects with noise, and what they were; group after group along the second axis."""
+
+    boxes_cxcywh: Float[Tensor, "batch num_queries 4"]
+    labels: Int[Tensor, "batch num_queries"]
+    valid: Bool[Tensor, "batch num_queries"]
+    wanted_boxes_cxcywh: Float[Tensor, "batch num_queries 4"]
+    wanted_labels: Int[Tensor, "batch num_queries"]
+    num_groups: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,22 @@ class EncoderOutput:
 
 
 @dataclass(frozen=True)
+class SkdCalibration:
+    """The learnable scale and bias of similarity logits (`kd.skd.loss = "siglip_bias"`)."""
+
+    scale: Float[Tensor, ""]
+    bias: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class ExtraDetections:
+    """What a group of training-only detection queries says."""
+
+    queries: QueryOutput
+    logits: Float[Tensor, "num_layers batch num_queries num_classes"]
+
+
+@dataclass(frozen=True)
 class StudentOutput:
     """Everything the student says; `distillation` is None unless regions were given."""
 
@@ -112,6 +158,10 @@ class StudentOutput:
     anchors_cxcywh: Float[Tensor, "batch num_queries 4"]
     anchor_objectness: Float[Tensor, "batch num_queries"]
     distillation: QueryOutput | None
+    """KD queries: those anchored at cached boxes, then those at the student's own anchors."""
+    calibration: SkdCalibration | None = None
+    hybrid: ExtraDetections | None = None
+    denoised: ExtraDetections | None = None
 
 
 @runtime_checkable

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from cache.rows import ImageRows
 from cache.store import CacheReader
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
@@ -28,7 +27,7 @@ from dkdetr.data.transforms import (
 )
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import DataError, MismatchError
-from dkdetr.structures import ImageBatch, Targets, TeacherRegions, TrainingBatch
+from dkdetr.structures import ImageBatch, OriginalImage, Targets, TeacherRegions, TrainingBatch
 
 _SHOWN = 20
 
@@ -52,6 +51,7 @@ class _View:
     padding_mask: Bool[Tensor, "size size"]
     geometry: ViewGeometry
     image_id: int
+    original: UInt8[np.ndarray, "height width 3"]
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,13 @@ class TrainingBatches:
             views.append(view)
             targets.append(target)
             if self._reader is not None and key.epoch >= self._config.kd.start_epoch:
-                rows = self._reader.rows(view.image_id)
-                regions.append(self._regions_of(rows, key.image_index, view.geometry))
+                regions.append(self._regions_of(self._reader, view, key.image_index))
+        online = self._config.kd.alignment == "online" and len(regions) > 0
         return TrainingBatch(
             images=_collate_views(views),
             targets=tuple(targets),
             regions=_collate_regions(regions) if regions else None,
+            originals=tuple(_original(view) for view in views) if online else (),
         )
 
     def _base_boxes_of(self, image_index: int) -> Float[Tensor, "num_boxes 4"]:
@@ -162,32 +163,39 @@ class TrainingBatches:
         )
         return _load_view(self._images.folder, image, geometry, settings.image_size), targets
 
-    def _regions_of(self, rows: ImageRows, image_index: int, geometry: ViewGeometry) -> _Regions:
+    def _regions_of(self, reader: CacheReader, view: _View, image_index: int) -> _Regions:
+        kd, geometry = self._config.kd, view.geometry
+        places = kd.offered_regions
+        if places == 0:  # the teacher will see the student's own anchors
+            dim = reader.info.embed_dim
+            return _Regions(
+                torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dtype=torch.bool)
+            )
+        rows = reader.rows(view.image_id)
         if tuple(rows.image_size_hw) != geometry.original_hw:
             raise MismatchError(
                 f"the cache saw image {rows.image_id} with size {tuple(rows.image_size_hw)}, the "
                 f"annotations say {geometry.original_hw} (height, width): made from other files"
             )
-        kd = self._config.kd
         chosen = select_regions(
             torch.tensor(rows.boxes_xyxy),  # copies: the cache's arrays may be read-only
             torch.tensor(rows.objectness),
             torch.tensor(rows.max_base_iou),
             base_boxes_xyxy=self._base_boxes_of(image_index),
             geometry=geometry,
-            num_regions=kd.regions_per_image,
+            num_regions=places,
             settings=kd.selection,
         )
         count = len(chosen.indices)
         # Places left empty get an anchor that every later formula survives: the whole view.
-        boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(kd.regions_per_image, 1)
+        boxes = torch.tensor((0.5, 0.5, 1.0, 1.0)).repeat(places, 1)
         boxes[:count] = chosen.boxes_cxcywh
         # A mirrored view learns from the mirrored crops, where the cache has them.
         mirrored = rows.flipped_embeddings if geometry.flip else None
         cached = rows.region_embeddings if mirrored is None else mirrored
-        embeddings = torch.zeros(kd.regions_per_image, cached.shape[1])
+        embeddings = torch.zeros(places, cached.shape[1])
         embeddings[:count] = torch.from_numpy(cached[chosen.indices.numpy()])
-        return _Regions(boxes, embeddings, torch.arange(kd.regions_per_image) < count)
+        return _Regions(boxes, embeddings, torch.arange(places) < count)
 
 
 class EvaluationBatches:
@@ -217,7 +225,11 @@ def _load_view(
     path = folder.path(image.file_name)
     pixels = read_image(path, expected_hw=geometry.original_hw)
     view, padding_mask = render_view(pixels, geometry, image_size=image_size)
-    return _View(view, padding_mask, geometry, image.image_id)
+    return _View(view, padding_mask, geometry, image.image_id, pixels)
+
+
+def _original(view: _View) -> OriginalImage:
+    return OriginalImage(view.original, *view.geometry.to_original())
 
 
 def _collate_views(views: Sequence[_View]) -> ImageBatch:

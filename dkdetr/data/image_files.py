@@ -118,6 +118,11 @@ def read_image(path: Path, *, expected_hw: tuple[int, int]) -> UInt8[np.ndarray,
     return decode_image(data, path, expected_hw=expected_hw)
 
 
+def decode_any_size(data: bytes, path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the pixels of an image that no annotation describes; else as `decode_image`."""
+    return _decode(data, path, expected_hw=None)
+
+
 def decode_image(
     data: bytes, path: Path, *, expected_hw: tuple[int, int]
 ) -> UInt8[np.ndarray, "height width 3"]:
@@ -127,6 +132,10 @@ def decode_image(
         UnreadableImageError: no JPEG, PNG, WebP or BMP, truncated, larger than MAX_IMAGE_PIXELS,
             more than 8 bits a channel, or not of the size that its annotation says.
     """
+    return _decode(data, path, expected_hw=expected_hw)
+
+
+def _decode(data: bytes, path: Path, *, expected_hw: tuple[int, int] | None) -> np.ndarray:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError(
             "a library set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: truncated images would pass as "
@@ -149,13 +158,13 @@ def decode_image(
     return pixels
 
 
-def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int]) -> None:
+def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int] | None) -> None:
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise UnreadableImageError(
             f"image {path}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}"
         )
-    if (height, width) != expected_hw:
+    if expected_hw is not None and (height, width) != expected_hw:
         raise UnreadableImageError(
             f"image {path} is {width} x {height} pixels, its annotation says "
             f"{expected_hw[1]} x {expected_hw[0]}: boxes would lie elsewhere"

@@ -50,6 +50,18 @@ class ViewGeometry:
             left, right = self.view_hw[1] - right, self.view_hw[1] - left
         return torch.stack((left, top, right, bottom), dim=-1)
 
+    def to_original(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Returns ((scale x, y), (offset x, y)): normalised places of the view -> original pixels.
+
+        A mirrored view has a negative scale.
+        """
+        scale_x = self.original_hw[1] / self.resized_hw[1]
+        scale_y = self.original_hw[0] / self.resized_hw[0]
+        height, width = self.view_hw
+        left = self.crop_left + (width if self.flip else 0)
+        across = -width if self.flip else width
+        return (across * scale_x, height * scale_y), (left * scale_x, self.crop_top * scale_y)
+
     def normalise(self, boxes_xyxy: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
         """Returns pixel boxes of the view as cxcywh, 1.0 being the un-padded view's edge."""
         height, width = self.view_hw

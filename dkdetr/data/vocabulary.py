@@ -5,7 +5,6 @@ Only this file converts between a data set's `category_id` and the contiguous `l
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dkdetr.atomic_file import write_bytes
 from dkdetr.data.annotations import Category
 from dkdetr.data.prompts import fill_prompt
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
@@ -142,9 +142,19 @@ def from_metadata(
 
 
 def build_vocabulary(
-    categories: Sequence[Category], prompts: Sequence[str], encoder: TextEncoder
+    categories: Sequence[Category],
+    prompts: Sequence[str],
+    encoder: TextEncoder,
+    *,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
 ) -> Vocabulary:
     """Returns the vocabulary of `categories`: for each, the unit mean of its prompts' unit vectors.
+
+    Args:
+        categories: the names, in the order of the rows.
+        prompts: templates (see `fill_prompt`).
+        encoder: the teacher's text tower.
+        synonyms: further words by name; every prompt of every word of a name counts alike.
 
     Raises:
         DataError: no category, a name twice, or prompts whose vectors cancel out.
@@ -158,9 +168,11 @@ def build_vocabulary(
         raise DataError("a vocabulary wants at least one name")
     if not prompts:
         raise UsageError("a vocabulary wants at least one prompt")
-    texts = [fill_prompt(template, name) for name in names for template in prompts]
+    words = [(name, *(synonyms or {}).get(name, ())) for name in names]
+    texts = [fill_prompt(t, word) for group in words for word in group for t in prompts]
     each = np.asarray(encoder.encode_texts(texts), dtype=np.float64)
-    mean = each.reshape(len(names), len(prompts), -1).mean(axis=1)
+    ends = np.cumsum([len(group) * len(prompts) for group in words])
+    mean = np.stack([part.mean(axis=0) for part in np.split(each, ends[:-1])])
     norms = np.linalg.norm(mean, axis=1, keepdims=True)
     if not (norms > 0).all():
         raise DataError("the prompts of a name have embeddings that cancel out")
@@ -179,15 +191,7 @@ def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as safetensors, atomically; its hash travels inside."""
     described = {"vocabulary": _canonical(vocabulary.metadata()), "hash": vocabulary.hash}
     data = save({"embeddings": np.ascontiguousarray(vocabulary.embeddings)}, metadata=described)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, data)
 
 
 def load_vocabulary(path: Path) -> Vocabulary:

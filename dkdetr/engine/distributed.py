@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,18 @@ class Ranks:
         distributed.all_reduce(total)
         return total / self.world_size
 
+    def gather(self, rows: Float[Tensor, "*shape"]) -> Float[Tensor, "*more"]:
+        """Returns every rank's rows along the first axis, in rank order; as many from each.
+
+        A gradient with respect to a rank's rows is the sum of what all ranks' losses say, as if
+        one process had done it all.
+        """
+        if self.world_size == 1:
+            return rows
+        if rows.dtype is torch.bool:
+            return self.gather(rows.to(torch.uint8)).bool()
+        return cast("Tensor", _AllGather.apply(rows, self.rank, self.world_size))
+
     def any(self, flag: bool) -> bool:
         """Returns True on every rank if it is True on one."""
         if self.world_size == 1:
@@ -46,6 +59,22 @@ class Ranks:
         """Returns when every rank has come here."""
         if self.world_size > 1:
             distributed.barrier()
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, world_size: int) -> Tensor:
+        ctx.rank, ctx.num_rows = rank, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world_size)]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        first = ctx.rank * ctx.num_rows
+        return total[first : first + ctx.num_rows], None, None
 
 
 @contextmanager

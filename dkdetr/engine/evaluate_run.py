@@ -1,7 +1,6 @@
 """Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from typing import Any
 
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
-from dkdetr.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_student
 from dkdetr.engine.distributed import pick_device
-from dkdetr.engine.run_folder import RunFolder, newest_run
+from dkdetr.engine.run_folder import newest_run
+from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
@@ -82,23 +81,30 @@ def evaluate_run(request: EvalRequest, build_vocabulary: VocabularyBuilder | Non
         raise DataError(
             f"no run below '{request.runs}/'; name one, or train: dkdetr train --cache CACHE"
         )
-    path = find_checkpoint(run)
-    checkpoint = load_checkpoint(path)
-    split = load_split(request.split or validation_split(checkpoint.cache_split), request.data_root)
-    vocabulary = _fitting_vocabulary(request, checkpoint, path, split, build_vocabulary)
+    given = load_vocabulary(request.vocabulary) if request.vocabulary else None
+    subject = load_subject(run, given)
+    split = load_split(request.split or validation_split(subject.train_split), request.data_root)
+    vocabulary = given or subject.vocabulary
+    if given is None:
+        vocabulary = _fitting_vocabulary(subject, split, build_vocabulary)
+    elif given.teacher != subject.vocabulary.teacher:
+        raise MismatchError(
+            f"'{request.vocabulary}' was embedded by {given.teacher}, the student learned from "
+            f"{subject.vocabulary.teacher}: their spaces have nothing in common"
+        )
     device = pick_device(request.device)
-    if _provenance(path).get("random_teacher"):
+    if subject.provenance.get("random_teacher"):
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     evaluation = evaluate_student(
-        load_student(checkpoint).to(device),
+        subject.student.to(device),
         split,
         vocabulary,
-        checkpoint.config,
+        subject.config,
         device=device,
-        out_dir=path.parent.parent / "eval" / _folder_name(split.name),
+        out_dir=subject.folder / "eval" / _folder_name(split.name),
         evaluator=request.evaluator,
     )
-    return Scored(subject=path, split=split.name, evaluation=evaluation)
+    return Scored(subject=subject.path, split=split.name, evaluation=evaluation)
 
 
 def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
@@ -115,12 +121,14 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
     return Scored(subject=predictions, split=split.name, evaluation=evaluation)
 
 
-def validation_split(train_split: str) -> str:
+def validation_split(train_split: str | None) -> str:
     """Returns the name of the split that belongs to a training split.
 
     Raises:
         UsageError: the split is a user's own folder, whose validation part only they know.
     """
+    if train_split is None:
+        raise UsageError("which split? This student's file does not say: give --split")
     if train_split.endswith("_train"):
         return train_split.removesuffix("_train") + "_val"
     raise UsageError(f"which split? '{train_split}' does not say what to score on: give --split")
@@ -136,41 +144,22 @@ def _folder_name(split: str) -> str:
 
 
 def _fitting_vocabulary(
-    request: EvalRequest,
-    checkpoint: Checkpoint,
-    path: Path,
-    split: Split,
-    build_vocabulary: VocabularyBuilder | None,
+    subject: Subject, split: Split, build_vocabulary: VocabularyBuilder | None
 ) -> Vocabulary:
-    teacher = checkpoint.vocabulary.teacher
-    if request.vocabulary is not None:
-        given = load_vocabulary(request.vocabulary)
-        if given.teacher != teacher:
-            raise MismatchError(
-                f"'{request.vocabulary}' was embedded by {given.teacher}, the student learned from "
-                f"{teacher}: their spaces have nothing in common"
-            )
-        return given
-    own = checkpoint.vocabulary
+    own = subject.vocabulary
     wanted = {category.category_id: category.name for category in split.categories}
     if wanted == dict(zip(own.category_ids, own.names, strict=True)):
         return own
-    spec = _provenance(path).get("teacher_spec")
+    spec = subject.provenance.get("teacher_spec")
     if build_vocabulary is None or spec is None:
         raise MismatchError(
             f"the checkpoint's {len(own)} names are not those of '{split.name}'; give a vocabulary "
-            f"of {teacher} with --vocab"
+            f"of {own.teacher} with --vocab"
         )
     built = build_vocabulary(split, spec, own.prompts)
-    if built.teacher != teacher:
+    if built.teacher != own.teacher:
         raise MismatchError(
-            f"the student learned from {teacher}, but '{spec}' is now {built.teacher}; give a "
+            f"the student learned from {own.teacher}, but '{spec}' is now {built.teacher}; give a "
             "vocabulary of the first with --vocab"
         )
     return built
-
-
-def _provenance(checkpoint: Path) -> dict[str, Any]:
-    """Returns what the checkpoint's run folder says of its origin; nothing for a lone file."""
-    path = RunFolder(checkpoint.parent.parent).provenance
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -17,7 +17,7 @@ def parameter_groups(student: nn.Module, config: OptimConfig) -> list[dict[str, 
 
     The backbone, sampling offsets and reference points learn slower. Norms outside the backbone
     do not decay; the backbone's do, because in that configuration the slower rate's rule
-    overrides the norm's. Biases decay.
+    overrides the norm's. Biases decay, but a learnable calibration of SKD does not.
     """
     groups = {
         "slow": {"lr_scale": config.slow_lr_factor, "weight_decay": config.weight_decay},
@@ -28,7 +28,7 @@ def parameter_groups(student: nn.Module, config: OptimConfig) -> list[dict[str, 
     for name, parameter, owner in _named_parameters(student):
         if any(slow in name for slow in _SLOW_NAMES):
             members["slow"].append(parameter)
-        elif isinstance(owner, _NORMS):
+        elif isinstance(owner, _NORMS) or name.startswith("kd_calibration."):
             members["norm"].append(parameter)
         else:
             members["rest"].append(parameter)
@@ -70,7 +70,7 @@ def set_learning_rate(optimizer: AdamW, config: OptimConfig, factor: float) -> f
 
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     owners: Mapping[str, nn.Module] = dict(module.named_modules())
-    # `kd_content` has no gradient during burn-in but must keep its place in the optimiser.
+    # KD parameters have no gradient during burn-in but must keep their place in the optimiser.
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad or name == "kd_content":
+        if parameter.requires_grad or name.startswith("kd_"):
             yield name, parameter, owners[name.rpartition(".")[0]]

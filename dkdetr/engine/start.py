@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.store import open_cache
+from dkdetr.engine.pairing import TeacherBuilder
 from dkdetr.engine.train import TrainRequest, TrainSummary, train
 from dkdetr.errors import UsageError
 from dkdetr.experiment_file import config_hash, load_experiment, shipped_experiments
@@ -18,6 +19,7 @@ def start_training(
     run: Path | None,
     data_root: Path,
     device: str,
+    build_teacher: TeacherBuilder | None = None,
 ) -> TrainSummary:
     """Returns the finished run of an experiment on a cache.
 
@@ -28,12 +30,13 @@ def start_training(
         run: the folder; None: runs/EXPERIMENT-HASH.
         data_root: where the split's pictures lie.
         device: see `dkdetr.engine.distributed.pick_device`.
+        build_teacher: loads a cache's teacher, for `kd.alignment=online`.
     """
     if experiment is None:
         experiment = experiment_of_split(open_cache(cache).info.split)
     config = load_experiment(experiment, overrides).config
     folder = run or Path("runs") / f"{config.name}-{config_hash(config)}"
-    return train(TrainRequest(cache, config, folder, data_root, device))
+    return train(TrainRequest(cache, config, folder, data_root, device, build_teacher))
 
 
 def experiment_of_split(split: str) -> str:

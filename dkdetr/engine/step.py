@@ -11,15 +11,14 @@ from torch.optim import AdamW
 from dkdetr.config import ExperimentConfig
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
+from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
 from dkdetr.errors import NonFiniteLossError, UsageError
-from dkdetr.losses.criterion import (
-    Criterion,
-    Normalisers,
-    count_boxes,
-    count_regions,
-    distillation_statistics,
-)
-from dkdetr.structures import StudentOutput, TrainingBatch
+from dkdetr.losses.alignment import Alignment
+from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
+from dkdetr.losses.denoising import make_denoising
+from dkdetr.losses.distillation import distillation_statistics
+from dkdetr.losses.federated import draw_classes
+from dkdetr.structures import DenoisingQueries, StudentOutput, TeacherRegions, TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class TrainingStep:
         config: the experiment.
         ranks: this process among the job's.
         precision: from `choose_precision`.
+        teacher: what the settings' options want of the teacher and the training set.
     """
 
     def __init__(
@@ -54,12 +54,20 @@ class TrainingStep:
         ranks: Ranks,
         *,
         precision: torch.dtype,
+        teacher: TeacherSide | None = None,
     ) -> None:
         self.student = student
         self.optimizer = optimizer
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision is torch.float16)
         self._text_embeddings = text_embeddings
-        self._criterion = Criterion(config.detection, config.kd)
+        self._teacher = teacher or TeacherSide()
+        self._alignment = Alignment(config.kd)
+        self._criterion = Criterion(
+            config.detection,
+            config.kd,
+            across_ranks=ranks if ranks.world_size > 1 else None,
+            teacher_mean=self._teacher.mean,
+        )
         self._config = config
         self._ranks = ranks
         self._precision = precision
@@ -77,10 +85,23 @@ class TrainingStep:
         learning_rate = set_learning_rate(self.optimizer, config, factor)
         # Dropout is a function of the iteration, so that a resumed run draws the same.
         torch.manual_seed(hash((self._config.seed, iteration, self._ranks.rank)) % 2**63)
-        output = self._forward(batch)
+        denoising = self._make_denoising(batch, iteration)
+        output = self._forward(batch, epoch, denoising)
+        regions = None
         try:
-            normalisers = self._normalisers(batch)
-            report = self._criterion(output, batch.targets, batch.regions, normalisers)
+            pairs = pair_with_teacher(
+                output, batch, self._alignment, self._criterion, self._teacher.encoder
+            )
+            if pairs is not None:
+                output, regions = pairs.output, pairs.regions
+            report = self._criterion(
+                output,
+                batch.targets,
+                regions,
+                self._normalisers(batch, regions),
+                drawn_classes=self._draw_classes(batch, iteration),
+                denoising=denoising,
+            )
         except NonFiniteLossError:
             raise NonFiniteLossError(self._explain({}, output, batch)) from None
         self.optimizer.zero_grad(set_to_none=True)
@@ -93,23 +114,55 @@ class TrainingStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         statistics = {"grad_norm": norm.detach()}
-        if output.distillation is not None and batch.regions is not None:
-            statistics |= distillation_statistics(output.distillation, batch.regions)
+        if pairs is not None:
+            statistics |= distillation_statistics(pairs)
         parts = {name: value.detach() for name, value in report.parts.items()}
         parts["total"] = report.total.detach()
         return StepResult(parts, statistics, learning_rate, skipped)
 
-    def _forward(self, batch: TrainingBatch) -> StudentOutput:
+    def _forward(
+        self, batch: TrainingBatch, epoch: int, denoising: DenoisingQueries | None
+    ) -> StudentOutput:
+        kd = self._config.kd
+        hybrid = kd.hybrid_queries > 0 and epoch >= kd.start_epoch
+        regions = batch.regions if kd.auxiliary_queries else None
         enabled = self._precision is not torch.float32
         device = self._ranks.device.type
         with torch.autocast(device, dtype=self._precision, enabled=enabled):
-            return self.student(batch.images, self._text_embeddings, batch.regions)
+            return self.student(
+                batch.images, self._text_embeddings, regions, hybrid=hybrid, denoising=denoising
+            )
 
-    def _normalisers(self, batch: TrainingBatch) -> Normalisers:
-        device = self._ranks.device
-        counts = torch.stack(
-            (count_boxes(batch.targets, device), count_regions(batch.regions, device))
+    def _draw_classes(self, batch: TrainingBatch, iteration: int) -> Tensor | None:
+        weights = self._teacher.class_weights
+        if weights is None:
+            return None
+        number = self._config.detection.fed_classes
+        chance = self._generator(iteration, 1)
+        drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
+        return drawn.to(self._ranks.device)
+
+    def _make_denoising(self, batch: TrainingBatch, iteration: int) -> DenoisingQueries | None:
+        student = self._config.student
+        if student.denoising == 0:
+            return None
+        return make_denoising(
+            batch.targets,
+            len(self._text_embeddings),
+            num_groups=student.denoising,
+            box_noise=student.denoising_box_noise,
+            label_noise=student.denoising_label_noise,
+            generator=self._generator(iteration, 2),
         )
+
+    def _generator(self, iteration: int, purpose: int) -> torch.Generator:
+        """Returns chance for one purpose, a function of the iteration, for resumed runs."""
+        seed = hash((self._config.seed, iteration, self._ranks.rank, purpose)) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def _normalisers(self, batch: TrainingBatch, regions: TeacherRegions | None) -> Normalisers:
+        device = self._ranks.device
+        counts = torch.stack((count_boxes(batch.targets, device), count_regions(regions, device)))
         num_boxes, num_regions = self._ranks.mean(counts).clamp(min=1).unbind()
         return Normalisers(num_boxes=num_boxes, num_regions=num_regions)
 

@@ -27,9 +27,11 @@ from dkdetr.engine.checkpoint import (
     save_checkpoint,
 )
 from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.initial_weights import start_from_file
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
 from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.pairing import TeacherBuilder, teacher_side
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
 from dkdetr.errors import PreemptedError, UsageError
@@ -51,6 +53,8 @@ class TrainRequest:
     run: Path
     data_root: Path
     device: str = "auto"
+    build_teacher: TeacherBuilder | None = None
+    """Loads the cache's teacher; called for `kd.alignment = "online"` alone."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,10 @@ class _Run:
             )
         self.folder = self._open_folder()
         torch.manual_seed(config.seed)
-        self.student = build_student(config, text_dim=self.vocabulary.embed_dim).to(ranks.device)
+        self.student = build_student(config, text_dim=self.vocabulary.embed_dim)
+        if config.student.weights is not None:
+            start_from_file(self.student, Path(config.student.weights), split)
+        self.student.to(ranks.device)
         self.optimizer: AdamW = make_optimizer(self.student, config.optim)
         self.step = TrainingStep(
             self.student,
@@ -104,6 +111,7 @@ class _Run:
             config,
             ranks,
             precision=choose_precision(config.optim.precision, ranks.device),
+            teacher=teacher_side(config, reader, split, ranks.device, request.build_teacher),
         )
         self._saved_at = -1
         self.progress = self._restore()
@@ -205,14 +213,14 @@ class _Run:
     def _enter_epoch(self) -> None:
         """Wraps the student for several ranks, anew where distillation sets in.
 
-        DDP wants a gradient for every parameter at every step, and the KD queries' content has
-        none during burn-in.
+        DDP wants a gradient for every parameter at every step, and the KD parameters have none
+        during burn-in.
         """
-        content = self.student.kd_content
         distilling = self.config.kd.enabled and self.progress.epoch >= self.config.kd.start_epoch
-        changed = content is not None and content.requires_grad != distilling
-        if changed and content is not None:
-            content.requires_grad_(distilling)
+        weights = self.student.kd_parameters()
+        changed = any(weight.requires_grad != distilling for weight in weights)
+        for weight in weights:
+            weight.requires_grad_(distilling)
         unwrapped = isinstance(self.step.student, DKDETR)
         if self.ranks.world_size > 1 and (changed or unwrapped):
             self.step.student = _wrap(self.student, self.ranks)
@@ -322,14 +330,14 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             f"data.batch_size={config.data.batch_size} does not divide by {ranks.world_size} ranks"
         )
     kd = config.kd
-    if kd.enabled and kd.start_epoch >= config.optim.epochs:
+    if (kd.enabled or kd.hybrid_queries) and kd.start_epoch >= config.optim.epochs:
         raise UsageError(
             f"kd.start_epoch={kd.start_epoch} lies behind the last of the {config.optim.epochs} "
             "epochs: nothing would be distilled. Set it lower, or switch distillation off with "
-            "kd.regions_per_image=0"
+            "kd.regions_per_image=0 (and kd.hybrid_queries=0)"
         )
-    if config.optim.lr <= 0 or config.optim.epochs < 1 or min(kd.skd.weight, kd.rkd.weight) < 0:
-        raise UsageError("optim.lr and optim.epochs must be above 0, kd weights not below")
+    if config.optim.lr <= 0 or config.optim.epochs < 1:
+        raise UsageError("optim.lr and optim.epochs must be above 0")
     sync = config.student.backbone.norm == "sync_batch"
     if sync and ranks.world_size > 1 and ranks.device.type == "cpu":
         raise UsageError(

@@ -42,6 +42,8 @@ class ConversionReport:
     missing: tuple[str, ...]
     """Our tensors that keep their start."""
     warnings: tuple[str, ...]
+    saw_boxes_of: str | None
+    """What a detector was trained on; None for a mere backbone."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as a plain table."""
@@ -62,7 +64,13 @@ def convert(path: Path, student: DKDETR, *, protocol: Protocol) -> ConversionRep
         DataError: the detector has seen boxes of the protocol's novel classes.
         MismatchError: a tensor has another shape than the student's.
     """
-    foreign = read_tensors(path)
+    return take_over(path, read_tensors(path), student, protocol=protocol)
+
+
+def take_over(
+    path: Path, foreign: Mapping[str, Tensor], student: DKDETR, *, protocol: Protocol
+) -> ConversionReport:
+    """Does what `convert` does with tensors that were read already; `path` is for messages."""
     layout = recognise(list(foreign))
     if layout is None:
         raise CorruptArtefactError(
@@ -76,7 +84,8 @@ def convert(path: Path, student: DKDETR, *, protocol: Protocol) -> ConversionRep
     missing = _fill_gaps(path, layout, state, student)
     _check_shapes(path, state, student)
     student.load_state_dict(state, strict=False)
-    return ConversionReport(layout, used, ignored, missing, warnings)
+    seen = _BOXES_SEEN.get(layout)
+    return ConversionReport(layout, used, ignored, missing, warnings, seen)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -150,6 +159,11 @@ def _rename(
                     "--set student.neck_bias=true"
                 )
         elif ours in state:
+            if not torch.equal(foreign[key] if rows is None else foreign[key][rows], state[ours]):
+                raise CorruptArtefactError(
+                    f"'{used[ours]}' and '{key}' are copies of one tensor in every release of this "
+                    "layout; here they differ, and nobody can say which one counts"
+                )
             ignored[key] = f"a copy of '{used[ours]}'"
         else:
             state[ours] = foreign[key] if rows is None else foreign[key][rows]

@@ -4,20 +4,26 @@ Everything below it gives sums; the divisions stand here alone. Normalisers come
 because they are means over all ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
-from dkdetr.boxes import cxcywh_to_xyxy, elementwise_giou
 from dkdetr.config import DetectionLossConfig, KDConfig
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
+from dkdetr.losses.distillation import AcrossRanks, Distillation
 from dkdetr.losses.matcher import Matches, MatchingCosts, match
-from dkdetr.losses.relational_kd import as_one_group, relational_loss
-from dkdetr.losses.semantic_kd import alignment_margin, semantic_bce_loss, semantic_l1_loss
-from dkdetr.structures import QueryOutput, StudentOutput, Targets, TeacherRegions
+from dkdetr.structures import (
+    DenoisingQueries,
+    ExtraDetections,
+    QueryOutput,
+    StudentOutput,
+    Targets,
+    TeacherRegions,
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,21 @@ class Criterion:
     Args:
         detection: costs and weights of the detector.
         kd: weights and shapes of SKD and RKD.
+        across_ranks: for `kd.rkd.gather`; None: this process is alone.
+        teacher_mean: the cache's mean embedding, for `kd.skd.loss = "centred"`.
     """
 
-    def __init__(self, detection: DetectionLossConfig, kd: KDConfig) -> None:
+    def __init__(
+        self,
+        detection: DetectionLossConfig,
+        kd: KDConfig,
+        *,
+        across_ranks: AcrossRanks | None = None,
+        teacher_mean: Float[Tensor, "embed_dim"] | None = None,
+    ) -> None:
         self._detection = detection
-        self._kd = kd
+        self._hybrid_repeats = kd.hybrid_repeats
+        self._distil = Distillation(kd, across_ranks=across_ranks, teacher_mean=teacher_mean)
         self._costs = MatchingCosts(
             cost_class=detection.cost_class,
             cost_bbox=detection.cost_bbox,
@@ -61,33 +77,85 @@ class Criterion:
         targets: Sequence[Targets],
         regions: TeacherRegions | None,
         normalisers: Normalisers,
+        *,
+        drawn_classes: Bool[Tensor, "num_classes"] | None = None,
+        denoising: DenoisingQueries | None = None,
     ) -> LossReport:
         """Returns the loss of one rank's batch.
 
         Every decoder layer and the encoder are matched by themselves. Distillation is part of
         the loss where `regions` are given; with none valid it is a zero tied to the graph.
 
+        Args:
+            output: the student's; its `distillation` stands for `regions`, place by place.
+            targets: base objects.
+            regions: what the teacher says.
+            normalisers: divisors.
+            drawn_classes: the classes that the decoder's class loss looks at; all, if left out.
+            denoising: what the student was given to clean.
+
         Raises:
             NonFiniteLossError: a matching cost is not finite.
         """
         parts: dict[str, Tensor] = {}
-        last = len(output.logits) - 1
-        for layer, (logits, boxes) in enumerate(
-            zip(output.logits, output.detection.boxes_cxcywh, strict=True)
-        ):
-            suffix = "" if layer == last else f".{layer}"
-            self._detect(parts, suffix, logits, boxes, targets, None, normalisers)
+        scale = 1 / normalisers.num_boxes
+        weights = None if drawn_classes is None else drawn_classes.to(output.logits)
+        for suffix, logits, boxes in _by_layer(output.logits, output.detection):
+            self._detect(parts, suffix, logits, boxes, targets, scale, weights=weights)
         encoder = output.encoder
         objects = [Targets(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
         objectness = encoder.objectness_logits[..., None]
         self._detect(
-            parts, ".encoder", objectness, encoder.boxes_cxcywh, objects, encoder.valid, normalisers
+            parts, ".encoder", objectness, encoder.boxes_cxcywh, objects, scale, valid=encoder.valid
         )
+        if output.hybrid is not None:
+            self._detect_hybrid(parts, output.hybrid, targets, scale, weights)
+        if output.denoised is not None and denoising is not None:
+            self._denoise(parts, output.denoised, denoising, scale, weights)
         if regions is not None:
-            if output.distillation is None:
-                raise ValueError("regions were given but the student made no KD features")
-            self._distil(parts, output.distillation, regions, normalisers)
+            parts |= self._distil(output, regions, normalisers.num_regions)
         return LossReport(total=torch.stack(list(parts.values())).sum(), parts=parts)
+
+    def match_last(self, output: StudentOutput, targets: Sequence[Targets]) -> Matches:
+        """Returns which detection queries of the last layer are matched to which base objects."""
+        boxes = output.detection.boxes_cxcywh[-1]
+        return match(output.logits[-1], boxes, targets, self._costs)
+
+    def _detect_hybrid(
+        self,
+        parts: dict[str, Tensor],
+        hybrid: ExtraDetections,
+        targets: Sequence[Targets],
+        scale: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        """Adds the extra queries' losses: each object is wanted several times (H-DETR)."""
+        repeats = self._hybrid_repeats
+        wanted = [
+            Targets(t.labels.repeat(repeats), t.boxes_cxcywh.repeat(repeats, 1)) for t in targets
+        ]
+        for suffix, logits, boxes in _by_layer(hybrid.logits, hybrid.queries):
+            name = f".hybrid{suffix}"
+            self._detect(parts, name, logits, boxes, wanted, scale / repeats, weights=weights)
+
+    def _denoise(
+        self,
+        parts: dict[str, Tensor],
+        denoised: ExtraDetections,
+        denoising: DenoisingQueries,
+        scale: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        """Adds the denoising queries' losses: each knows which object it was."""
+        valid = denoising.valid
+        wanted = functional.one_hot(denoising.wanted_labels[valid], denoised.logits.shape[-1])
+        target_boxes = denoising.wanted_boxes_cxcywh[valid]
+        for suffix, logits, boxes in _by_layer(denoised.logits, denoised.queries):
+            said = logits[valid]
+            self._judge(
+                parts, f".denoising{suffix}", said, wanted.to(said.dtype),
+                boxes[valid], target_boxes, scale / denoising.num_groups, weights,
+            )  # fmt: skip
 
     def _detect(
         self,
@@ -96,70 +164,46 @@ class Criterion:
         logits: Tensor,
         boxes_cxcywh: Tensor,
         targets: Sequence[Targets],
-        valid: Tensor | None,
-        normalisers: Normalisers,
+        scale: Tensor,
+        *,
+        valid: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
-        settings = self._detection
+        if valid is not None:
+            weights = valid[..., None].to(logits.dtype)
         matches = match(logits, boxes_cxcywh, targets, self._costs, valid=valid)
         labels, target_boxes = _matched_targets(matches, targets)
         wanted = torch.zeros_like(logits)
         wanted[matches.image_index, matches.query_index, labels] = 1.0
         matched_boxes = boxes_cxcywh[matches.image_index, matches.query_index]
+        self._judge(parts, suffix, logits, wanted, matched_boxes, target_boxes, scale, weights)
+
+    def _judge(
+        self,
+        parts: dict[str, Tensor],
+        suffix: str,
+        logits: Tensor,
+        wanted: Tensor,
+        boxes_cxcywh: Tensor,
+        target_boxes: Tensor,
+        scale: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        settings = self._detection
         class_loss = focal_loss(
             logits,
             wanted,
             alpha=settings.focal_alpha,
             gamma=settings.focal_gamma,
-            weights=None if valid is None else valid[..., None].to(logits.dtype),
+            weights=None if weights is None else weights.expand_as(logits),
         )
-        scale = 1 / normalisers.num_boxes
+        l1, giou = (
+            box_l1_loss(boxes_cxcywh, target_boxes),
+            box_giou_loss(boxes_cxcywh, target_boxes),
+        )
         parts[f"class{suffix}"] = settings.weight_class * scale * class_loss
-        parts[f"bbox{suffix}"] = (
-            settings.weight_bbox * scale * box_l1_loss(matched_boxes, target_boxes)
-        )
-        parts[f"giou{suffix}"] = (
-            settings.weight_giou * scale * box_giou_loss(matched_boxes, target_boxes)
-        )
-
-    def _distil(
-        self,
-        parts: dict[str, Tensor],
-        distillation: QueryOutput,
-        regions: TeacherRegions,
-        normalisers: Normalisers,
-    ) -> None:
-        features = distillation.features
-        if self._kd.layers == "last":
-            features = features[-1:]
-        # A mean over layers: the weights keep their meaning whichever layers are used.
-        scale = 1 / (normalisers.num_regions * len(features))
-        if self._kd.skd.weight > 0:
-            losses = [self._semantic(layer, regions) for layer in features]
-            parts["skd"] = self._kd.skd.weight * scale * torch.stack(losses).sum()
-        if self._kd.rkd.weight > 0:
-            for relation in self._kd.rkd.relations:
-                sums = torch.stack(
-                    [self._relational(layer, regions, relation) for layer in features]
-                )
-                parts[f"rkd_{relation}"] = self._kd.rkd.weight * scale * sums.sum()
-
-    def _semantic(self, features: Tensor, regions: TeacherRegions) -> Tensor:
-        settings = self._kd.skd
-        if settings.loss == "l1":
-            return semantic_l1_loss(features, regions.embeddings, regions.valid)
-        return semantic_bce_loss(
-            features,
-            regions.embeddings,
-            regions.valid,
-            temperature=settings.temperature,
-            bias=settings.bias,
-        )
-
-    def _relational(self, features: Tensor, regions: TeacherRegions, relation: str) -> Tensor:
-        rows = (features, regions.embeddings, regions.valid)
-        if relation == "batch":
-            rows = (as_one_group(rows[0]), as_one_group(rows[1]), as_one_group(rows[2]))
-        return relational_loss(*rows, temperature=self._kd.rkd.temperature)
+        parts[f"bbox{suffix}"] = settings.weight_bbox * scale * l1
+        parts[f"giou{suffix}"] = settings.weight_giou * scale * giou
 
 
 def count_regions(regions: TeacherRegions | None, device: torch.device) -> Float[Tensor, ""]:
@@ -174,24 +218,12 @@ def count_boxes(targets: Sequence[Targets], device: torch.device) -> Float[Tenso
     return torch.tensor(float(sum(len(target.labels) for target in targets)), device=device)
 
 
-@torch.no_grad()
-def distillation_statistics(
-    distillation: QueryOutput, regions: TeacherRegions
-) -> dict[str, Float[Tensor, ""]]:
-    """Returns what to watch beside the losses: regions an image, margin, drift of KD boxes.
-
-    `kd_anchor_giou` is the mean generalised IoU of a KD query's last box with its anchor: how
-    far refinement has carried it from the crop that the teacher saw.
-    """
-    anchors = cxcywh_to_xyxy(regions.boxes_cxcywh)
-    refined = cxcywh_to_xyxy(distillation.boxes_cxcywh[-1])
-    overlap = elementwise_giou(anchors, refined)
-    count = regions.valid.sum().clamp(min=1)
-    return {
-        "kd_regions_per_image": regions.valid.sum() / len(regions.valid),
-        "kd_margin": alignment_margin(distillation.features[-1], regions.embeddings, regions.valid),
-        "kd_anchor_giou": torch.where(regions.valid, overlap, 0.0).sum() / count,
-    }
+def _by_layer(logits: Tensor, queries: QueryOutput) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields (suffix of its parts' names, logits, boxes) of each layer; the last has no suffix."""
+    last = len(logits) - 1
+    for layer in range(len(logits)):
+        suffix = "" if layer == last else f".{layer}"
+        yield suffix, logits[layer], queries.boxes_cxcywh[layer]
 
 
 def _matched_targets(matches: Matches, targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ from dkdetr.student.decoder import DecoderLayer, DeformableDecoder
 from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
 from dkdetr.student.detector import DKDETR, ProposingTrunk
 from dkdetr.student.encoder import DeformableEncoder, EncoderLayer, FeedForward
-from dkdetr.student.heads import BoxHead, TextClassifier
+from dkdetr.student.heads import BoxHead, SimilarityCalibration, TextClassifier
 from dkdetr.student.neck import ChannelMapper
+from dkdetr.student.queries import KDQueryPlan
 from dkdetr.student.query_selection import QuerySelection
 
 
@@ -34,8 +35,31 @@ def build_student(config: ExperimentConfig, *, text_dim: int, load_weights: bool
         num_queries=student.num_queries,
         num_heads=student.num_heads,
         embed_dim=student.embed_dim,
-        auxiliary_queries=config.kd.enabled,
+        kd=_kd_queries(config),
+        calibration=_calibration(config),
+        num_hybrid=config.kd.hybrid_queries,
+        denoising_content=nn.Linear(text_dim, student.embed_dim) if student.denoising else None,
     )
+
+
+def _kd_queries(config: ExperimentConfig) -> KDQueryPlan | None:
+    kd = config.kd
+    if not (kd.enabled and kd.auxiliary_queries):
+        return None
+    own = kd.alignment != "cached"
+    num_places = kd.anchored_regions + (config.student.num_queries if own else 0)
+    return KDQueryPlan(
+        num_anchored=kd.anchored_regions,
+        at_own_anchors=own,
+        num_slots=num_places if kd.content == "slots" else 0,
+    )
+
+
+def _calibration(config: ExperimentConfig) -> SimilarityCalibration | None:
+    skd = config.kd.skd
+    if not (config.kd.enabled and skd.weight > 0 and skd.loss == "siglip_bias"):
+        return None
+    return SimilarityCalibration(temperature=skd.temperature, bias=skd.bias)
 
 
 def build_trunk(config: StudentConfig, *, load_weights: bool = True) -> ProposingTrunk:

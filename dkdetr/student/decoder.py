@@ -88,20 +88,3 @@ class DeformableDecoder(nn.Module):
             boxes.append(refined)
             reference = refined.detach()
         return torch.stack(queries), torch.stack(boxes)
-
-
-def one_way_mask(
-    num_detection: int, region_valid: Bool[Tensor, "batch num_regions"]
-) -> Bool[Tensor, "batch num_queries num_queries"]:
-    """Returns which query may not see which (True = blocked), detection queries first.
-
-    Detection queries see detection queries alone. KD queries see both kinds, but not the empty
-    places among their own (paper 3.3; method A.6 on the paper's swapped symbols). An empty place
-    sees the detection queries, so that no row is blocked altogether.
-    """
-    batch, num_regions = region_valid.shape
-    num_queries = num_detection + num_regions
-    blocked = region_valid.new_zeros(batch, num_queries, num_queries)
-    blocked[:, :num_detection, num_detection:] = True
-    blocked[:, num_detection:, num_detection:] = ~region_valid[:, None, :]
-    return blocked

@@ -8,19 +8,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dkdetr.structures import (
+    DenoisingQueries,
     EncoderOutput,
+    ExtraDetections,
     ImageBatch,
     QueryOutput,
     StudentOutput,
     TeacherRegions,
 )
 from dkdetr.student.backbone import Backbone
-from dkdetr.student.decoder import DeformableDecoder, one_way_mask
+from dkdetr.student.decoder import DeformableDecoder
 from dkdetr.student.encoder import DeformableEncoder, TokenGrid, valid_ratio
-from dkdetr.student.heads import TextClassifier
+from dkdetr.student.heads import SimilarityCalibration, TextClassifier
 from dkdetr.student.neck import ChannelMapper, downsample_mask
 from dkdetr.student.position_encoding import encode_boxes, encode_positions
-from dkdetr.student.query_selection import QuerySelection, select_anchors
+from dkdetr.student.queries import KDQueryPlan, QueryGroup, join_groups
+from dkdetr.student.query_selection import QuerySelection, SelectedAnchors, select_anchors
 
 
 class ProposingTrunk(nn.Module):
@@ -79,7 +82,10 @@ class DKDETR(nn.Module):
         num_queries: detection queries.
         num_heads: of the decoder's self-attention.
         embed_dim: width of a query.
-        auxiliary_queries: whether the student has the KD queries' content vector.
+        kd: the KD queries; None: there are none.
+        calibration: of SKD's logits, if they have a learnable one.
+        num_hybrid: extra detection queries, where `forward` is asked for them.
+        denoising_content: makes a denoising query's content of its label's text embedding.
     """
 
     def __init__(
@@ -91,7 +97,10 @@ class DKDETR(nn.Module):
         num_queries: int,
         num_heads: int,
         embed_dim: int,
-        auxiliary_queries: bool,
+        kd: KDQueryPlan | None,
+        calibration: SimilarityCalibration | None = None,
+        num_hybrid: int = 0,
+        denoising_content: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -100,58 +109,136 @@ class DKDETR(nn.Module):
         self.num_queries = num_queries
         self.num_heads = num_heads
         self.embed_dim = embed_dim
+        self.num_hybrid = num_hybrid
         self.anchor_projection = nn.Linear(2 * embed_dim, 2 * embed_dim)
         self.anchor_norm = nn.LayerNorm(2 * embed_dim)
-        self.kd_content = nn.Parameter(torch.randn(embed_dim)) if auxiliary_queries else None
+        self._kd = kd
+        self.kd_content = None
+        if kd is not None:
+            shape = (kd.num_slots, embed_dim) if kd.num_slots else (embed_dim,)
+            self.kd_content = nn.Parameter(torch.randn(shape))
+        self.kd_calibration = calibration
+        self.denoising_content = denoising_content
+
+    def kd_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that have a gradient only where something is distilled."""
+        return [weight for name, weight in self.named_parameters() if name.startswith("kd_")]
 
     def forward(
         self,
         images: ImageBatch,
         text_embeddings: Float[Tensor, "num_classes text_dim"],
         regions: TeacherRegions | None = None,
+        *,
+        hybrid: bool = False,
+        denoising: DenoisingQueries | None = None,
     ) -> StudentOutput:
         """Returns boxes, logits and, where regions are given, the KD queries' features.
 
         Args:
             images: the batch.
             text_embeddings: unit vectors of the classes to score.
-            regions: anchors of the KD queries. They change nothing about the detections.
+            regions: say that KD queries are wanted, and anchor them. They change nothing about
+                the detections.
+            hybrid: whether the extra detection queries are wanted. Neither do they.
+            denoising: objects with noise. Neither do they.
         """
         memory, grid, proposals = self.trunk(images)
-        anchors = select_anchors(proposals, self.num_queries)
-        content, positions = self.encode_anchors(anchors.boxes_cxcywh)
-        boxes, blocked = anchors.boxes_cxcywh, None
-        num_detection = boxes.shape[1]
+        num_extra = self.num_hybrid if hybrid else 0
+        own, extra = _split_anchors(
+            select_anchors(proposals, self.num_queries + num_extra), self.num_queries
+        )
+        groups = [self._detection_group(own.boxes_cxcywh, number=0)]
         if regions is not None:
-            if self.kd_content is None:
-                raise ValueError("this student was built without auxiliary queries")
-            _, region_positions = self.encode_anchors(regions.boxes_cxcywh)
-            region_content = self.kd_content.expand_as(region_positions)
-            content = torch.cat((content, region_content), dim=1)
-            positions = torch.cat((positions, region_positions), dim=1)
-            boxes = torch.cat((boxes, regions.boxes_cxcywh), dim=1)
-            blocked = one_way_mask(num_detection, regions.valid)
+            groups.append(self._kd_group(groups[0], regions))
+        if hybrid:
+            groups.append(self._detection_group(extra.boxes_cxcywh, number=len(groups)))
+        first_denoising = len(groups)
+        if denoising is not None:
+            groups += self._denoising_groups(denoising, text_embeddings, first_denoising)
+        content, positions, boxes, blocked = join_groups(groups)
+        if blocked is not None:
             blocked = blocked.repeat_interleave(self.num_heads, dim=0)
         queries, refined = self.decoder(content, positions, boxes, memory, grid, blocked)
         heads = cast("list[TextClassifier]", list(self.classifiers))
         features = torch.stack(
             [head.project(layer) for head, layer in zip(heads, queries, strict=True)]
         )
-        detection, distillation = _split(features, refined, num_detection)
-        logits = torch.stack(
-            [
-                head.logits(layer, text_embeddings)
-                for head, layer in zip(heads, detection.features, strict=True)
-            ]
-        )
+        outputs = _split(features, refined, [len(group) for group in groups])
+        extra_output = outputs[first_denoising - 1]
         return StudentOutput(
-            detection=detection,
-            logits=logits,
+            detection=outputs[0],
+            logits=self._score(outputs[0], text_embeddings),
             encoder=proposals,
-            anchors_cxcywh=anchors.boxes_cxcywh,
-            anchor_objectness=anchors.objectness,
-            distillation=distillation if regions is not None else None,
+            anchors_cxcywh=own.boxes_cxcywh,
+            anchor_objectness=own.objectness,
+            distillation=outputs[1] if regions is not None else None,
+            calibration=None if self.kd_calibration is None else self.kd_calibration(),
+            hybrid=(
+                ExtraDetections(extra_output, self._score(extra_output, text_embeddings))
+                if hybrid
+                else None
+            ),
+            denoised=self._denoised(outputs[first_denoising:], text_embeddings),
         )
+
+    def _denoised(
+        self, groups: list[QueryOutput], text_embeddings: Tensor
+    ) -> ExtraDetections | None:
+        if not groups:
+            return None
+        joined = QueryOutput(
+            torch.cat([group.features for group in groups], dim=2),
+            torch.cat([group.boxes_cxcywh for group in groups], dim=2),
+        )
+        return ExtraDetections(joined, self._score(joined, text_embeddings))
+
+    def _score(self, queries: QueryOutput, text_embeddings: Tensor) -> Tensor:
+        heads = cast("list[TextClassifier]", list(self.classifiers))
+        pairs = zip(heads, queries.features, strict=True)
+        return torch.stack([head.logits(layer, text_embeddings) for head, layer in pairs])
+
+    def _detection_group(self, boxes_cxcywh: Tensor, *, number: int) -> QueryGroup:
+        content, positions = self.encode_anchors(boxes_cxcywh)
+        valid = torch.ones(boxes_cxcywh.shape[:2], dtype=torch.bool, device=boxes_cxcywh.device)
+        return QueryGroup(content, positions, boxes_cxcywh, valid, sees=(number,))
+
+    def _denoising_groups(
+        self, denoising: DenoisingQueries, text_embeddings: Tensor, first: int
+    ) -> list[QueryGroup]:
+        """Returns groups that see the detection queries and themselves."""
+        if self.denoising_content is None:
+            raise ValueError("this student was built without denoising queries")
+        content = self.denoising_content(text_embeddings.to(denoising.boxes_cxcywh))
+        content = content[denoising.labels]
+        _, positions = self.encode_anchors(denoising.boxes_cxcywh)
+        tensors = (content, positions, denoising.boxes_cxcywh, denoising.valid)
+        parts = zip(*(tensor.chunk(denoising.num_groups, dim=1) for tensor in tensors), strict=True)
+        return [QueryGroup(*part, sees=(0, first + i)) for i, part in enumerate(parts)]
+
+    def _kd_group(self, detection: QueryGroup, regions: TeacherRegions) -> QueryGroup:
+        """Returns the KD queries: anchored ones, then those at the detection queries' anchors.
+
+        The latter share the detection queries' positions; all have learned contents.
+        """
+        if self._kd is None or self.kd_content is None:
+            raise ValueError("this student was built without auxiliary queries")
+        planned = self._kd.num_anchored
+        boxes, valid = regions.boxes_cxcywh[:, :planned], regions.valid[:, :planned]
+        num_anchored = boxes.shape[1]
+        parts: list[Tensor] = []
+        if planned:
+            parts.append(self.encode_anchors(boxes)[1])
+        if self._kd.at_own_anchors:
+            parts.append(detection.positions)
+            boxes = torch.cat((boxes, detection.boxes_cxcywh), dim=1)
+            valid = torch.cat((valid, detection.valid), dim=1)
+        positions = torch.cat(parts, dim=1)
+        content = self.kd_content
+        if self._kd.num_slots:
+            num_own = boxes.shape[1] - num_anchored
+            content = torch.cat((content[:num_anchored], content[planned : planned + num_own]))
+        return QueryGroup(content.expand_as(positions), positions, boxes, valid, sees=(0, 1))
 
     def encode_anchors(
         self, boxes_cxcywh: Float[Tensor, "batch num_boxes 4"]
@@ -167,8 +254,14 @@ class DKDETR(nn.Module):
         return content, position
 
 
-def _split(features: Tensor, boxes: Tensor, num_detection: int) -> tuple[QueryOutput, QueryOutput]:
-    return (
-        QueryOutput(features[:, :, :num_detection], boxes[:, :, :num_detection]),
-        QueryOutput(features[:, :, num_detection:], boxes[:, :, num_detection:]),
-    )
+def _split(features: Tensor, boxes: Tensor, sizes: list[int]) -> list[QueryOutput]:
+    pairs = zip(features.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
+    return [QueryOutput(feature, box) for feature, box in pairs]
+
+
+def _split_anchors(anchors: SelectedAnchors, num_queries: int) -> list[SelectedAnchors]:
+    places = (slice(num_queries), slice(num_queries, None))
+    return [
+        SelectedAnchors(anchors.boxes_cxcywh[:, place], anchors.objectness[:, place])
+        for place in places
+    ]

@@ -1,9 +1,13 @@
 """The heads: boxes by a small MLP, classes by cosine similarity to text embeddings."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dkdetr.structures import SkdCalibration
 
 
 class BoxHead(nn.Module):
@@ -67,3 +71,19 @@ class TextClassifier(nn.Module):
             text = text_embeddings.to(features.dtype)
             logits = functional.normalize(features, dim=-1) @ text.T / self.temperature
             return logits if self.bias is None else logits + self.bias
+
+
+class SimilarityCalibration(nn.Module):
+    """A learnable scale and bias of the similarity logits of SKD (SigLIP, arXiv 2303.15343).
+
+    The scale is stored as its logarithm, so that it stays positive.
+    """
+
+    def __init__(self, *, temperature: float, bias: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self) -> SkdCalibration:
+        """Returns what logit = scale * cos + bias is made with."""
+        return SkdCalibration(scale=self.log_scale.exp(), bias=self.bias)

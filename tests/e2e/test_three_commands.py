@@ -163,3 +163,14 @@ def test_the_three_commands_on_real_photographs(tmp_path) -> None:
     succeed("eval", "--split", part["val2017"], "--json", "scores.json", cwd=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["num_images"] > 0
+
+
+@pytest.mark.parametrize("setting", ["kd.alignment=online", "kd.skd.loss=centred"])
+def test_options_that_ask_more_of_the_cache(trial, setting: str) -> None:
+    """The teacher itself, and the mean of its embeddings."""
+    folder, *_ = trial
+    words = ("--cache", "cache/trial", "--experiment", "trial", *TINY)
+    succeed("train", *words, "--set", setting, "--run", f"runs/{setting}", cwd=folder)
+    last = json.loads((folder / f"runs/{setting}/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kd_regions_per_image"] > 0
+    assert last["skd"] > 0

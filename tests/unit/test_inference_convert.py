@@ -301,6 +301,15 @@ def test_files_that_are_no_checkpoint(tmp_path: Path):
         read_tensors(tmp_path / "absent.pth")
 
 
+def test_two_copies_that_differ_are_refused(tmp_path: Path, with_bias: DKDETR):
+    foreign = as_original(with_bias)
+    foreign["transformer.decoder.bbox_embed.0.layers.0.bias"][0] += 1
+    torch.save({"model": foreign}, tmp_path / "detr.pth")
+    student = make_student(neck_bias=True, norm="frozen")
+    with pytest.raises(CorruptArtefactError, match="copies of one tensor"):
+        convert(tmp_path / "detr.pth", student, protocol="coco")
+
+
 def test_unknown_names_are_refused(tmp_path: Path):
     torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CorruptArtefactError, match=r"none of the layouts.*encoder\.weight"):

@@ -16,8 +16,10 @@ from tiny_student import (
     tiny_student,
 )
 
-from dkdetr.losses.criterion import Criterion, Normalisers, distillation_statistics
+from dkdetr.losses.alignment import AlignedOutput
+from dkdetr.losses.criterion import Criterion, Normalisers
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
+from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.structures import EncoderOutput, QueryOutput, StudentOutput, Targets
 
 
@@ -160,7 +162,9 @@ def test_statistics_by_hand():
     refined = boxes_inside(1, 2, 4, seed=9)
     refined[0, 0] = regions.boxes_cxcywh[0]
     features = regions.embeddings[None]
-    shown = distillation_statistics(QueryOutput(features, refined), regions)
+    output = replace(hand_made_output(), distillation=QueryOutput(features, refined))
+    shown = distillation_statistics(AlignedOutput(output, regions, torch.tensor(3.0)))
+    assert shown["kd_dropped_per_image"].item() == 1.5
     assert shown["kd_regions_per_image"].item() == 1
     assert shown["kd_anchor_giou"].item() == pytest.approx(1)
     cosine = (regions.embeddings[0, 0] * regions.embeddings[0, 1]).sum().item()

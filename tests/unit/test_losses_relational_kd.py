@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_student import unit_rows
 
-from dkdetr.losses.relational_kd import as_one_group, relational_loss
+from dkdetr.losses.relational_kd import batch_relational_loss, lay_end_to_end, relational_loss
 
 TAU = 0.2
 
@@ -95,7 +95,9 @@ def test_groups_are_apart_and_one_group_is_together():
     apart = sum(rkd(student[i : i + 1], teacher[i : i + 1]) for i in range(3))
     torch.testing.assert_close(rkd(student, teacher), apart)
     together = rkd(student.reshape(1, 12, 16), teacher.reshape(1, 12, 16))
-    torch.testing.assert_close(rkd(as_one_group(student), as_one_group(teacher)), together)
+    laid = lay_end_to_end(student, teacher, everything_valid(student))
+    as_one = batch_relational_loss(laid, laid, first_column=0, temperature=TAU)
+    torch.testing.assert_close(as_one, together)
     assert not torch.isclose(together, torch.as_tensor(apart))
 
 
@@ -126,3 +128,60 @@ def test_without_regions_the_loss_is_a_zero_tied_to_the_graph(places: int):
 def test_one_region_has_no_relation_to_learn():
     loss = rkd(rows(1, 1, 16, seed=1), rows(1, 1, 16, seed=2))
     assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_without_the_self_similarity_by_hand():
+    teacher = torch.eye(3, dtype=torch.float64)[None]
+    student = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    student = torch.nn.functional.pad(student, (0, 1))
+    valid = everything_valid(student)
+    loss = relational_loss(student, teacher, valid, temperature=TAU, include_self=False)
+    # Each of the teacher's rows: two others, alike. The student's: [1, 0], [1, 0], [0, 0].
+    p = 1 / (1 + math.exp(-5))
+    expected = 2 * 0.5 * (math.log(0.5 / p) + math.log(0.5 / (1 - p)))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    single = valid & torch.tensor([[True, False, False]])
+    alone = relational_loss(student, teacher, single, temperature=TAU, include_self=False)
+    assert alone.item() == 0  # nobody to relate to
+
+
+def test_reverse_is_the_divergence_the_other_way_round():
+    teacher, student = rows(2, 5, 16, seed=1), rows(2, 5, 16, seed=2)
+    valid = everything_valid(student)
+    reverse = relational_loss(student, teacher, valid, temperature=TAU, reverse=True)
+    torch.testing.assert_close(reverse, rkd(teacher, student))
+    assert not torch.isclose(reverse, rkd(student, teacher))
+
+
+def test_cross_only_by_hand():
+    """Two images of two regions: a row keeps itself and the other image's regions."""
+    teacher, student = rows(2, 2, 16, seed=1), rows(2, 2, 16, seed=2)
+    laid = lay_end_to_end(student, teacher, everything_valid(student))
+    for include_self in (True, False):
+        loss = batch_relational_loss(
+            laid, laid, first_column=0, temperature=TAU, cross_only=True, include_self=include_self
+        )
+        expected = 0.0
+        for row in range(4):
+            others = [2, 3] if row < 2 else [0, 1]
+            kept = [row, *others] if include_self else others
+            said = torch.log_softmax(laid.features[row] @ laid.features[kept].T / TAU, 0)
+            wanted = torch.log_softmax(laid.embeddings[row] @ laid.embeddings[kept].T / TAU, 0)
+            expected += (wanted.exp() * (wanted - said)).sum().item()
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("cross_only", [False, True])
+@pytest.mark.parametrize("include_self", [False, True])
+def test_shares_of_rows_add_up_to_the_whole_map(cross_only: bool, include_self: bool):
+    teacher, student = rows(4, 3, 16, seed=1), rows(4, 3, 16, seed=2)
+    valid = torch.tensor([[True, True, False], [False] * 3, [True] * 3, [True, False, False]])
+    options = {"temperature": TAU, "cross_only": cross_only, "include_self": include_self}
+    whole = lay_end_to_end(student, teacher, valid)
+    together = batch_relational_loss(whole, whole, first_column=0, **options)
+    shares = []
+    for rank in (0, 1):
+        mine = slice(2 * rank, 2 * rank + 2)
+        own = lay_end_to_end(student[mine], teacher[mine], valid[mine], first_image=2 * rank)
+        shares.append(batch_relational_loss(own, whole, first_column=6 * rank, **options))
+    torch.testing.assert_close(shares[0] + shares[1], together)

@@ -16,7 +16,7 @@ from tiny_student import (
 )
 
 from dkdetr.structures import StudentOutput
-from dkdetr.student.decoder import one_way_mask
+from dkdetr.student.queries import blocked_pairs
 
 F64 = torch.float64
 
@@ -31,6 +31,11 @@ def detections(output: StudentOutput) -> list[torch.Tensor]:
         encoder.objectness_logits,
         encoder.boxes_cxcywh,
     ]
+
+
+def one_way_mask(num_detection: int, region_valid: torch.Tensor) -> torch.Tensor:
+    seen = torch.ones(len(region_valid), num_detection, dtype=torch.bool)
+    return blocked_pairs([seen, region_valid], [(0,), (0, 1)])
 
 
 def test_mask_by_hand():

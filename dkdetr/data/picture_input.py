@@ -1,0 +1,82 @@
+"""Pictures from anywhere (files, PIL, arrays, tensors) as the student's evaluation input."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from dkdetr.data.image_files import decode_any_size
+from dkdetr.data.transforms import evaluation_geometry, render_view
+from dkdetr.errors import DataError, UsageError
+from dkdetr.structures import ImageBatch
+
+Picture = Path | str | Image.Image | np.ndarray | Tensor
+"""A file, or pixels: PIL, uint8 [height, width, 3], or a tensor [3, height, width].
+
+A tensor holds uint8, or floats in 0..1. Colours are RGB.
+"""
+
+
+def rgb_pixels(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns a picture's RGB pixels.
+
+    Raises:
+        DataError: a file that cannot be read (see `decode_image`).
+        UsageError: an array or a tensor of another shape, type or range.
+    """
+    if isinstance(picture, str | Path):
+        path = Path(picture)
+        try:
+            return decode_any_size(path.read_bytes(), path)
+        except OSError as error:
+            raise DataError(f"image {path}: {error.strerror or error}") from None
+    if isinstance(picture, Image.Image):
+        return np.array(picture.convert("RGB"))
+    if isinstance(picture, Tensor):
+        return _from_tensor(picture)
+    if picture.ndim == 2:
+        picture = np.repeat(picture[:, :, None], 3, axis=2)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise UsageError(
+            f"an image array is uint8 [height, width, 3] in RGB, not {picture.dtype} "
+            f"{list(picture.shape)}"
+        )
+    return np.ascontiguousarray(picture)
+
+
+def image_batch(
+    pixels: Sequence[UInt8[np.ndarray, "_h _w 3"]], image_ids: Sequence[int], *, image_size: int
+) -> ImageBatch:
+    """Returns whole pictures, longest side at `image_size`, padded to its square."""
+    views, masks, sizes = [], [], []
+    for image in pixels:
+        geometry = evaluation_geometry((image.shape[0], image.shape[1]), image_size=image_size)
+        view, mask = render_view(image, geometry, image_size=image_size)
+        views.append(view)
+        masks.append(mask)
+        sizes.append(geometry.view_hw)
+    return ImageBatch(
+        pixels=torch.stack(views),
+        padding_mask=torch.stack(masks),
+        image_sizes_hw=torch.tensor(sizes),
+        original_sizes_hw=torch.tensor([image.shape[:2] for image in pixels]),
+        image_ids=tuple(image_ids),
+    )
+
+
+def _from_tensor(tensor: Tensor) -> np.ndarray:
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise UsageError(f"an image tensor is [3, height, width] in RGB, not {list(tensor.shape)}")
+    tensor = tensor.detach().cpu()
+    if tensor.dtype != torch.uint8:
+        if (
+            not tensor.is_floating_point()
+            or not 0 <= float(tensor.min()) <= float(tensor.max()) <= 1
+        ):
+            raise UsageError("an image tensor holds uint8, or floats in 0..1 (not normalised)")
+        tensor = (tensor * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(tensor.permute(1, 2, 0).numpy())

@@ -1,0 +1,80 @@
+"""What to know of a vocabulary before trusting it: names that mean nearly the same."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dkdetr.data.prompts import readable_name
+from dkdetr.data.vocabulary import Vocabulary
+
+NEAR = 0.95
+"""Cosine from which two names compete for the same boxes."""
+_SHOWN = 20
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class VocabularyDescription:
+    """Names, origin and doubts. `near` holds (name, name, cosine), the closest pair first."""
+
+    names: tuple[str, ...]
+    num_base: int
+    teacher: str
+    prompts: tuple[str, ...]
+    hash: str
+    near: tuple[tuple[str, str, float], ...]
+    merged: tuple[tuple[str, ...], ...]
+    """Names that read the same once underscores, case and slashes are gone."""
+
+    def lines(self) -> list[str]:
+        """Returns the description for people."""
+        shown = ", ".join(self.names[:_SHOWN])
+        more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
+        lines = [
+            f"names: {len(self.names)} ({self.num_base} base): {shown}{more}",
+            f"teacher: {self.teacher}",
+            f"prompts: {len(self.prompts)}, e.g. '{self.prompts[0]}'" if self.prompts else "",
+            f"hash: {self.hash[:16]}",
+        ]
+        lines += [f"warning: {' and '.join(group)} read the same" for group in self.merged]
+        lines += [
+            f"warning: '{first}' and '{second}' are near-duplicates (cosine {cosine:.3f})"
+            for first, second, cosine in self.near[:_SHOWN]
+        ]
+        if len(self.near) > _SHOWN:
+            lines.append(f"warning: {len(self.near) - _SHOWN} more pairs above {NEAR}")
+        return [line for line in lines if line]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns everything as a plain table."""
+        return vars(self)
+
+
+def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
+    """Returns a vocabulary's description, with every pair of names above cosine 0.95."""
+    by_reading: dict[str, list[str]] = {}
+    for name in vocabulary.names:
+        by_reading.setdefault(readable_name(name), []).append(name)
+    return VocabularyDescription(
+        names=vocabulary.names,
+        num_base=sum(vocabulary.is_base),
+        teacher=vocabulary.teacher,
+        prompts=vocabulary.prompts,
+        hash=vocabulary.hash,
+        near=_near_pairs(vocabulary),
+        merged=tuple(tuple(group) for group in by_reading.values() if len(group) > 1),
+    )
+
+
+def _near_pairs(vocabulary: Vocabulary) -> tuple[tuple[str, str, float], ...]:
+    rows = vocabulary.embeddings
+    pairs: list[tuple[str, str, float]] = []
+    for start in range(0, len(rows), _BLOCK):
+        similarity = rows[start : start + _BLOCK] @ rows.T
+        first, second = np.nonzero(similarity > NEAR)
+        for a, b in zip((first + start).tolist(), second.tolist(), strict=True):
+            if a < b:
+                cosine = float(similarity[a - start, b])
+                pairs.append((vocabulary.names[a], vocabulary.names[b], cosine))
+    return tuple(sorted(pairs, key=lambda pair: -pair[2]))

@@ -1,0 +1,82 @@
+"""What is scored or shared: a run, one of its checkpoints, or a student file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
+from dkdetr.engine.run_folder import RunFolder
+from dkdetr.errors import MismatchError
+from dkdetr.student.detector import DKDETR
+from dkdetr.student_file import build_from_file, load_student_file
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student and what belongs to it.
+
+    `train_split` is None where the file does not say; `folder` is where results go.
+    """
+
+    path: Path
+    student: DKDETR
+    config: ExperimentConfig
+    vocabulary: Vocabulary
+    train_split: str | None
+    provenance: Mapping[str, Any]
+    folder: Path
+
+
+def load_subject(place: Path, vocabulary: Vocabulary | None = None) -> Subject:
+    """Returns the student of a run folder, a `.pt` checkpoint or a `.safetensors` student file.
+
+    Args:
+        place: the folder or the file.
+        vocabulary: taken where a student file brings none of its own.
+
+    Raises:
+        DataError: there is nothing.
+        CorruptArtefactError: it is damaged or something else.
+        MismatchError: the file holds no whole student, or no vocabulary and none is given.
+    """
+    if place.suffix == ".safetensors":
+        return _from_file(place, vocabulary)
+    path = find_checkpoint(place)
+    checkpoint = load_checkpoint(path)
+    run = path.parent.parent
+    return Subject(
+        path=path,
+        student=load_student(checkpoint),
+        config=checkpoint.config,
+        vocabulary=checkpoint.vocabulary,
+        train_split=checkpoint.cache_split,
+        provenance=_run_provenance(run),
+        folder=run,
+    )
+
+
+def _from_file(path: Path, vocabulary: Vocabulary | None) -> Subject:
+    file = load_student_file(path)
+    known = file.vocabulary or vocabulary
+    if known is None:
+        raise MismatchError(
+            f"'{path}' brings no vocabulary: give the text embeddings it learned with (--vocab)"
+        )
+    return Subject(
+        path=path,
+        student=build_from_file(path, file, text_dim=known.embed_dim),
+        config=file.config,
+        vocabulary=known,
+        train_split=file.provenance.get("train_split"),
+        provenance=file.provenance,
+        folder=path.with_suffix(""),
+    )
+
+
+def _run_provenance(run: Path) -> dict[str, Any]:
+    path = RunFolder(run).provenance
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

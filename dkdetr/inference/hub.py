@@ -1,0 +1,39 @@
+"""Where a student file comes from: a path, a folder, or the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from dkdetr.errors import DataError
+
+FILE_NAME = "model.safetensors"
+
+
+def fetch_student_file(path_or_hub_id: str) -> Path:
+    """Returns the path of a student file; a hub's is downloaded into its usual cache.
+
+    Raises:
+        DataError: neither a file, a folder with `model.safetensors`, nor a repository in reach.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        path = path / FILE_NAME
+        if not path.is_file():
+            raise DataError(
+                f"'{path.parent}' holds no {FILE_NAME}; of a run make one with "
+                f"`dkdetr export {path.parent}`"
+            )
+    if path.is_file() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_hub_id):
+        if not path.is_file():
+            raise DataError(f"no student file '{path}'")
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path_or_hub_id, FILE_NAME))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"'{path_or_hub_id}' is neither a file here nor a repository with {FILE_NAME} on the "
+            f"hub that can be reached: {first_line}"
+        ) from None

@@ -1,0 +1,96 @@
+"""What a person may name as pictures: files, folders, globs, lists on stdin, videos."""
+
+import glob
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dkdetr.data.picture_input import rgb_pixels
+from dkdetr.errors import DataError, UsageError
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif"})
+
+
+@dataclass(frozen=True, eq=False)
+class NamedPicture:
+    """RGB pixels [height, width, 3] and where they come from; a frame's name has its number."""
+
+    name: str
+    pixels: np.ndarray
+
+
+def find_sources(words: Sequence[str], *, stdin: Iterable[str] | None = None) -> list[Path]:
+    """Returns the files that the words mean, in their order, each once.
+
+    A folder means its pictures and videos (not those of folders below it), a pattern with `*`,
+    `?` or `[` what it matches, `-` the paths on stdin (or in `stdin`), one a line.
+
+    Raises:
+        DataError: a word means nothing that exists, or a file is no picture nor video.
+    """
+    found: dict[Path, None] = {}
+    for word in words:
+        if word == "-":
+            lines = [
+                line.strip() for line in (sys.stdin if stdin is None else stdin) if line.strip()
+            ]
+            found |= dict.fromkeys(find_sources([line for line in lines if line != "-"]))
+            continue
+        path = Path(word)
+        if path.is_dir():
+            inside = sorted(each for each in path.iterdir() if _is_known(each))
+            if not inside:
+                raise DataError(f"the folder '{word}' holds no picture and no video")
+            found |= dict.fromkeys(inside)
+        elif path.is_file():
+            if not _is_known(path):
+                known = " ".join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))
+                raise DataError(f"'{word}' is neither a picture nor a video ({known})")
+            found[path] = None
+        else:
+            matches = [Path(each) for each in sorted(glob.glob(word, recursive=True))]  # noqa: PTH207
+            inside = [each for each in matches if each.is_file() and _is_known(each)]
+            if not inside:
+                raise DataError(f"no picture, folder or video '{word}'")
+            found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def open_pictures(sources: Sequence[Path], *, every: int = 1) -> Iterator[NamedPicture]:
+    """Yields the pictures of files; of a video each `every`-th frame, from the first.
+
+    Raises:
+        DataError: a file cannot be read.
+        UsageError: a video, and PyAV is not installed; `every` below 1.
+    """
+    if every < 1:
+        raise UsageError(f"--every {every}: at least 1")
+    for path in sources:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            yield from _frames(path, every)
+        else:
+            yield NamedPicture(path.name, rgb_pixels(path))
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES
+
+
+def _frames(path: Path, every: int) -> Iterator[NamedPicture]:
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError:
+        raise UsageError(f"'{path}' is a video: pip install 'dkdetr[video]'") from None
+    try:
+        with av.open(str(path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number % every == 0:
+                    name = f"{path.stem}_{number:06d}.jpg"
+                    yield NamedPicture(name, np.asarray(frame.to_ndarray(format="rgb24")))
+    except (FFmpegError, IndexError) as error:
+        raise DataError(f"video {path}: {error}") from None

@@ -1,0 +1,234 @@
+"""Words in, boxes out: a trained student as an object to call."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from dkdetr.boxes import nms_keep
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.annotations import Category
+from dkdetr.data.picture_input import Picture, image_batch, rgb_pixels
+from dkdetr.data.prompts import prompt_set, readable_name
+from dkdetr.data.vocabulary import Vocabulary, build_vocabulary
+from dkdetr.errors import MismatchError, UsageError
+from dkdetr.evaluation.detect import Precision, detect
+from dkdetr.evaluation.postprocess import Detections
+from dkdetr.inference.hub import fetch_student_file
+from dkdetr.inference.prediction import Prediction
+from dkdetr.structures import TextEncoder
+from dkdetr.student.detector import DKDETR as Student
+from dkdetr.student_file import build_from_file, load_student_file
+
+DEFAULT_THRESHOLD = 0.3
+
+
+class DKDETR:
+    """A student that finds what words name.
+
+    Args:
+        student: the network.
+        config: the settings it was trained with.
+        vocabulary: the names and embeddings it speaks unless others are given.
+        text_encoder: the text tower of its teacher, for bare words; None: vocabularies only.
+        device: where it runs.
+        precision: see `dkdetr.evaluation.detect.autocast`.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: ExperimentConfig,
+        vocabulary: Vocabulary,
+        *,
+        text_encoder: TextEncoder | None = None,
+        device: torch.device | str = "cpu",
+        precision: Precision = "auto",
+    ) -> None:
+        self.student = student.to(device).eval()
+        self.config = config
+        self.vocabulary = vocabulary
+        self._text_encoder = text_encoder
+        self._device = torch.device(device)
+        self._precision: Precision = precision
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        text_encoder: TextEncoder | None = None,
+    ) -> Self:
+        """Returns the student of a student file, or of a model repository on the Hugging Face hub.
+
+        Args:
+            path_or_hub_id: a `.safetensors` that `dkdetr export` or `dkdetr convert` wrote, a
+                folder that holds `model.safetensors`, or `owner/name`.
+            device: where it runs.
+            text_encoder: see the class.
+
+        Raises:
+            DataError: there is no such file or repository.
+            CorruptArtefactError: not a student file, or damaged.
+            MismatchError: the file holds no whole student or no vocabulary.
+        """
+        path = fetch_student_file(str(path_or_hub_id))
+        file = load_student_file(path)
+        if file.vocabulary is None:
+            raise MismatchError(f"'{path}' brings no vocabulary, so nobody knows its text space")
+        student = build_from_file(path, file, text_dim=file.vocabulary.embed_dim)
+        return cls(student, file.config, file.vocabulary, text_encoder=text_encoder, device=device)
+
+    def predict(
+        self,
+        images: Picture | Iterable[Picture],
+        vocabulary: Vocabulary | Sequence[str] | None = None,
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        thresholds: Mapping[str, float] | None = None,
+        nms_iou: float | None = None,
+        max_detections: int = 300,
+        batch_size: int | None = None,
+    ) -> list[Prediction]:
+        """Returns what was found in each picture, best first.
+
+        Args:
+            images: one picture or several: files, PIL, arrays or tensors.
+            vocabulary: what to look for: a vocabulary, or bare words where a text encoder is
+                there; None: the student's own names.
+            threshold: least score.
+            thresholds: least scores by name, instead of `threshold` for these names.
+            nms_iou: of boxes of whatever name that overlap by more only the best stays; None: all
+                stay, as in evaluation.
+            max_detections: the most of one picture.
+            batch_size: pictures at once; None: the experiment's `eval.batch_size`.
+
+        Raises:
+            DataError: a picture cannot be read.
+            UsageError: bare words without a text encoder, or a threshold for an unknown name.
+            MismatchError: the vocabulary is of another teacher than the student's.
+        """
+        single = isinstance(images, Picture)
+        several = [images] if single else images
+        return list(
+            self.stream(
+                several,
+                vocabulary,
+                threshold=threshold,
+                thresholds=thresholds,
+                nms_iou=nms_iou,
+                max_detections=max_detections,
+                batch_size=batch_size,
+            )
+        )
+
+    def stream(
+        self,
+        images: Iterable[Picture],
+        vocabulary: Vocabulary | Sequence[str] | None = None,
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        thresholds: Mapping[str, float] | None = None,
+        nms_iou: float | None = None,
+        max_detections: int = 300,
+        batch_size: int | None = None,
+    ) -> Iterator[Prediction]:
+        """Yields as `predict` returns, holding one batch of pictures at a time."""
+        spoken = self.resolve(vocabulary)
+        least = _least_scores(spoken, threshold, thresholds or {})
+        size = self.config.eval.batch_size if batch_size is None else batch_size
+        for batch in _batches(images, size):
+            pixels = [rgb_pixels(picture) for picture in batch]
+            inputs = image_batch(pixels, range(len(pixels)), image_size=self.config.data.image_size)
+            found = detect(
+                self.student,
+                [inputs],
+                torch.from_numpy(spoken.embeddings.copy()),
+                device=self._device,
+                max_detections=max_detections,
+                precision=self._precision,
+            )
+            for image, (_, detections) in zip(pixels, found, strict=True):
+                yield _prediction(image, _keep(detections, least, nms_iou), spoken)
+
+    def resolve(self, vocabulary: Vocabulary | Sequence[str] | None) -> Vocabulary:
+        """Returns the vocabulary that `predict` would use; words go through the text encoder."""
+        if vocabulary is None:
+            return self.vocabulary
+        if isinstance(vocabulary, Vocabulary):
+            spoken = vocabulary
+        elif self._text_encoder is None:
+            raise UsageError(
+                "bare words want the teacher's text tower: pass text_encoder=..., or a vocabulary "
+                "made with `dkdetr vocab build`"
+            )
+        else:
+            spoken = words_vocabulary(vocabulary, self._text_encoder, self.vocabulary.prompts)
+        if spoken.teacher != self.vocabulary.teacher:
+            raise MismatchError(
+                f"these words were embedded by {spoken.teacher}, the student learned from "
+                f"{self.vocabulary.teacher}: their spaces have nothing in common"
+            )
+        return spoken
+
+
+def words_vocabulary(
+    words: Sequence[str], encoder: TextEncoder, templates: Sequence[str] = ()
+) -> Vocabulary:
+    """Returns a vocabulary of bare words, ids from 1 in their order.
+
+    Without `templates` ViLD's 63 sentences are used.
+    """
+    names = [word.strip() for word in words if word.strip()]
+    categories = [
+        Category(category_id=number, name=name, frequency="", is_base=True)
+        for number, name in enumerate(names, start=1)
+    ]
+    return build_vocabulary(categories, templates or prompt_set("vild63").templates, encoder)
+
+
+def _least_scores(
+    vocabulary: Vocabulary, threshold: float, by_name: Mapping[str, float]
+) -> torch.Tensor:
+    known = {readable_name(name): label for label, name in enumerate(vocabulary.names)}
+    least = torch.full((len(vocabulary),), float(threshold))
+    for name, value in by_name.items():
+        label = known.get(readable_name(name))
+        if label is None:
+            raise UsageError(f"a threshold is given for '{name}', which is not looked for")
+        least[label] = value
+    if not bool(((least >= 0) & (least <= 1)).all()):
+        raise UsageError("thresholds are scores: they lie in 0..1")
+    return least
+
+
+def _keep(found: Detections, least: torch.Tensor, nms_iou: float | None) -> Detections:
+    keep = found.scores >= least[found.labels]
+    kept = Detections(found.boxes_xyxy[keep], found.scores[keep], found.labels[keep])
+    if nms_iou is None:
+        return kept
+    best = nms_keep(kept.boxes_xyxy, kept.scores, iou_threshold=nms_iou)
+    return Detections(kept.boxes_xyxy[best], kept.scores[best], kept.labels[best])
+
+
+def _prediction(image: np.ndarray, found: Detections, vocabulary: Vocabulary) -> Prediction:
+    labels = found.labels.tolist()
+    return Prediction(
+        image=image,
+        boxes_xyxy=found.boxes_xyxy.numpy(),
+        scores=found.scores.numpy(),
+        category_ids=np.array([vocabulary.category_id_of(i) for i in labels], dtype=np.int64),
+        names=tuple(vocabulary.names[label] for label in labels),
+    )
+
+
+def _batches(images: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    if size < 1:
+        raise UsageError(f"batch_size={size}: at least 1")
+    iterator = iter(images)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,154 @@
+"""Predictions on disk: annotated pictures, one COCO document, one CSV."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+from dkdetr.atomic_file import atomic_file, write_text
+from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.inference.picture_sources import NamedPicture
+from dkdetr.inference.predict import DKDETR
+from dkdetr.inference.prediction import Prediction
+
+_COLUMNS = ("file", "name", "score", "category_id", "left", "top", "right", "bottom")
+_MOST_NAMES = 6
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """How many of what were found, and where the files lie."""
+
+    pictures: int
+    detections: int
+    by_name: Mapping[str, int]
+    per_picture: tuple[tuple[str, str], ...]
+    """(file, names and counts) of each picture."""
+    files: Mapping[str, str]
+
+    def lines(self) -> list[str]:
+        """Returns a short table for people."""
+        width = max((len(name) for name, _ in self.per_picture), default=0)
+        table = [f"{name:{width}s}  {found}" for name, found in self.per_picture]
+        total = f"{self.detections} boxes in {self.pictures} pictures"
+        return [*table, total, *(f"{kind}: {path}" for kind, path in self.files.items())]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the counts and paths as a plain table."""
+        return {
+            "pictures": self.pictures,
+            "detections": self.detections,
+            "by_name": dict(self.by_name),
+            "files": dict(self.files),
+        }
+
+
+def predict_to_folder(
+    detector: DKDETR,
+    pictures: Iterable[NamedPicture],
+    vocabulary: Vocabulary,
+    out: Path,
+    *,
+    draw: bool = True,
+    **options: Any,
+) -> PredictionSummary:
+    """Writes predictions.json (a COCO document), predictions.csv and the pictures; returns counts.
+
+    Args:
+        detector: the student.
+        pictures: as they come; one batch is held at a time.
+        vocabulary: what to look for.
+        out: the folder, made if need be; files of the same names are replaced.
+        draw: whether to write annotated pictures.
+        options: of `DKDETR.stream`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    named, handed_on = tee(pictures)
+    found = detector.stream((each.pixels for each in handed_on), vocabulary, **options)
+    document = _Document(vocabulary)
+    counts: Counter[str] = Counter()
+    table: list[tuple[str, str]] = []
+    with atomic_file(out / "predictions.csv") as raw:
+        rows = csv.writer(_Utf8(raw), lineterminator="\n")
+        rows.writerow(_COLUMNS)
+        for name, prediction in _with_distinct_names(zip(named, found, strict=True)):
+            rows.writerows(
+                [name, *(row[key] for key in _COLUMNS[1:])] for row in prediction.to_rows()
+            )
+            document.add(name, prediction)
+            if draw:
+                picture = prediction.plot()
+                with atomic_file(out / f"{Path(name).stem}.jpg") as file:
+                    picture.save(file, format="JPEG", quality=92)
+            own = Counter(prediction.names)
+            counts += own
+            table.append((name, _described(own)))
+    write_text(out / "predictions.json", json.dumps(document.content))
+    files = {"json": str(out / "predictions.json"), "csv": str(out / "predictions.csv")}
+    if draw:
+        files["pictures"] = str(out)
+    return PredictionSummary(
+        pictures=len(table),
+        detections=counts.total(),
+        by_name=dict(counts.most_common()),
+        per_picture=tuple(table),
+        files=files,
+    )
+
+
+class _Document:
+    """A COCO data set whose annotations carry scores."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        names = zip(vocabulary.category_ids, vocabulary.names, strict=True)
+        self.content: dict[str, list[dict[str, Any]]] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": number, "name": name} for number, name in names],
+        }
+
+    def add(self, name: str, prediction: Prediction) -> None:
+        image_id = len(self.content["images"]) + 1
+        height, width = prediction.image.shape[:2]
+        self.content["images"].append(
+            {"id": image_id, "file_name": name, "height": height, "width": width}
+        )
+        for record in prediction.to_coco(image_id):
+            number = len(self.content["annotations"]) + 1
+            area = record["bbox"][2] * record["bbox"][3]
+            self.content["annotations"].append({"id": number, **record, "area": area, "iscrowd": 0})
+
+
+class _Utf8:
+    """The text face of a binary file, for the csv module."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def write(self, text: str) -> None:
+        self._raw.write(text.encode())
+
+
+def _with_distinct_names(
+    pairs: Iterable[tuple[NamedPicture, Prediction]],
+) -> Iterator[tuple[str, Prediction]]:
+    """Yields each picture's name, with a number where its stem has been taken."""
+    taken: set[str] = set()
+    for picture, prediction in pairs:
+        path = Path(picture.name)
+        name, number = path.name, 2
+        while Path(name).stem in taken:
+            name = f"{path.stem}-{number}{path.suffix}"
+            number += 1
+        taken.add(Path(name).stem)
+        yield name, prediction
+
+
+def _described(counts: Counter[str]) -> str:
+    shown = [f"{count} {name}" for name, count in counts.most_common(_MOST_NAMES)]
+    more = len(counts) - _MOST_NAMES
+    return ", ".join(shown) + (f" and {more} more names" if more > 0 else "") or "nothing"

@@ -1,0 +1,154 @@
+"""One student as one safetensors file: for sharing, for scoring, for starting a training from.
+
+Inside: the tensors by name and, in the header, the settings, the vocabulary it speaks (if any),
+where it comes from, and a hash over all of it. No code runs when such a file is read.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dkdetr.atomic_file import write_bytes
+from dkdetr.config import ExperimentConfig
+from dkdetr.data.vocabulary import Vocabulary, from_metadata
+from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
+from dkdetr.experiment_file import config_from_dict, config_to_dict
+from dkdetr.student.build import build_student
+from dkdetr.student.detector import DKDETR
+
+_FORMAT = "dkdetr-student-1"
+_TEXT = "vocabulary.embeddings"
+# What only training uses, or counts batches: a student speaks without it.
+_DISPENSABLE = ("kd_", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class StudentFile:
+    """What such a file holds.
+
+    `tensors` need not be complete: one that comes from a plain detector has no classifiers, and a
+    training that starts from it makes its own. `provenance` says whose weights these are;
+    `saw_boxes_of`, if it is there, names what a foreign detector was trained on.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: ExperimentConfig
+    vocabulary: Vocabulary | None
+    provenance: Mapping[str, Any]
+
+
+def save_student_file(path: Path, file: StudentFile) -> None:
+    """Writes the file atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
+    vocabulary = None
+    if file.vocabulary is not None:
+        tensors[_TEXT] = torch.from_numpy(file.vocabulary.embeddings.copy())
+        vocabulary = file.vocabulary.metadata()
+    described = {
+        "format": _FORMAT,
+        "config": json.dumps(config_to_dict(file.config), sort_keys=True),
+        "vocabulary": json.dumps(vocabulary, sort_keys=True),
+        "provenance": json.dumps(dict(file.provenance), sort_keys=True),
+    }
+    write_bytes(path, save(tensors, metadata={**described, "xxh3_128": _hash(tensors, described)}))
+
+
+def load_student_file(path: Path) -> StudentFile:
+    """Returns what a student file holds, after checking its hash.
+
+    Raises:
+        DataError: no such file.
+        CorruptArtefactError: not a student file, or damaged.
+    """
+    if not path.is_file():
+        raise DataError(f"no student file '{path}'")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            described = dict(opened.metadata() or {})
+            names = list(opened.keys())
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise CorruptArtefactError(f"'{path}' is not a safetensors file: {error}") from None
+    expected = described.pop("xxh3_128", None)
+    if described.get("format") != _FORMAT or expected is None:
+        raise CorruptArtefactError(
+            f"'{path}' is not a student file ({_FORMAT}); other projects' weights become one by "
+            "`dkdetr convert`"
+        )
+    if _hash(tensors, described) != expected:
+        raise CorruptArtefactError(f"'{path}' is damaged: its content does not give its own hash")
+    text = tensors.pop(_TEXT, None)
+    vocabulary = None
+    if text is not None:
+        vocabulary = from_metadata(json.loads(described["vocabulary"]), text.numpy())
+    return StudentFile(
+        tensors=tensors,
+        config=config_from_dict(json.loads(described["config"])),
+        vocabulary=vocabulary,
+        provenance=json.loads(described["provenance"]),
+    )
+
+
+def build_from_file(path: Path, file: StudentFile, *, text_dim: int) -> DKDETR:
+    """Returns the file's student whole, in evaluation mode, on the CPU.
+
+    Args:
+        path: for messages.
+        file: what it holds.
+        text_dim: width of the vocabulary that it will be scored with.
+
+    Raises:
+        MismatchError: tensors are missing, or have other shapes.
+    """
+    student = build_student(file.config, text_dim=text_dim, load_weights=False)
+    missing = load_into(path, file, student)
+    lost = [name for name in missing if not any(mark in name for mark in _DISPENSABLE)]
+    if lost:
+        raise MismatchError(
+            f"'{path}' lacks {len(lost)} of the student's tensors, first '{lost[0]}': it can start "
+            "a training (--set student.weights=FILE), but there is nothing yet to score"
+        )
+    return student.eval()
+
+
+def load_into(path: Path, file: StudentFile, student: DKDETR) -> tuple[str, ...]:
+    """Fills the student with the file's tensors; returns the names that keep their own start.
+
+    Raises:
+        MismatchError: a tensor is not the student's, or has another shape; nothing was changed.
+    """
+    wanted = student.state_dict()
+    foreign = [
+        name for name in file.tensors if name not in wanted and not name.startswith(_DISPENSABLE[0])
+    ]
+    if foreign:
+        raise MismatchError(
+            f"'{path}' holds {len(foreign)} tensors that this student has not, first "
+            f"'{foreign[0]}': compare its settings (dkdetr config show) with the experiment's"
+        )
+    taken = {name: tensor for name, tensor in file.tensors.items() if name in wanted}
+    for name, tensor in taken.items():
+        if tensor.shape != wanted[name].shape:
+            raise MismatchError(
+                f"'{path}' has other sizes than this student: {name} is {tuple(tensor.shape)} "
+                f"there, {tuple(wanted[name].shape)} here"
+            )
+    student.load_state_dict(taken, strict=False)
+    return tuple(name for name in wanted if name not in taken)
+
+
+def _hash(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> str:
+    digest = xxhash.xxh3_128(json.dumps(dict(described), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

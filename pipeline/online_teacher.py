@@ -1,0 +1,58 @@
+"""The teacher for training with crops embedded on the fly (`kd.alignment = "online"`)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from cache.store import open_cache
+from dkdetr.errors import MismatchError
+from pipeline.crops import CropRule
+from pipeline.teacher import load_teacher
+from pipeline.teacher_model import Teacher
+
+
+@dataclass(frozen=True)
+class OnlineTeacher:
+    """A cache's teacher with that cache's rule of cropping; a `RegionEncoder`."""
+
+    teacher: Teacher
+    rule: CropRule
+
+    @property
+    def identity(self) -> str:
+        """Names the model and its weights."""
+        return self.teacher.identity
+
+    def encode_regions(
+        self, image: np.ndarray, boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
+    ) -> Float[np.ndarray, "num_boxes embed_dim"]:
+        """Returns float32 unit vectors of the boxes (pixels) of an RGB uint8 picture (h, w, 3)."""
+        return self.teacher.encode_regions(image, boxes_xyxy, self.rule)
+
+
+def teacher_of_cache(path: Path, device: Any) -> OnlineTeacher:
+    """Returns the teacher that made a cache, loaded from where it was then.
+
+    Raises:
+        MismatchError: the cache does not say which it was, or other weights lie there now.
+        DkdetrError: see `load_teacher`.
+    """
+    info = open_cache(path).info
+    spec = info.provenance.get("teacher_spec")
+    if not isinstance(spec, str):
+        raise MismatchError(
+            f"the cache {path} does not say which teacher made it; kd.alignment=online cannot "
+            "load it: use cached"
+        )
+    teacher = load_teacher(spec, device)
+    recorded = info.parts["teacher"]["weights_sha256"]
+    if teacher.parts()["weights_sha256"] != recorded:
+        raise MismatchError(
+            f"the teacher '{spec}' has other weights now than when {path} was made: its "
+            "embeddings and the cache's text would not fit"
+        )
+    crops = info.parts["crops"]
+    return OnlineTeacher(teacher, CropRule(mode=crops["mode"], scales=tuple(crops["scales"])))

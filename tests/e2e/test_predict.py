@@ -1,0 +1,126 @@
+"""`dkdetr vocab build` and `dkdetr predict` as typed, with the shipped small CLIP for the words."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from tiny_student import shake, tiny_config
+
+from cli import main
+from dkdetr.data.vocabulary import load_vocabulary
+from dkdetr.student.build import build_student
+from dkdetr.student_file import StudentFile, save_student_file
+
+
+def run(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["dkdetr", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch, capsys) -> Path:
+    """A folder with pictures, a list of names, its vocabulary and a student that speaks it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("# tools\nhammer, mallet\nred apple\n\nparty_popper\n")
+    code = run(
+        monkeypatch, "vocab", "build", "names.txt", "-o", "tools.vocab", "--teacher", "pictograms",
+        "--prompts", "single",
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    vocabulary = load_vocabulary(tmp_path / "tools.vocab")
+    config = tiny_config()
+    config = replace(config, data=replace(config.data, image_size=128))
+    student = build_student(config, text_dim=vocabulary.embed_dim)
+    shake(student)
+    provenance = {"teacher_spec": "pictograms"}
+    file = StudentFile(student.state_dict(), config, vocabulary, provenance)
+    save_student_file(tmp_path / "s.safetensors", file)
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("a.png", "sub/a.png", "größe.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / name)
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_a_vocabulary_of_names_and_synonyms(place: Path, monkeypatch, capsys):
+    built = load_vocabulary(place / "tools.vocab")
+    assert built.names == ("hammer", "red apple", "party_popper")
+    (place / "plain.txt").write_text("hammer\nmallet\nHammer\n")
+    assert run(
+        monkeypatch, "vocab", "build", "plain.txt", "-o", "plain.vocab", "--teacher", "pictograms",
+        "--prompts", "single",
+    ) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "warning: hammer and Hammer read the same" in printed
+    assert "'hammer' and 'Hammer' are near-duplicates (cosine 1.000)" in printed
+    plain = load_vocabulary(place / "plain.vocab").embeddings
+    mean = plain[0] + plain[1]
+    np.testing.assert_allclose(built.embeddings[0], mean / np.linalg.norm(mean), atol=1e-6)
+    assert run(monkeypatch, "vocab", "show", "tools.vocab", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["names"] == list(built.names)
+
+
+def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
+    code = run(
+        monkeypatch, "predict", "in", "in/sub", "--model", "s.safetensors", "-c",
+        "hammer, traffic light", "--threshold", "0", "--out", "found", "--json", "r.json",
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    document = json.loads((place / "found/predictions.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["a.png", "größe.png", "a-2.png"]
+    assert [c["name"] for c in document["categories"]] == ["hammer", "traffic light"]
+    assert len(COCO(str(place / "found/predictions.json")).getImgIds()) == 3
+    text = (place / "found/predictions.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert len(rows) == len(document["annotations"]) == 3 * 12 * 2
+    assert {row["file"] for row in rows} == {"a.png", "größe.png", "a-2.png"}
+    for row, record in zip(rows, document["annotations"], strict=True):
+        assert float(row["score"]) == pytest.approx(record["score"])
+        assert float(row["right"]) - float(row["left"]) == pytest.approx(record["bbox"][2])
+    for name, size in (("a.jpg", (80, 60)), ("a-2.jpg", (80, 61))):
+        with Image.open(place / "found" / name) as drawn:
+            assert drawn.size == size
+    assert "72 boxes in 3 pictures" in printed.out
+    assert json.loads((place / "r.json").read_text())["detections"] == 72
+
+
+def test_the_students_own_names_and_a_file_of_others(place: Path, monkeypatch, capsys):
+    common = ("predict", "in/a.png", "--model", "s.safetensors", "--threshold", "0", "--no-draw")
+    assert run(monkeypatch, *common, "--out", "own", "--nms", "0.5") == 0
+    assert run(monkeypatch, *common, "--vocab", "tools.vocab", "--out", "given") == 0
+    own, given = (
+        json.loads((place / folder / "predictions.json").read_text()) for folder in ("own", "given")
+    )
+    assert own["categories"] == given["categories"]
+    assert 0 < len(own["annotations"]) < len(given["annotations"])
+    assert not list((place / "own").glob("*.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("absent.jpg",), 3, "no picture, folder or video 'absent.jpg'"),
+        (("in", "-c", "a", "--vocab", "tools.vocab"), 2, "not both"),
+        (("in", "--class-threshold", "hammer"), 2, "NAME=SCORE"),
+        (("in", "--class-threshold", "saw=0.5"), 2, "'saw', which is not looked for"),
+        (("in", "--vocab", "names.txt"), 5, "is not a vocabulary file"),
+        (("in", "-c", "a", "--teacher", "ViT-B-32:random"), 4, "nothing in common"),
+        (("in", "--model", "absent"), 3, "no run folder"),
+        (("in", "-c", " , "), 3, "at least one name"),
+    ],
+)
+def test_mistakes_are_one_line(place: Path, monkeypatch, capsys, words, code, message):
+    assert run(monkeypatch, "predict", "--model", "s.safetensors", *words) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1

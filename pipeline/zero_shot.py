@@ -56,14 +56,15 @@ def parse_modes(words: str) -> tuple[CropMode, ...]:
 def cached_accuracy(reader: CacheReader) -> ZeroShot | None:
     """Returns the accuracy of the cached crops of base objects; None where there is no object."""
     names = _Names(reader)
-    rule = rule_from_parts(reader.info.parts["crops"])
+    crops = reader.info.parts["crops"]
+    mode = crops.get("mode", "unknown") if isinstance(crops, dict) else "unknown"  # an import
     vectors: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for image_id in _spread(reader, _MAX_IMAGES):
         rows = reader.rows(image_id)
         vectors.append(rows.gt_embeddings)
         labels.append(names.labels_of(rows.gt_category_ids))
-    return names.score(f"{rule.mode}, as cached", vectors, labels)
+    return names.score(f"{mode}, as cached", vectors, labels)
 
 
 def accuracy_by_mode(
@@ -77,7 +78,12 @@ def accuracy_by_mode(
         MismatchError: the teacher that is found is not the cache's.
     """
     info = reader.info
-    spec = str(info.provenance["teacher_spec"])
+    spec = info.provenance.get("teacher_spec")
+    if not isinstance(spec, str):
+        raise MismatchError(
+            f"the cache {info.path} does not say which teacher made it, so --crop-modes has "
+            "nothing to look with"
+        )
     teacher = load_teacher(spec, pick_device(device), precision=info.parts["teacher"]["precision"])
     if teacher.identity != info.teacher:
         raise MismatchError(

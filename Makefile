@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults-cache faults-stage-one clean
+.PHONY: demo test check unit faults-cache faults-stage-one bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -31,6 +31,13 @@ faults-cache: $(INSTALLED)
 # Lost workers, failing ranks, SIGTERM while a cache is made.
 faults-stage-one: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_stage_one_faults.py
+
+# Small sizes, each table with machine, versions and date above it; one thread.
+bench: $(INSTALLED)
+	for what in $(sort $(basename $(notdir $(filter-out %/machine.py,$(wildcard tests/benchmarks/*.py))))); do \
+		echo; echo "== $$what"; \
+		OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/benchmarks/$$what.py || exit 1; \
+	done
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

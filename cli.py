@@ -171,6 +171,7 @@ def cache_teacher_command(
     only_proposals: Annotated[
         bool, typer.Option("--only-proposals", help="Stop when `fit` is trained")
     ] = False,
+    neighbors: Annotated[bool, typer.Option(help="Build neighbour lists at the end")] = True,
     experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
     fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
     overrides: Overrides = None,
@@ -206,6 +207,7 @@ def cache_teacher_command(
         fit_epochs=fit_epochs,
         only_proposals=only_proposals,
         max_bad=max_bad,
+        neighbors=neighbors,
         command=" ".join(sys.argv[1:]),
     )
     result = price_cache(request) if dry_run else run_stage_one(request, _say)
@@ -255,14 +257,43 @@ def cache_verify(
 @_command(cache_app, "neighbors")
 def cache_neighbors(
     path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    image: Annotated[int | None, typer.Option(help="Show this image's regions")] = None,
+    box: Annotated[int | None, typer.Option(help="Show this region's neighbours")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Even if they are there")] = False,
     per_image: Annotated[int, typer.Option(help="Best regions of an image that take part")] = 50,
+    k: Annotated[int, typer.Option("--neighbors", help="Neighbours listed of each region")] = 16,
+    exact_below: Annotated[
+        int, typer.Option(help="From so many regions on an inverted file is searched")
+    ] = 1_000_000,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu (needs faiss-gpu)")] = "auto",
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Build the neighbour lists of a cache anew (exact search; quadratic in regions)."""
-    from pipeline.neighbor_stage import rebuild_neighbors
+    """Build the neighbour lists, or show those of one image or one region (--image, --box)."""
+    from pipeline.region_views import neighbors_command
 
-    rebuild_neighbors(path, per_image=per_image)
-    _say(f"neighbour lists of {path} are ready")
+    settings = {"per_image": per_image, "k": k, "exact_below": exact_below}
+    settings["device"] = _one_of("--device", device, ("auto", "cpu", "gpu"))
+    result = neighbors_command(path, image, box, settings, rebuild=rebuild)
+    _tell(result.lines(), json_out)
+    _report(result.as_json(), json_out)
+
+
+@_command(cache_app, "browse")
+def cache_browse(
+    path: Annotated[Path, typer.Argument(help="The cache's folder")],
+    out: Annotated[Path, typer.Option(help="The page to write")] = Path("browse.html"),
+    images: Annotated[str, typer.Option(help="How many images, or their ids: 17,42,")] = "12",
+    data_root: DataRoot = Path("data"),
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write one page with regions, their neighbours and the teacher's names for them."""
+    from pipeline.browse import browse_cache
+
+    summary = browse_cache(path, out, images=images, data_root=data_root)
+    _tell(summary.lines(), json_out)
+    _report(summary.as_json(), json_out)
 
 
 @_command(app, "train")

@@ -1,19 +1,24 @@
 """Neighbour lists as they lie on disk: what training reads; faiss is not needed for it."""
 
+import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from cache.durable import (
+    PARTIAL_SUFFIX,
     dump_checked_json,
     file_problem,
     file_record,
     load_checked_json,
+    sync_file,
+    sync_folder,
     write_atomic,
 )
 from cache.faults import fault_point
@@ -45,29 +50,110 @@ class NeighborLists:
     graph_weights: NDArray[np.float32]
     """Sum of the positive cosines of all links from one image's objects to the other's."""
 
+    def object_of(self, row: int, region: int) -> int | None:
+        """Returns the index of a region among the objects, or None if it takes no part."""
+        begin, end = (int(at) for at in np.searchsorted(self.object_rows, (row, row + 1)))
+        at = np.flatnonzero(self.object_regions[begin:end] == region)
+        return begin + int(at[0]) if len(at) else None
+
+    def objects_of(self, row: int) -> range:
+        """Returns the indices of an image's objects."""
+        begin, end = np.searchsorted(self.object_rows, (row, row + 1))
+        return range(int(begin), int(end))
+
     def related_images(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Returns the rows related to an image's row, most related first, and their weights."""
         span = slice(int(self.graph_indptr[row]), int(self.graph_indptr[row + 1]))
         return self.graph_rows[span], self.graph_weights[span]
 
 
-def write_neighbors(
-    path: Path, lists: NeighborLists, *, data_root: str, parameters: Mapping[str, Any]
-) -> None:
-    """Writes the lists and, last, their manifest, bound to the data they were made from."""
-    folder = path / NEIGHBORS_FOLDER
-    folder.mkdir(exist_ok=True)
-    (path / NEIGHBORS_MANIFEST).unlink(missing_ok=True)
-    for name in _names():
-        buffer = BytesIO()
-        np.save(buffer, getattr(lists, name), allow_pickle=False)
-        write_atomic(folder / f"{name}.npy", buffer.getvalue())
-    fault_point("neighbors.before_manifest")
-    files = {
-        f"{NEIGHBORS_FOLDER}/{name}.npy": file_record(folder / f"{name}.npy") for name in _names()
-    }
-    manifest = {"data_root": data_root, "parameters": dict(parameters), "files": files}
-    write_atomic(path / NEIGHBORS_MANIFEST, dump_checked_json(manifest))
+class ListsDraft:
+    """New lists in the making: files of their own, which replace the older lists all at once.
+
+    A context manager; without a `commit` it leaves nothing behind (a kill leaves `*.partial`
+    files, which the next writer sweeps).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._folder = path / NEIGHBORS_FOLDER
+        self._token = uuid.uuid4().hex
+        self._arrays: dict[str, np.memmap[Any, Any]] = {}
+        self._scratch: list[Path] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._arrays.clear()
+        for name in _names():
+            self._partial(name).unlink(missing_ok=True)
+        for file in self._scratch:
+            file.unlink(missing_ok=True)
+
+    def scratch(self, name: str) -> Path:
+        """Returns a file for intermediate results; it goes with the draft."""
+        file = self._partial(f"scratch_{name}")
+        self._scratch.append(file)
+        return file
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Returns an array of the lists to be filled, mapped to its file."""
+        file = self._partial(name)
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        # The space is taken now: a full disk is an error here; in the mapping it would be SIGBUS.
+        with file.open("rb+") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+        self._arrays[name] = array
+        return array
+
+    def put(self, name: str, values: NDArray[Any]) -> None:
+        """Writes a whole array of the lists."""
+        self.array(name, values.shape, values.dtype)[...] = values
+
+    def commit(self, *, data_root: str, parameters: Mapping[str, Any]) -> None:
+        """Puts the draft in the place of the older lists, its manifest last.
+
+        Args:
+            data_root: what the lists were made from, see `CacheReader.data_root`.
+            parameters: how they were made; plain JSON data.
+        """
+        assert sorted(self._arrays) == sorted(_names())
+        for name, array in self._arrays.items():
+            array.flush()
+            sync_file(self._partial(name))
+        fault_point("neighbors.before_rename")
+        (self._path / NEIGHBORS_MANIFEST).unlink(missing_ok=True)
+        sync_folder(self._folder)
+        for name in _names():
+            self._partial(name).replace(self._folder / f"{name}.npy")
+            fault_point("neighbors.after_rename")
+        sync_folder(self._folder)
+        names = [f"{NEIGHBORS_FOLDER}/{name}.npy" for name in _names()]
+        files = {name: file_record(self._path / name) for name in names}
+        fault_point("neighbors.before_manifest")
+        manifest = {"data_root": data_root, "parameters": dict(parameters), "files": files}
+        write_atomic(self._path / NEIGHBORS_MANIFEST, dump_checked_json(manifest))
+
+    def _partial(self, name: str) -> Path:
+        return self._folder / f"{name}.npy.{self._token}{PARTIAL_SUFFIX}"
+
+
+def load_parameters(path: Path) -> dict[str, Any] | None:
+    """Returns how the lists were made and their recall, or None if there are none.
+
+    Raises:
+        CorruptCacheError: the manifest is not what was written.
+    """
+    try:
+        return load_checked_json(path / NEIGHBORS_MANIFEST)["parameters"]
+    except FileNotFoundError:
+        return None
 
 
 def load_neighbors(path: Path, *, data_root: str) -> NeighborLists | None:

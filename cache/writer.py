@@ -118,7 +118,7 @@ class CacheWriter:
     ) -> ShardManifest:
         """Commits a shard from this process; see the function of the same name."""
         self._lease.check()
-        return commit_shard(self.path, shard_index, rows, quarantined=quarantined)
+        return commit_shard(self.path, shard_index, rows, quarantined=quarantined, plan=self.plan)
 
     def text_is_current(self) -> bool:
         """Returns True if the text that the parts ask for is already in the cache, whole."""
@@ -233,6 +233,7 @@ def commit_shard(
     rows: Sequence[ImageRows],
     *,
     quarantined: Mapping[int, str] = _NOTHING,
+    plan: Plan | None = None,
 ) -> ShardManifest:
     """Returns the manifest of a shard once it is committed; a committed one is left as it is.
 
@@ -244,13 +245,15 @@ def commit_shard(
         shard_index: which shard.
         rows: of every image of the shard that is not quarantined, in any order.
         quarantined: image id -> why it could not be used; no path of this machine in it.
+        plan: the cache's plan, where the caller has read it: reading it for every shard would
+            make the whole quadratic in the images.
 
     Raises:
         CorruptCacheError: a row must not be cached; names image and array.
         CacheError: the rows are not exactly the shard's images.
         DiskFullError: no room.
     """
-    plan, head = load_plan(path), Head.load(path)
+    plan, head = plan or load_plan(path), Head.load(path)
     try:
         committed = ShardManifest.load(path, shard_index)
     except (FileNotFoundError, CorruptCacheError):

@@ -3,6 +3,7 @@
 The defaults are the paper's LVIS run (70 epochs); an experiment file states what it changes.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,6 +15,9 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+
+MASK_UPSAMPLING = 4
+"""How much finer a mask is than the student's finest level (method A.4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,19 @@ class StudentConfig:
     """Groups of denoising queries in training (DN-DETR); 0 = the paper."""
     denoising_box_noise: Fraction = 0.4
     denoising_label_noise: Fraction = 0.2
+    mask_head: bool = False
+    """SOIT's dynamic mask head (method A.4); off: boxes only, no polygon is read."""
+    masks_at_once: Annotated[int, Field(ge=1)] = 32
+    """Masks that stand in memory at a time, in training and at inference."""
+
+    @property
+    def mask_stride(self) -> float:
+        """Pixels of the view to a pixel of a mask."""
+        return 2 ** self.backbone.stages[0] / MASK_UPSAMPLING
+
+    def mask_side(self, image_size: int) -> int:
+        """Returns the side of the masks of a square input."""
+        return MASK_UPSAMPLING * math.ceil(image_size / 2 ** self.backbone.stages[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +97,13 @@ class DetectionLossConfig:
     weight_class: float = 2.0
     weight_bbox: float = 5.0
     weight_giou: float = 2.0
+    weight_dice: Annotated[float, Field(ge=0)] = 8.0
+    """Of the masks' dice loss; asked for only where `student.mask_head` is on."""
+    weight_mask_bce: Annotated[float, Field(ge=0)] = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    encoder_tokens: Literal["all", "valid"] = "all"
+    """Whose objectness is judged: `all` as released, or no tokens of padding and border."""
     loss_class: Literal["focal", "fed"] = "focal"
     """`fed`: only a batch's own classes and sampled ones count as negatives (Detic)."""
     fed_classes: Annotated[int, Field(ge=1)] = 50
@@ -127,6 +149,8 @@ class RelationalKDConfig:
     """Leave pairs of one image out of the batch's relations (but for a region with itself)."""
     gather: bool = False
     """Relations of the batch reach over all ranks, with exact gradients."""
+    neighbor_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a rank's batch that is related to its other images; our addition, 0 = the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

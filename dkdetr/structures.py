@@ -54,10 +54,14 @@ class ImageBatch(_Movable):
 
 @dataclass(frozen=True)
 class Targets(_Movable):
-    """The base-category ground truth of one image: labels index the vocabulary's base rows."""
+    """The base-category ground truth of one image: labels index the vocabulary's base rows.
+
+    `masks` are there where the student has a mask head: of the padded view, at the masks' stride.
+    """
 
     labels: Int[Tensor, "num_boxes"]
     boxes_cxcywh: Float[Tensor, "num_boxes 4"]
+    masks: Bool[Tensor, "num_boxes mask_height mask_width"] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,36 @@ class EncoderOutput:
     valid: Bool[Tensor, "batch num_tokens"]
 
 
+@runtime_checkable
+class InstanceMasks(Protocol):
+    """The masks of all detection queries, drawn only for those that are asked for."""
+
+    @property
+    def padding_mask(self) -> Bool[Tensor, "batch mask_height mask_width"]:
+        """True where a mask lies in padding."""
+        ...
+
+    @property
+    def stride(self) -> float:
+        """Pixels of the input to a pixel of a mask."""
+        ...
+
+    @property
+    def masks_at_once(self) -> int:
+        """How many to ask for at a time, so that memory stays bounded."""
+        ...
+
+    def logits(
+        self, layer: int, image_index: Int[Tensor, "n"], query_index: Int[Tensor, "n"]
+    ) -> Float[Tensor, "n mask_height mask_width"]:
+        """Returns the masks of some queries after one decoder layer, before the sigmoid."""
+        ...
+
+    def graph_zero(self) -> Float[Tensor, ""]:
+        """Returns a zero tied to all that makes masks: for a batch without an object."""
+        ...
+
+
 @dataclass(frozen=True)
 class SkdCalibration:
     """The learnable scale and bias of similarity logits (`kd.skd.loss = "siglip_bias"`)."""
@@ -150,7 +184,10 @@ class ExtraDetections:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """Everything the student says; `distillation` is None unless regions were given."""
+    """Everything the student says.
+
+    `distillation` is None unless regions were given, `masks` unless there is a mask head.
+    """
 
     detection: QueryOutput
     logits: Float[Tensor, "num_layers batch num_queries num_classes"]
@@ -162,6 +199,7 @@ class StudentOutput:
     calibration: SkdCalibration | None = None
     hybrid: ExtraDetections | None = None
     denoised: ExtraDetections | None = None
+    masks: InstanceMasks | None = None
 
 
 @runtime_checkable

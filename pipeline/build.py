@@ -159,7 +159,7 @@ def _fill(
         if not writer.sealed:
             writer.seal()
     if request.neighbors:
-        notes += add_neighbors(request.out, plan)
+        notes += add_neighbors(request.out)
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
 
 

@@ -68,6 +68,7 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
     lr = _LR_FACTOR * config.optim.lr * batch_size / config.data.batch_size
     config = replace(
         config,
+        student=replace(config.student, mask_head=False),
         kd=replace(config.kd, regions_per_image=0),
         data=replace(config.data, batch_size=batch_size),
         optim=replace(config.optim, epochs=epochs, lr=lr),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import PLAN_FILE, load_plan
+from cache.neighbor_lists import load_parameters
 from cache.spec import CorruptCacheError
 from cache.store import CacheInfo, open_cache
 from cache.verify import VerifyReport, verify_cache
@@ -25,7 +26,8 @@ class CacheDescription:
     info: CacheInfo
     names: Mapping[str, int]
     quarantined: Mapping[int, str]
-    has_neighbors: bool
+    neighbors: Mapping[str, Any] | None
+    """How the neighbour lists were made; None: there are none."""
 
     def lines(self) -> list[str]:
         """Returns the description as a person reads it."""
@@ -42,7 +44,7 @@ class CacheDescription:
             f"{info.embed_dim} dimensions, {info.parts['storage']}",
             f"teacher    {info.teacher}{random}",
             f"names      {self.names['base']} base, {self.names['novel']} novel",
-            f"neighbours {'listed' if self.has_neighbors else 'none'}",
+            f"neighbours {self._neighbors()}",
             f"fingerprint {info.fingerprint}",
             f"root       {info.merkle_root}",
             "made by",
@@ -50,13 +52,21 @@ class CacheDescription:
             *(f"set aside  image {number}: {why}" for number, why in self.quarantined.items()),
         ]
 
+    def _neighbors(self) -> str:
+        if self.neighbors is None:
+            return "none"
+        return (
+            f"of {self.neighbors['objects']:,} regions, {self.neighbors['search']} search, "
+            f"recall {self.neighbors['recall']:.1%}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Returns the description as plain data."""
         return {
             **vars(self.info),
             "names": dict(self.names),
             "quarantined": {str(number): why for number, why in self.quarantined.items()},
-            "has_neighbors": self.has_neighbors,
+            "neighbors": self.neighbors,
         }
 
 
@@ -114,9 +124,8 @@ def describe_cache(path: Path) -> CacheDescription:
     reader = open_cache(path)
     is_base = reader.text()[0]["is_base"]
     names = {"base": sum(is_base), "novel": len(is_base) - sum(is_base)}
-    return CacheDescription(
-        reader.info, names, reader.quarantined, has_neighbors=reader.neighbors() is not None
-    )
+    listed = load_parameters(path) if reader.neighbors() is not None else None
+    return CacheDescription(reader.info, names, reader.quarantined, neighbors=listed)
 
 
 def verify_and_report(

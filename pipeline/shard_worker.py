@@ -149,7 +149,7 @@ def embed_shard(job: ShardJob, shard: int, tools: ShardTools) -> ShardReport:
         rows_of_image(pending.popleft(), features, rule)
         for features in embed_stream(stacks(), encode, batch_size=job.crop_batch)
     ]
-    manifest = commit_shard(job.cache_path, shard, rows, quarantined=quarantined)
+    manifest = commit_shard(job.cache_path, shard, rows, quarantined=quarantined, plan=plan)
     return ShardReport(
         num_images=manifest.num_images,
         num_regions=manifest.num_regions,

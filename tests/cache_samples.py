@@ -1,5 +1,7 @@
 """Small caches for tests: deterministic rows, and one call that writes a sealed cache."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,18 +58,34 @@ def sample_rows(image_id: int, plan: Plan) -> ImageRows:
     )
 
 
-def shard_rows(plan: Plan, shard: int) -> tuple[list[ImageRows], dict[int, str]]:
+def clustered_rows(image_id: int, plan: Plan) -> ImageRows:
+    """Rows of 20 kinds of object: like views of a kind, and some that are nearly the same."""
+    rows = sample_rows(image_id, plan)
+    generator = np.random.default_rng(image_id)
+    kinds = unit_rows(np.random.default_rng(77), 20, plan.embed_dim)
+    spread = np.where(generator.random(rows.num_regions) < 0.3, 0.02, 0.12)[:, None]
+    noise = generator.standard_normal((rows.num_regions, plan.embed_dim))
+    mixed = kinds[generator.integers(0, 20, rows.num_regions)] + spread * noise
+    embeddings = (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
+    return replace(rows, region_embeddings=embeddings)
+
+
+def shard_rows(
+    plan: Plan, shard: int, rows_of: Callable[[int, Plan], ImageRows] = sample_rows
+) -> tuple[list[ImageRows], dict[int, str]]:
     ids = plan.shard_image_ids(shard)
-    good = [sample_rows(i, plan) for i in ids if i not in QUARANTINED]
+    good = [rows_of(i, plan) for i in ids if i not in QUARANTINED]
     return good, {i: reason for i, reason in QUARANTINED.items() if i in ids}
 
 
-def write_sample_cache(path: Path, plan: Plan | None = None, order=sorted, text_seed: int = 0):
+def write_sample_cache(
+    path: Path, plan: Plan | None = None, order=sorted, text_seed: int = 0, rows_of=sample_rows
+):
     """Writes what is missing of a cache and seals it; returns the seal."""
     plan = plan or sample_plan()
     with create_or_resume(path, parts=parts(), plan=plan, provenance={"host": "h"}) as writer:
         for shard in order(writer.missing_shards()):
-            rows, quarantined = shard_rows(plan, shard)
+            rows, quarantined = shard_rows(plan, shard, rows_of)
             writer.commit_shard(shard, rows, quarantined=quarantined)
         if not writer.text_is_current():
             names = ["cat", "dog"]

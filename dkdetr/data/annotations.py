@@ -1,7 +1,7 @@
 """COCO and LVIS annotation files, read whole, checked, and kept as a few NumPy arrays.
 
 Only boxes are read: polygons are cut out of the text before it is parsed, which spares the
-1.1 GB LVIS file most of its memory.
+1.1 GB LVIS file most of its memory. `segmentations` reads them where masks are wanted.
 """
 
 import json
@@ -61,12 +61,16 @@ class Boxes:
 
 @dataclass(frozen=True, eq=False)
 class BoxTable:
-    """All boxes of many images: image i owns the rows offsets[i] to offsets[i + 1]."""
+    """All boxes of many images: image i owns the rows offsets[i] to offsets[i + 1].
+
+    `file_rows` are their places in the file's list of annotations, by which masks are found.
+    """
 
     offsets: Int[np.ndarray, "num_images_plus_one"]
     boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
     category_ids: Int[np.ndarray, "num_boxes"]
     is_crowd: Bool[np.ndarray, "num_boxes"]
+    file_rows: Int[np.ndarray, "num_boxes"]
 
     def of_image(self, index: int) -> Boxes:
         """Returns the boxes of the image at `index`, in the file's order."""
@@ -85,6 +89,7 @@ class BoxTable:
             boxes_xyxy=self.boxes_xyxy[keep],
             category_ids=self.category_ids[keep],
             is_crowd=self.is_crowd[keep],
+            file_rows=self.file_rows[keep],
         )
 
     def keep_images(self, keep: Bool[np.ndarray, "num_images"]) -> "BoxTable":
@@ -96,6 +101,7 @@ class BoxTable:
             boxes_xyxy=self.boxes_xyxy[rows],
             category_ids=self.category_ids[rows],
             is_crowd=self.is_crowd[rows],
+            file_rows=self.file_rows[rows],
         )
 
 
@@ -298,6 +304,7 @@ def _boxes(
         boxes_xyxy=small[order],
         category_ids=category_of[order],
         is_crowd=np.array(crowd, dtype=bool)[order],
+        file_rows=order,
     )
     notes = (
         (int(empty.sum()), "boxes without width or height left out"),

@@ -17,6 +17,7 @@ from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.image_files import ImageFolder, read_image
 from dkdetr.data.region_selection import select_regions
 from dkdetr.data.samplers import SampleKey, derive_seed
+from dkdetr.data.segmentations import SegmentationTable, read_segmentations, render_masks
 from dkdetr.data.splits import Split
 from dkdetr.data.transforms import (
     ViewGeometry,
@@ -37,12 +38,14 @@ class TrainingImages:
     """The images of a split that can be trained on: readable ones with a base box.
 
     `boxes` holds base boxes only, crowds left out; `labels` index the vocabulary's base rows.
+    `segmentations` are the boxes' outlines, row by row, where masks are trained.
     """
 
     folder: ImageFolder
     images: tuple[ImageInfo, ...]
     boxes: BoxTable
     labels: Int[np.ndarray, "num_boxes"]
+    segmentations: SegmentationTable | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,17 @@ class _Regions:
 
 
 def training_images(
-    split: Split, vocabulary: Vocabulary, *, leave_out: Container[int] = ()
+    split: Split,
+    vocabulary: Vocabulary,
+    *,
+    leave_out: Container[int] = (),
+    with_masks: bool = False,
 ) -> TrainingImages:
     """Returns what training may know of a split, without the image ids of `leave_out`.
 
     Raises:
-        DataError: the split is not for training, or the vocabulary would train novel names.
+        DataError: the split is not for training, the vocabulary would train novel names, or
+            masks are wanted and an object has none.
         MismatchError: the vocabulary's base names are not the split's.
     """
     if not split.is_train:
@@ -84,7 +92,10 @@ def training_images(
     label_of = {number: base.label_of(number) for number in base.category_ids}
     labels = np.array([label_of[number] for number in boxes.category_ids.tolist()], dtype=np.int64)
     images = tuple(image for image, kept in zip(split.images, keep, strict=True) if kept)
-    return TrainingImages(split.folder, images, boxes, labels)
+    segmentations = None
+    if with_masks:
+        segmentations = read_segmentations(split.annotations_path, boxes, images)
+    return TrainingImages(split.folder, images, boxes, labels, segmentations)
 
 
 def _check_vocabulary(split: Split, base: Vocabulary) -> None:
@@ -160,8 +171,19 @@ class TrainingBatches:
         targets = Targets(
             labels=torch.from_numpy(self._images.labels[rows])[seen],
             boxes_cxcywh=geometry.normalise(cut[seen]),
+            masks=self._masks_of(np.arange(rows.start, rows.stop)[seen.numpy()], geometry),
         )
         return _load_view(self._images.folder, image, geometry, settings.image_size), targets
+
+    def _masks_of(
+        self, rows: Int[np.ndarray, "num_boxes"], geometry: ViewGeometry
+    ) -> Bool[Tensor, "num_boxes side side"] | None:
+        table, student = self._images.segmentations, self._config.student
+        if table is None:
+            return None
+        outlines = [table.of_row(row) for row in rows.tolist()]
+        side = student.mask_side(self._config.data.image_size)
+        return render_masks(outlines, geometry, side=side, stride=student.mask_stride)
 
     def _regions_of(self, reader: CacheReader, view: _View, image_index: int) -> _Regions:
         kd, geometry = self._config.kd, view.geometry

@@ -25,6 +25,7 @@ from dkdetr.data.datasets import (
     TrainingImages,
     training_images,
 )
+from dkdetr.data.neighbor_batches import RelatedCompany, places_for_neighbors, related_images
 from dkdetr.data.samplers import (
     BatchPlan,
     TrainingBatchSampler,
@@ -115,14 +116,18 @@ def make_training_loader(
     """Returns one rank's batches from (start_epoch, start_batch) to the end of the run.
 
     A sample is a function of the seed, its epoch and its place in the epoch's order: neither the
-    number of ranks nor that of loader processes changes it. Teacher regions come with epochs from
+    number of ranks nor that of loader processes changes it (with `kd.rkd.neighbor_fraction` the
+    order itself depends on the images a rank). Teacher regions come with epochs from
     `kd.start_epoch` on, if anything distils. Images that stage 1 quarantined are left out, and so
     are those without a base box. The last, incomplete batch of an epoch is dropped.
 
     Raises:
-        DataError: images are missing, the split is not for training, novel names would leak.
-        MismatchError: the cache or the vocabulary belongs to another split.
-        UsageError: distillation without a cache, or a batch size that does not divide.
+        DataError: images are missing, the split is not for training, novel names would leak, or
+            the student has a mask head and an object no outline.
+        MismatchError: the cache or the vocabulary belongs to another split, or it lacks the
+            neighbour lists that are asked for.
+        UsageError: distillation without a cache, a batch size that does not divide, or too small
+            a one for `kd.rkd.neighbor_fraction`.
         CacheError: the cache is unsealed or corrupt.
     """
     distils = config.kd.enabled and config.kd.start_epoch < config.optim.epochs
@@ -132,7 +137,8 @@ def make_training_loader(
             "--set kd.regions_per_image=0"
         )
     reader = open_cache(cache_path) if cache_path is not None else None
-    images = _usable_images(split, vocabulary, reader)
+    with_masks = config.student.mask_head
+    images = _usable_images(split, vocabulary, reader, with_masks=with_masks)
     split.require_images()
     factors = _factors(images, config)
     plan = BatchPlan(epoch_length(factors), config.data.batch_size, rank, world_size)
@@ -143,6 +149,7 @@ def make_training_loader(
         epochs=config.optim.epochs,
         start_epoch=start_epoch,
         start_batch=start_batch,
+        arrange=_company(images, config, plan, reader) if distils else None,
     )
     make_batch = TrainingBatches(images, config, reader if distils else None)
     return BatchStream(make_batch, sampler, workers=config.data.workers)
@@ -176,10 +183,14 @@ def make_evaluation_loader(
 
 
 def _usable_images(
-    split: Split, vocabulary: Vocabulary, reader: CacheReader | None
+    split: Split,
+    vocabulary: Vocabulary,
+    reader: CacheReader | None,
+    *,
+    with_masks: bool = False,
 ) -> TrainingImages:
     quarantined = reader.quarantined if reader is not None else {}
-    images = training_images(split, vocabulary, leave_out=quarantined)
+    images = training_images(split, vocabulary, leave_out=quarantined, with_masks=with_masks)
     if reader is not None:
         wanted = np.array([image.image_id for image in images.images])
         absent = wanted[~np.isin(wanted, reader.image_ids)]
@@ -196,6 +207,32 @@ def _factors(images: TrainingImages, config: ExperimentConfig) -> np.ndarray:
     if config.data.sampler == "uniform":
         return uniform_factors(len(images.images))
     return repeat_factors(images.boxes, threshold=config.data.repeat_threshold)
+
+
+def _company(
+    images: TrainingImages, config: ExperimentConfig, plan: BatchPlan, reader: CacheReader | None
+) -> RelatedCompany | None:
+    """Returns what brings related images into one batch, where the experiment asks for it."""
+    fraction = config.kd.rkd.neighbor_fraction
+    if fraction == 0 or reader is None:
+        return None
+    share = plan.batch_size // plan.world_size
+    places = places_for_neighbors(fraction, share)
+    lists = reader.neighbors()
+    if lists is None:
+        raise MismatchError(
+            f"kd.rkd.neighbor_fraction={fraction:g} needs neighbour lists, and the cache "
+            f"{reader.path} has none; next: dkdetr cache neighbors {reader.path}"
+        )
+    rows = np.array([reader.plan.row_of[image.image_id] for image in images.images])
+    return RelatedCompany(
+        related=related_images(lists, rows),
+        factors=_factors(images, config),
+        share=share,
+        num_neighbors=places,
+        seed=config.seed,
+        start_epoch=config.kd.start_epoch,
+    )
 
 
 def _forkserver() -> BaseContext:

@@ -5,7 +5,7 @@ and a resumed run goes on exactly where it stopped.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,11 +124,14 @@ class TrainingBatchSampler(Sampler[list[SampleKey]]):
         epochs: the run ends before this epoch.
         start_epoch: first epoch.
         start_batch: first batch of the first epoch.
+        arrange: puts the samples of an epoch (whole batches of them) into another order; None:
+            as they were shuffled.
     """
 
     def __init__(
         self, factors: Float[np.ndarray, "num_images"], plan: BatchPlan,
         *, seed: int, epochs: int, start_epoch: int, start_batch: int,
+        arrange: Callable[[np.ndarray, int], np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         if not 0 <= start_batch <= plan.batches_per_epoch:
             raise UsageError(
@@ -141,6 +144,7 @@ class TrainingBatchSampler(Sampler[list[SampleKey]]):
         self._epochs = epochs
         self._start_epoch = start_epoch
         self._start_batch = start_batch
+        self._arrange = arrange
 
     def __len__(self) -> int:
         left = (self._epochs - self._start_epoch) * self._plan.batches_per_epoch
@@ -150,6 +154,10 @@ class TrainingBatchSampler(Sampler[list[SampleKey]]):
         start = self._start_batch
         for epoch in range(self._start_epoch, self._epochs):
             order = epoch_order(self._factors, seed=self._seed, epoch=epoch)
+            if self._arrange is not None:
+                # Cut first: which samples are dropped is the shuffle's choice, not the graph's.
+                shown = self._plan.batches_per_epoch * self._plan.batch_size
+                order = self._arrange(order[:shown], epoch)
             for batch in range(start, self._plan.batches_per_epoch):
                 positions = self._plan.positions(batch)
                 yield [SampleKey(epoch, at, int(order[at])) for at in positions]

@@ -62,6 +62,24 @@ class ViewGeometry:
         across = -width if self.flip else width
         return (across * scale_x, height * scale_y), (left * scale_x, self.crop_top * scale_y)
 
+    def move_points(self, points: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+        """Returns points (x, y) of the original image in pixels of the view, as boxes move."""
+        x = points[:, 0] * (self.resized_hw[1] / self.original_hw[1]) - self.crop_left
+        y = points[:, 1] * (self.resized_hw[0] / self.original_hw[0]) - self.crop_top
+        if self.flip:
+            x = self.view_hw[1] - x
+        return np.stack((x, y), axis=1)
+
+    def source_of(
+        self, x: Float[np.ndarray, "columns"], y: Float[np.ndarray, "rows"]
+    ) -> tuple[Float[np.ndarray, "columns"], Float[np.ndarray, "rows"]]:
+        """Returns where columns and rows of the view lie in the original image."""
+        if self.flip:
+            x = self.view_hw[1] - x
+        source_x = (x + self.crop_left) * (self.original_hw[1] / self.resized_hw[1])
+        source_y = (y + self.crop_top) * (self.original_hw[0] / self.resized_hw[0])
+        return source_x, source_y
+
     def normalise(self, boxes_xyxy: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
         """Returns pixel boxes of the view as cxcywh, 1.0 being the un-padded view's edge."""
         height, width = self.view_hw

@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dkdetr.evaluation.mask_postprocess import mask_rles
 from dkdetr.evaluation.postprocess import Detections, postprocess
 from dkdetr.structures import ImageBatch, StudentOutput
 
@@ -22,11 +24,12 @@ def detect(
     device: torch.device,
     max_detections: int,
     precision: Precision = "fp32",
+    with_masks: bool = False,
 ) -> Iterator[tuple[int, Detections]]:
     """Yields (image id, detections) of every image of `batches`, in their order, on the CPU.
 
     The student is in evaluation mode while this runs and is then put back as it was. Labels of
-    detections index the rows of `text_embeddings`.
+    detections index the rows of `text_embeddings`. Masks are drawn only where they are asked for.
     """
     was_training = student.training
     student.eval()
@@ -44,7 +47,11 @@ def detect(
                     images.original_sizes_hw,
                     max_detections=max_detections,
                 )
-            for image_id, detections in zip(batch.image_ids, found, strict=True):
+            for place, image_id in enumerate(batch.image_ids):
+                with torch.inference_mode():
+                    detections = found[place]
+                    if with_masks:
+                        detections = _with_masks(detections, output, images, place)
                 yield image_id, _on_cpu(detections)
     finally:
         student.train(was_training)
@@ -72,4 +79,22 @@ def _on_cpu(detections: Detections) -> Detections:
         boxes_xyxy=detections.boxes_xyxy.cpu(),
         scores=detections.scores.cpu(),
         labels=detections.labels.cpu(),
+        queries=detections.queries.cpu(),
+        masks=detections.masks,
     )
+
+
+def _with_masks(
+    detections: Detections, output: StudentOutput, images: ImageBatch, place: int
+) -> Detections:
+    assert output.masks is not None, "a student without a mask head draws no masks"
+    height, width = images.image_sizes_hw[place].tolist()
+    original_height, original_width = images.original_sizes_hw[place].tolist()
+    drawn = mask_rles(
+        output.masks,
+        place,
+        detections.queries,
+        image_hw=(height, width),
+        original_hw=(original_height, original_width),
+    )
+    return replace(detections, masks=drawn)

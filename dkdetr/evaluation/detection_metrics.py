@@ -12,7 +12,7 @@ from dkdetr.errors import DataError
 from dkdetr.evaluation.fast import fast_evaluator_name, precision_table
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.official import official_evaluator_name, official_scores
-from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS, group_of
+from dkdetr.evaluation.protocols import GROUP_KEYS, MASK_PREFIX, OVERALL_KEYS, group_of
 from dkdetr.evaluation.results import Results
 
 Evaluator = Literal["fast", "official"]
@@ -64,6 +64,8 @@ class Metrics:
 def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast") -> Metrics:
     """Returns the metrics of `results` by the protocol of `truth`.
 
+    Results of masks are compared with masks; their keys begin with `segm.`.
+
     Detections of categories that the split does not have are left out, as the official tools do,
     and counted in `notes`.
 
@@ -73,9 +75,12 @@ def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast"
         evaluator: `official` runs the `lvis` or `pycocotools` package itself: slower, the same.
 
     Raises:
-        DataError: results of images that are not in the split, or of no category of it.
+        DataError: results of images that are not in the split, or of no category of it, or masks
+            of another size than their image.
     """
     _check_images(truth, results)
+    _check_mask_sizes(truth, results)
+    prefix = "" if results.masks is None else MASK_PREFIX
     left_out = _unknown_category_notes(truth, results)
     if evaluator == "official":
         name = official_evaluator_name(truth.protocol)
@@ -84,11 +89,12 @@ def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast"
         name = fast_evaluator_name()
         precision, overall = precision_table(truth, results), {}
     groups = [group_of(truth.protocol, category) for category in truth.categories]
+    values = _values(truth.protocol, groups, precision) | overall
     return Metrics(
         split=truth.name,
         protocol=truth.protocol,
         evaluator=name,
-        values=_values(truth.protocol, groups, precision) | overall,
+        values={prefix + key: value for key, value in values.items()},
         per_category=_per_category(truth, results, groups, precision),
         num_images=len(truth.images),
         num_gt=len(truth.image_ids),
@@ -150,6 +156,20 @@ def _check_images(truth: GroundTruth, results: Results) -> None:
         raise DataError(
             f"the results name {len(unknown)} images that split '{truth.name}' does not have "
             f"(first: {first}): they belong to another split"
+        )
+
+
+def _check_mask_sizes(truth: GroundTruth, results: Results) -> None:
+    if results.masks is None:
+        return
+    assert truth.masks is not None, "masks are scored against ground truth without masks"
+    sizes = {image.image_id: [image.height, image.width] for image in truth.images}
+    pairs = zip(results.image_ids.tolist(), results.masks, strict=True)
+    bad = [image_id for image_id, mask in pairs if mask["size"] != sizes[image_id]]
+    if bad:
+        raise DataError(
+            f"{len(bad)} masks have another size than their image in '{truth.name}' (first "
+            f"images: {', '.join(map(str, bad[:_NUM_NAMED]))}): masks are of the original file"
         )
 
 

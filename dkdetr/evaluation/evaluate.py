@@ -1,5 +1,6 @@
 """Evaluation of a student, or of anybody's results file, on a split."""
 
+import contextlib
 import csv
 import io
 import math
@@ -23,7 +24,7 @@ from dkdetr.errors import MismatchError
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
 from dkdetr.evaluation.ground_truth import ground_truth_of
-from dkdetr.evaluation.results import ResultsWriter, read_results
+from dkdetr.evaluation.results import Results, ResultsWriter, read_results
 from dkdetr.progress import progress
 
 _NUM_NAMED = 5
@@ -50,8 +51,9 @@ def evaluate_student(
 ) -> Evaluation:
     """Returns the student's metrics on a split; leaves three files in `out_dir`.
 
-    `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`. Each
-    appears whole; `metrics.json` comes last and names the hash of the results it was computed of.
+    `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`. A student
+    with a mask head leaves `results_segm.json` and `per_category_segm.csv` too. Each appears whole;
+    `metrics.json` comes last and names the hash of the results it was computed of.
 
     Args:
         student: called as `student(images, text_embeddings)`, already on `device`.
@@ -64,8 +66,12 @@ def evaluate_student(
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.
+        DataError: the student draws masks and the split has none to compare them with.
     """
     started = time.monotonic()
+    with_masks = config.student.mask_head
+    if with_masks:
+        ground_truth_of(split, with_masks=True)  # to fail before the work, not after it
     name_notes = check_vocabulary(vocabulary, split)
     category_ids = np.array(vocabulary.category_ids, dtype=np.int64)
     found = detect(
@@ -75,25 +81,35 @@ def evaluate_student(
         device=device,
         max_detections=config.eval.max_detections,
         precision=config.optim.precision,
+        with_masks=with_masks,
     )
     results_path = out_dir / "results.json"
-    with (
-        progress(f"detecting on {split.name}", len(split.images)) as advance,
-        ResultsWriter(results_path) as writer,
-    ):
+    masks_path = out_dir / "results_segm.json" if with_masks else None
+    with contextlib.ExitStack() as open_files:
+        advance = open_files.enter_context(
+            progress(f"detecting on {split.name}", len(split.images))
+        )
+        writer = open_files.enter_context(ResultsWriter(results_path))
+        mask_writer = open_files.enter_context(ResultsWriter(masks_path)) if masks_path else None
         for image_id, detections in found:
-            writer.write(
-                image_id,
-                detections.boxes_xyxy.numpy(),
-                detections.scores.numpy(),
-                category_ids[detections.labels.numpy()],
-            )
+            scores = detections.scores.numpy()
+            categories = category_ids[detections.labels.numpy()]
+            writer.write(image_id, detections.boxes_xyxy.numpy(), scores, categories)
+            if mask_writer is not None and detections.masks is not None:
+                mask_writer.write_masks(image_id, detections.masks, scores, categories)
             advance(writer.num_images, "")
         assert writer.num_images == len(split.images), "the loader left out images"
         _remove_old_metrics(out_dir)
+        if masks_path is None:  # of an earlier student, beside this one's boxes
+            (out_dir / "results_segm.json").unlink(missing_ok=True)
     # Read back from the file: what is scored is what anybody else can score.
     evaluation = score_predictions(
-        results_path, split, out_dir=out_dir, evaluator=evaluator, notes=name_notes
+        results_path,
+        split,
+        out_dir=out_dir,
+        evaluator=evaluator,
+        notes=name_notes,
+        masks_file=masks_path,
     )
     return replace(evaluation, seconds=time.monotonic() - started)
 
@@ -105,24 +121,35 @@ def score_predictions(
     out_dir: Path,
     evaluator: Evaluator = "fast",
     notes: tuple[str, ...] = (),
+    masks_file: Path | None = None,
 ) -> Evaluation:
     """Returns the metrics of a COCO results file; leaves metrics.json and per_category.csv.
 
-    The predictions stay where they are. `notes` go into the metrics.
+    The predictions stay where they are. A file of masks gives the metrics `segm.AP`, ...; so does
+    `masks_file`, the masks of the same detections, beside those of the boxes, and its categories
+    are in per_category_segm.csv. `notes` go into the metrics.
     """
     started = time.monotonic()
     results = read_results(predictions_file)
-    metrics = score(ground_truth_of(split), results, evaluator=evaluator)
+    with_masks = results.masks is not None or masks_file is not None
+    truth = ground_truth_of(split, with_masks=with_masks)
+    metrics = score(truth, results, evaluator=evaluator)
+    files = {"results": predictions_file}
+    tables = {"per_category": per_category_csv(metrics)}
+    if masks_file is not None:
+        of_masks = score(truth, _read_masks(masks_file), evaluator=evaluator)
+        metrics = replace(metrics, values={**metrics.values, **of_masks.values})
+        files["results_segm"] = masks_file
+        tables["per_category_segm"] = per_category_csv(of_masks)
     metrics = replace(metrics, notes=(*metrics.notes, *notes))
-    paths = {
-        "results": predictions_file,
-        "metrics": out_dir / "metrics.json",
-        "per_category": out_dir / "per_category.csv",
-    }
+    paths = files | {"metrics": out_dir / "metrics.json"}
+    paths |= {name: out_dir / f"{name}.csv" for name in tables}
     _remove_old_metrics(out_dir)
-    write_bytes(paths["per_category"], per_category_csv(metrics).encode())
+    for name, table in tables.items():
+        write_bytes(paths[name], table.encode())
     described = metrics.as_json() | {
-        "results_xxh3_128": xxhash.xxh3_128_hexdigest(predictions_file.read_bytes())
+        f"{name}_xxh3_128": xxhash.xxh3_128_hexdigest(path.read_bytes())
+        for name, path in files.items()
     }
     write_bytes(paths["metrics"], orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
     return Evaluation(metrics=metrics, paths=paths, seconds=time.monotonic() - started)
@@ -164,8 +191,14 @@ def per_category_csv(metrics: Metrics) -> str:
     return text.getvalue()
 
 
+def _read_masks(path: Path) -> Results:
+    results = read_results(path)
+    # A file without a detection does not say what it is of.
+    return results if len(results) else replace(results, masks=np.empty(0, dtype=object))
+
+
 def _remove_old_metrics(out_dir: Path) -> None:
     # Metrics of an earlier evaluation must not be found beside this one's results; until these
     # are about to take their name, the earlier ones stay: a failure loses nothing.
-    for name in ("metrics.json", "per_category.csv"):
+    for name in ("metrics.json", "per_category.csv", "per_category_segm.csv"):
         (out_dir / name).unlink(missing_ok=True)

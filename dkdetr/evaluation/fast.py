@@ -28,15 +28,15 @@ def fast_evaluator_name() -> str:
 def precision_table(truth: GroundTruth, results: Results) -> np.ndarray:
     """Returns precision f64[10 IoUs, 101 recalls, categories, 4 sizes]; -1 without ground truth.
 
-    IoU thresholds are .50 to .95; sizes are all, small, medium, large; categories are in the order
-    of `truth.categories`.
+    IoU thresholds are .50 to .95, of masks where the results hold masks; sizes are all, small,
+    medium, large; categories are in the order of `truth.categories`.
     """
     boxes = np.arange(len(truth.image_ids))
     if truth.protocol == "lvis":
         results = keep_best_per_image(results, MAX_DETECTIONS_PER_IMAGE)
         # The official tool asks for areas strictly between 0 and infinity on both sides.
         boxes = boxes[truth.areas > 0]
-        results = results.take(results.boxes_xywh[:, 2] * results.boxes_xywh[:, 3] > 0)
+        results = results.take(results.areas > 0)
         results = results.take(_is_judged(truth, boxes, results))
     order = np.argsort([category.category_id for category in truth.categories])
     table = np.full((10, 101, len(truth.categories), 4), -1.0)
@@ -87,6 +87,8 @@ def _precision_of(
         "images": [
             {
                 "id": image.image_id,
+                "height": image.height,
+                "width": image.width,
                 "neg_category_ids": image.neg_category_ids,
                 "not_exhaustive_category_ids": image.not_exhaustive_category_ids,
             }
@@ -98,7 +100,8 @@ def _precision_of(
     }
     ground_truth = COCO({**head, "annotations": _truth_records(truth, boxes, federated)})
     detections = COCO({**head, "annotations": _result_records(results)})
-    evaluation = COCOeval_faster(ground_truth, detections, "bbox", lvis_style=federated)
+    kind = "bbox" if results.masks is None else "segm"
+    evaluation = COCOeval_faster(ground_truth, detections, kind, lvis_style=federated)
     limit = MAX_DETECTIONS_PER_IMAGE if federated else MAX_DETECTIONS_PER_CLASS
     evaluation.params.maxDets = [limit]
     evaluation.evaluate()
@@ -115,7 +118,7 @@ def _truth_records(truth: GroundTruth, boxes: np.ndarray, federated: bool) -> li
         truth.is_crowd[boxes].tolist(),
         strict=True,
     )
-    return [
+    records: list[dict[str, Any]] = [
         {
             "id": number,  # from 1: the library reads a match with 0 as no match
             "image_id": image_id,
@@ -127,6 +130,7 @@ def _truth_records(truth: GroundTruth, boxes: np.ndarray, federated: bool) -> li
         }
         for number, (image_id, category_id, bbox, area, is_crowd) in enumerate(columns, start=1)
     ]
+    return _with_masks(records, None if truth.masks is None else truth.masks[boxes])
 
 
 def _result_records(results: Results) -> list[dict[str, Any]]:
@@ -135,17 +139,26 @@ def _result_records(results: Results) -> list[dict[str, Any]]:
         results.category_ids.tolist(),
         results.boxes_xywh.tolist(),
         results.scores.tolist(),
+        results.areas.tolist(),
         strict=True,
     )
-    return [
+    records: list[dict[str, Any]] = [
         {
             "id": number,
             "image_id": image_id,
             "category_id": category_id,
             "bbox": bbox,
-            "area": bbox[2] * bbox[3],
+            "area": area,
             "iscrowd": 0,
             "score": score,
         }
-        for number, (image_id, category_id, bbox, score) in enumerate(columns, start=1)
+        for number, (image_id, category_id, bbox, score, area) in enumerate(columns, start=1)
     ]
+    return _with_masks(records, results.masks)
+
+
+def _with_masks(records: list[dict[str, Any]], masks: np.ndarray | None) -> list[dict[str, Any]]:
+    if masks is not None:
+        for record, mask in zip(records, masks, strict=True):
+            record["segmentation"] = dict(mask)
+    return records

@@ -13,6 +13,7 @@ import orjson
 from dkdetr.data.annotations import Category, ImageInfo
 from dkdetr.data.splits import Protocol, Split
 from dkdetr.errors import DataError
+from dkdetr.run_lengths import segmentation_rle
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,8 @@ class GroundTruth:
     """Everything a protocol compares detections with; boxes are columns, in file order.
 
     `image_ids` i64[n], `category_ids` i64[n], `boxes_xywh` f64[n, 4] in original pixels,
-    `areas` f64[n] of the segmentations, `is_crowd` bool[n].
+    `areas` f64[n] of the segmentations, `is_crowd` bool[n]; `masks` are run lengths, object[n],
+    where masks are scored.
     """
 
     name: str
@@ -32,6 +34,7 @@ class GroundTruth:
     boxes_xywh: np.ndarray
     areas: np.ndarray
     is_crowd: np.ndarray
+    masks: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
     def of_image(self, image_id: int) -> np.ndarray:
@@ -39,8 +42,8 @@ class GroundTruth:
         return np.flatnonzero(self.image_ids == image_id)
 
 
-def ground_truth_of(split: Split) -> GroundTruth:
-    """Returns a split's ground truth: the boxes of its images in its categories.
+def ground_truth_of(split: Split, *, with_masks: bool = False) -> GroundTruth:
+    """Returns a split's ground truth: the boxes of its images in its categories, and their masks.
 
     Raises:
         DataError: the annotation file has no list of annotations, or one of them lacks a field.
@@ -74,8 +77,23 @@ def ground_truth_of(split: Split) -> GroundTruth:
         categories=split.categories,
         images=split.images,
         notes=notes,
+        masks=_masks(kept, split) if with_masks else None,
         **columns,
     )
+
+
+def _masks(records: list[dict[str, Any]], split: Split) -> np.ndarray:
+    sizes = {image.image_id: (image.height, image.width) for image in split.images}
+    masks = np.empty(len(records), dtype=object)
+    for index, record in enumerate(records):
+        try:
+            masks[index] = segmentation_rle(record.get("segmentation"), sizes[record["image_id"]])
+        except ValueError as error:
+            raise DataError(
+                f"'{split.annotations_path}': annotation {record.get('id', index)} has no mask to "
+                f"score against ({error}); score boxes, or mend the file"
+            ) from None
+    return masks
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -96,7 +96,7 @@ def _lvis_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict
     with _files_of(truth, results) as (annotations, detections):
         ground_truth = lvis.LVIS(annotations)
         found = lvis.LVISResults(ground_truth, detections)
-        evaluation = lvis.LVISEval(ground_truth, found, "bbox")
+        evaluation = lvis.LVISEval(ground_truth, found, _kind(results))
     with numpy_float_alias():
         evaluation.run()
     keys = (*OVERALL_KEYS, *GROUP_KEYS["lvis"])
@@ -110,12 +110,16 @@ def _coco_scores(truth: GroundTruth, results: Results) -> tuple[np.ndarray, dict
 
     with _files_of(truth, results) as (annotations, detections), _no_printing():
         ground_truth = COCO(annotations)
-        evaluation = COCOeval(ground_truth, ground_truth.loadRes(detections), "bbox")
+        evaluation = COCOeval(ground_truth, ground_truth.loadRes(detections), _kind(results))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     own = {key: _or_nan(value) for key, value in zip(OVERALL_KEYS, evaluation.stats, strict=False)}
     return _in_our_order(truth, evaluation.eval["precision"][..., -1]), own
+
+
+def _kind(results: Results) -> Literal["bbox", "segm"]:
+    return "bbox" if results.masks is None else "segm"
 
 
 def _no_printing() -> contextlib.AbstractContextManager[Any]:
@@ -148,6 +152,8 @@ def _annotation_file(truth: GroundTruth) -> dict[str, Any]:
         "images": [
             {
                 "id": image.image_id,
+                "height": image.height,
+                "width": image.width,
                 "neg_category_ids": list(image.neg_category_ids),
                 "not_exhaustive_category_ids": list(image.not_exhaustive_category_ids),
             }
@@ -166,6 +172,7 @@ def _annotation_file(truth: GroundTruth) -> dict[str, Any]:
                 "area": float(truth.areas[index]),
                 "iscrowd": int(truth.is_crowd[index]),
             }
+            | ({} if truth.masks is None else {"segmentation": truth.masks[index]})
             for index in range(len(truth.image_ids))
         ],
     }
@@ -176,8 +183,13 @@ def _result_file(results: Results) -> list[dict[str, Any]]:
         {
             "image_id": int(results.image_ids[index]),
             "category_id": int(results.category_ids[index]),
-            "bbox": results.boxes_xywh[index].tolist(),
             "score": float(results.scores[index]),
         }
+        # Where a record has a box, the packages take the area from it.
+        | (
+            {"bbox": results.boxes_xywh[index].tolist()}
+            if results.masks is None
+            else {"segmentation": results.masks[index]}
+        )
         for index in range(len(results))
     ]

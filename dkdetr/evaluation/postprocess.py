@@ -8,15 +8,32 @@ from torch import Tensor
 
 from dkdetr.boxes import clip_xyxy, cxcywh_to_xyxy
 from dkdetr.errors import CorruptArtefactError
+from dkdetr.run_lengths import Rle
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first; boxes in pixels of the original file."""
+    """What was found in one image, best first; boxes in pixels of the original file.
+
+    `queries` says which query each is of; `masks` are there where the student draws them.
+    """
 
     boxes_xyxy: Float[Tensor, "num_detections 4"]
     scores: Float[Tensor, "num_detections"]
     labels: Int[Tensor, "num_detections"]
+    queries: Int[Tensor, "num_detections"]
+    masks: tuple[Rle, ...] | None = None
+
+    def take(self, chosen: Tensor) -> "Detections":
+        """Returns the detections at `chosen` (indices or a mask), in that order."""
+        places = torch.arange(len(self.scores), device=self.scores.device)[chosen].tolist()
+        return Detections(
+            boxes_xyxy=self.boxes_xyxy[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            queries=self.queries[chosen],
+            masks=None if self.masks is None else tuple(self.masks[place] for place in places),
+        )
 
 
 def postprocess(
@@ -68,6 +85,7 @@ def _detections_of_image(
         boxes_xyxy=clip_xyxy(pixels, height=height, width=width),
         scores=logits.flatten()[chosen].sigmoid(),
         labels=chosen % logits.shape[1],
+        queries=queries,
     )
 
 

@@ -32,6 +32,10 @@ GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
 """By protocol: the key of each group's number; AP50 where the key says so, else AP."""
 
 
+MASK_PREFIX = "segm."
+"""Before the keys of masks' numbers."""
+
+
 def metric_keys(protocol: Protocol) -> tuple[str, ...]:
     """Returns the keys of a protocol's numbers, in the order tables show them."""
     return (*OVERALL_KEYS, *GROUP_KEYS[protocol])
@@ -55,4 +59,6 @@ _MEANINGS = {
 
 def metric_meaning(key: str) -> str:
     """Returns a metric in words."""
+    if key.startswith(MASK_PREFIX):
+        return f"{_MEANINGS[key.removeprefix(MASK_PREFIX)]}, of masks"
     return _MEANINGS[key]

@@ -1,5 +1,8 @@
 """Detections on disk: COCO's results form, one record a line, in one canonical order.
 
+A file holds boxes, or masks without boxes: the official tools decide by the first record's `bbox`
+which of the two they score, and take areas from it.
+
 Image ids ascend; within an image scores descend and equal scores keep their order. Evaluators
 break ties by file order, so a canonical file gives one AP whatever order images were seen in.
 """
@@ -10,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import orjson
 
 from dkdetr.atomic_file import atomic_file
 from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.run_lengths import Rle, areas, boxes_xywh, whole_runs
 
 _NUM_NAMED = 20
 
@@ -25,13 +29,22 @@ _NUM_NAMED = 20
 class Results:
     """Detections of many images as columns, in file order. Boxes in original pixels.
 
-    `image_ids` i64[n], `category_ids` i64[n], `boxes_xywh` f64[n, 4], `scores` f64[n].
+    `image_ids` i64[n], `category_ids` i64[n], `boxes_xywh` f64[n, 4], `scores` f64[n]. Where the
+    file holds masks, `masks` are their run lengths, object[n], and boxes are the masks' own.
     """
 
     image_ids: np.ndarray
     category_ids: np.ndarray
     boxes_xywh: np.ndarray
     scores: np.ndarray
+    masks: np.ndarray | None = None
+
+    @property
+    def areas(self) -> np.ndarray:
+        """Areas f64[n] in pixels, of masks where there are any."""
+        if self.masks is not None:
+            return areas(self.masks.tolist())
+        return self.boxes_xywh[:, 2] * self.boxes_xywh[:, 3]
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -43,6 +56,7 @@ class Results:
             category_ids=self.category_ids[chosen],
             boxes_xywh=self.boxes_xywh[chosen],
             scores=self.scores[chosen],
+            masks=None if self.masks is None else self.masks[chosen],
         )
 
 
@@ -74,16 +88,32 @@ class ResultsWriter:
         category_ids: np.ndarray,
     ) -> None:
         """Adds one image's detections: f32[n, 4] original pixels, f32[n], i64[n]; once an image."""
+        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+        boxes = np.concatenate((boxes_xyxy[:, :2], sides), axis=1).astype(np.float32)
+        self._write(image_id, "bbox", boxes, scores, category_ids)
+
+    def write_masks(
+        self, image_id: int, masks: Sequence[Rle], scores: np.ndarray, category_ids: np.ndarray
+    ) -> None:
+        """Adds one image's masks, as `write` does boxes; a file holds one of the two."""
+        self._write(image_id, "segmentation", masks, scores, category_ids)
+
+    def _write(
+        self,
+        image_id: int,
+        key: str,
+        shapes: np.ndarray | Sequence[Rle],
+        scores: np.ndarray,
+        category_ids: np.ndarray,
+    ) -> None:
         assert image_id not in self._places, f"image {image_id} is written twice"
         order = np.argsort(-scores, kind="stable")
-        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-        boxes_xywh = np.concatenate((boxes_xyxy[:, :2], sides), axis=1).astype(np.float32)
         lines = [
             orjson.dumps(
                 {
                     "image_id": image_id,
                     "category_id": int(category_ids[index]),
-                    "bbox": boxes_xywh[index],
+                    key: shapes[index],
                     "score": scores[index],
                 },
                 option=orjson.OPT_SERIALIZE_NUMPY,
@@ -122,7 +152,8 @@ class ResultsWriter:
 def read_results(path: Path) -> Results:
     """Returns the detections of a COCO results file (a list of image_id, category_id, bbox, score).
 
-    Further keys of a record are left alone; the order of the file is kept.
+    Records with `segmentation` (packed run lengths) and no `bbox` are masks. Further keys of a
+    record are left alone; the order of the file is kept.
 
     Raises:
         DataError: no such file, or records that are not detections; names the first of them.
@@ -158,7 +189,12 @@ def _columns(records: Sequence[Any]) -> Results | None:
         image_ids = np.array([record["image_id"] for record in records])
         category_ids = np.array([record["category_id"] for record in records])
         scores = np.array([record["score"] for record in records])
-        boxes = np.array([record["bbox"] for record in records])
+        masks = _masks(records) if "bbox" not in records[0] else None
+        boxes = (
+            np.array([record["bbox"] for record in records])
+            if masks is None
+            else boxes_xywh(masks.tolist())
+        )
     except (KeyError, TypeError, ValueError):
         return None
     right = (
@@ -173,7 +209,26 @@ def _columns(records: Sequence[Any]) -> Results | None:
     )
     if not right:
         return None
-    return Results(image_ids, category_ids, boxes.astype(np.float64), scores.astype(np.float64))
+    return Results(
+        image_ids, category_ids, boxes.astype(np.float64), scores.astype(np.float64), masks
+    )
+
+
+def _masks(records: Sequence[Any]) -> np.ndarray:
+    """Returns the run lengths of mask records; raises as reading other columns does."""
+    if any("bbox" in record for record in records):
+        raise ValueError("boxes among masks")
+    masks = np.empty(len(records), dtype=object)
+    for index, record in enumerate(records):
+        mask = cast("Any", record["segmentation"])
+        size = mask["size"]
+        if not (isinstance(size, list) and list(map(type, size)) == [int, int]):
+            raise ValueError("a mask's size is [height, width]")
+        if not isinstance(mask["counts"], str):
+            raise TypeError("a mask's counts are packed in a string")
+        whole_runs(mask)
+        masks[index] = mask
+    return masks
 
 
 def _name_bad_records(path: Path, records: Sequence[Any]) -> str:
@@ -185,5 +240,6 @@ def _name_bad_records(path: Path, records: Sequence[Any]) -> str:
     return (
         f"results '{path}': {len(bad)} of {len(records)} records are not detections, at index "
         f"{first}{more}. A detection has integers image_id and category_id, a finite score, and "
-        f"bbox [x, y, width, height] in pixels with no negative side"
+        f"bbox [x, y, width, height] in pixels with no negative side, or, all over the file, "
+        "segmentation with size [height, width] and counts, a packed string"
     )

@@ -32,7 +32,7 @@ def metrics_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
     )
     table.add_column("run", overflow="fold")
     for key in first.values:
-        table.add_column(key.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(key.replace("_", "\n").replace(".", ".\n"), justify="right", no_wrap=True)
     for name, metrics in runs:
         table.add_row(escape(name), *(format_percent(value) for value in metrics.values.values()))
     return table

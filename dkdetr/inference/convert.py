@@ -28,6 +28,7 @@ _BOXES_SEEN: Mapping[Layout, str] = {
 }
 # What a student may keep of its own start: no other project has it.
 _OURS_ALONE = r"kd_content|classifiers\..+|.+\.num_batches_tracked"
+_MASKS = "mask_head."
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,10 @@ def _rename(
         ours, rows = _our_name(name, student)
         if layout not in ("opera",) and ours.startswith("classifiers."):
             ignored[key] = "a classifier of fixed classes; ours compares with text"
+        elif ours.startswith(_MASKS) and student.mask_head is None:
+            ignored[key] = (
+                "part of the mask head; this student has boxes only (student.mask_head = true)"
+            )
         elif ours not in wanted:
             ignored[key] = "the student has no such part"
             if re.fullmatch(r"trunk\.neck\..+\.0\.bias", ours):
@@ -172,8 +177,6 @@ def _rename(
 
 
 def _why_unknown(key: str) -> str:
-    if re.search(r"seg_|mask_", key):
-        return "part of the mask head; this student has boxes only"
     if key.startswith("text_encoder."):
         return "a text bank, no weights: it is imported as a vocabulary"
     if re.match(r"(?:backbone\.)?fc\.", key):
@@ -264,7 +267,10 @@ def _fill_gaps(
     for key in gaps:
         if re.fullmatch(r"trunk\.neck\..+\.0\.bias", key):
             state[key] = torch.zeros_like(wanted[key])
-    lost = [key for key in gaps if key not in state and not re.fullmatch(_OURS_ALONE, key)]
+    ours_alone = _OURS_ALONE
+    if not any(key.startswith(_MASKS) for key in state):
+        ours_alone += r"|mask_head\..+"  # a detector of boxes alone: the head keeps its start
+    lost = [key for key in gaps if key not in state and not re.fullmatch(ours_alone, key)]
     if lost:
         kind = (
             "a ResNet-50" if layout == "resnet50" else "a two-stage, box-refining Deformable DETR"

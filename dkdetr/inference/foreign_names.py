@@ -1,7 +1,8 @@
 """How other projects name the tensors of a Deformable DETR.
 
 Every layout is first renamed to the one of the original Deformable DETR (`transformer.encoder.
-layers.0.self_attn...`), the pivot; `convert` then goes from the pivot to our modules. A trap lies
+layers.0.self_attn...`), the pivot; `convert` then goes from the pivot to our modules. The mask
+head, which only opera has, goes by our own names. A trap lies
 in the decoder's norms: mmdetection counts them in order of use (self-attention, cross-attention,
 feed-forward), the original calls the same three norm2, norm1, norm3.
 """
@@ -18,6 +19,7 @@ Rules = Sequence[tuple[str, str]]
 
 _OPERA = r"bbox_head\.transformer\."
 _OPERA_FFN = _OPERA + r"(encoder|decoder)\.layers\.(\d+)\.ffns\.0\.layers\."
+_OPERA_MASKS = _OPERA + r"seg_encoder\.layers\.0\."
 _TRANSFORMERS_FFN = r"model\.(encoder|decoder)\.layers\.(\d+)\.(?:mlp\.)?"
 _OPERA_RULES: Rules = (
     (r"backbone\.(.+)", r"backbone.0.body.\1"),
@@ -40,6 +42,23 @@ _OPERA_RULES: Rules = (
     (_OPERA + r"decoder\.layers\.(\d+)\.norms\.2\.(.+)", r"@decoder.layers.\1.norm3.\2"),
     (_OPERA_FFN + r"0\.0\.(.+)", r"@\1.layers.\2.linear1.\3"),
     (_OPERA_FFN + r"1\.(.+)", r"@\1.layers.\2.linear2.\3"),
+    (_OPERA_MASKS + r"attentions\.0\.(.+)", r"mask_head.encoder.layers.0.self_attention.\1"),
+    (_OPERA_MASKS + r"norms\.0\.(.+)", r"mask_head.encoder.layers.0.norm.\1"),
+    (_OPERA_MASKS + r"norms\.1\.(.+)", r"mask_head.encoder.layers.0.feed_forward.norm.\1"),
+    (
+        _OPERA_MASKS + r"ffns\.0\.layers\.0\.0\.(.+)",
+        r"mask_head.encoder.layers.0.feed_forward.linear1.\1",
+    ),
+    (
+        _OPERA_MASKS + r"ffns\.0\.layers\.1\.(.+)",
+        r"mask_head.encoder.layers.0.feed_forward.linear2.\1",
+    ),
+    (_OPERA + r"mask_trans\.(.+)", r"mask_head.projection.\1"),
+    (_OPERA + r"mask_trans_norm\.(.+)", r"mask_head.norm.\1"),
+    # One module that is saved once a decoder layer.
+    (r"bbox_head\.seg_branches\.\d+\.0\.(.+)", r"mask_head.linear1.\1"),
+    (r"bbox_head\.seg_branches\.\d+\.2\.(.+)", r"mask_head.linear2.\1"),
+    (r"bbox_head\.seg_branches\.\d+\.4\.(.+)", r"mask_head.linear3.\1"),
     (r"bbox_head\.cls_branches\.(\d+)\.(.+)", r"class_embed.\1.\2"),
     (r"bbox_head\.reg_branches\.(\d+)\.0\.(.+)", r"bbox_embed.\1.layers.0.\2"),
     (r"bbox_head\.reg_branches\.(\d+)\.2\.(.+)", r"bbox_embed.\1.layers.1.\2"),

@@ -208,11 +208,11 @@ def _least_scores(
 
 def _keep(found: Detections, least: torch.Tensor, nms_iou: float | None) -> Detections:
     keep = found.scores >= least[found.labels]
-    kept = Detections(found.boxes_xyxy[keep], found.scores[keep], found.labels[keep])
+    kept = found.take(keep)
     if nms_iou is None:
         return kept
     best = nms_keep(kept.boxes_xyxy, kept.scores, iou_threshold=nms_iou)
-    return Detections(kept.boxes_xyxy[best], kept.scores[best], kept.labels[best])
+    return kept.take(best)
 
 
 def _prediction(image: np.ndarray, found: Detections, vocabulary: Vocabulary) -> Prediction:

@@ -15,10 +15,12 @@ from torch.nn import functional
 from dkdetr.config import DetectionLossConfig, KDConfig
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.distillation import AcrossRanks, Distillation
+from dkdetr.losses.masks import matched_mask_losses, stacked_masks
 from dkdetr.losses.matcher import Matches, MatchingCosts, match
 from dkdetr.structures import (
     DenoisingQueries,
     ExtraDetections,
+    InstanceMasks,
     QueryOutput,
     StudentOutput,
     Targets,
@@ -43,7 +45,7 @@ class LossReport:
 
 
 class Criterion:
-    """Detection losses on every decoder layer and on the encoder, and distillation.
+    """Detection and mask losses on every decoder layer, the encoder's, and distillation.
 
     Args:
         detection: costs and weights of the detector.
@@ -61,6 +63,7 @@ class Criterion:
         teacher_mean: Float[Tensor, "embed_dim"] | None = None,
     ) -> None:
         self._detection = detection
+        self._valid_tokens_only = detection.encoder_tokens == "valid"
         self._hybrid_repeats = kd.hybrid_repeats
         self._distil = Distillation(kd, across_ranks=across_ranks, teacher_mean=teacher_mean)
         self._costs = MatchingCosts(
@@ -100,14 +103,20 @@ class Criterion:
         parts: dict[str, Tensor] = {}
         scale = 1 / normalisers.num_boxes
         weights = None if drawn_classes is None else drawn_classes.to(output.logits)
-        for suffix, logits, boxes in _by_layer(output.logits, output.detection):
-            self._detect(parts, suffix, logits, boxes, targets, scale, weights=weights)
+        by_layer = _by_layer(output.logits, output.detection)
+        for layer, (suffix, logits, boxes) in enumerate(by_layer):
+            matches = self._detect(parts, suffix, logits, boxes, targets, scale, weights=weights)
+            if output.masks is not None:
+                self._segment(parts, suffix, output.masks, layer, matches, targets, scale)
         encoder = output.encoder
         objects = [Targets(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
         objectness = encoder.objectness_logits[..., None]
+        valid = encoder.valid
+        heard = valid[..., None].to(objectness) if self._valid_tokens_only else None
         self._detect(
-            parts, ".encoder", objectness, encoder.boxes_cxcywh, objects, scale, valid=encoder.valid
-        )
+            parts, ".encoder", objectness, encoder.boxes_cxcywh, objects, scale,
+            valid=valid, weights=heard,
+        )  # fmt: skip
         if output.hybrid is not None:
             self._detect_hybrid(parts, output.hybrid, targets, scale, weights)
         if output.denoised is not None and denoising is not None:
@@ -168,15 +177,14 @@ class Criterion:
         *,
         valid: Tensor | None = None,
         weights: Tensor | None = None,
-    ) -> None:
-        if valid is not None:
-            weights = valid[..., None].to(logits.dtype)
+    ) -> Matches:
         matches = match(logits, boxes_cxcywh, targets, self._costs, valid=valid)
         labels, target_boxes = _matched_targets(matches, targets)
         wanted = torch.zeros_like(logits)
         wanted[matches.image_index, matches.query_index, labels] = 1.0
         matched_boxes = boxes_cxcywh[matches.image_index, matches.query_index]
         self._judge(parts, suffix, logits, wanted, matched_boxes, target_boxes, scale, weights)
+        return matches
 
     def _judge(
         self,
@@ -204,6 +212,22 @@ class Criterion:
         parts[f"class{suffix}"] = settings.weight_class * scale * class_loss
         parts[f"bbox{suffix}"] = settings.weight_bbox * scale * l1
         parts[f"giou{suffix}"] = settings.weight_giou * scale * giou
+
+    def _segment(
+        self,
+        parts: dict[str, Tensor],
+        suffix: str,
+        masks: InstanceMasks,
+        layer: int,
+        matches: Matches,
+        targets: Sequence[Targets],
+        scale: Tensor,
+    ) -> None:
+        height, width = masks.padding_mask.shape[1:]
+        wanted = stacked_masks(targets, (height, width))
+        dice, cross_entropy = matched_mask_losses(masks, layer, matches, wanted)
+        parts[f"dice{suffix}"] = self._detection.weight_dice * scale * dice
+        parts[f"mask_bce{suffix}"] = self._detection.weight_mask_bce * scale * cross_entropy
 
 
 def count_regions(regions: TeacherRegions | None, device: torch.device) -> Float[Tensor, ""]:

@@ -10,6 +10,7 @@ from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
 from dkdetr.student.detector import DKDETR, ProposingTrunk
 from dkdetr.student.encoder import DeformableEncoder, EncoderLayer, FeedForward
 from dkdetr.student.heads import BoxHead, SimilarityCalibration, TextClassifier
+from dkdetr.student.mask_head import MaskHead
 from dkdetr.student.neck import ChannelMapper
 from dkdetr.student.queries import KDQueryPlan
 from dkdetr.student.query_selection import QuerySelection
@@ -39,6 +40,7 @@ def build_student(config: ExperimentConfig, *, text_dim: int, load_weights: bool
         calibration=_calibration(config),
         num_hybrid=config.kd.hybrid_queries,
         denoising_content=nn.Linear(text_dim, student.embed_dim) if student.denoising else None,
+        mask_head=_mask_head(student) if student.mask_head else None,
     )
 
 
@@ -126,6 +128,19 @@ def _decoder_layer(config: StudentConfig, num_levels: int) -> DecoderLayer:
     )
     return DecoderLayer(
         self_attention, _attention(config, num_levels), _feed_forward(config), config.dropout
+    )
+
+
+def _mask_head(config: StudentConfig) -> MaskHead:
+    attention = MultiScaleDeformableAttention(
+        config.embed_dim, num_heads=1, num_levels=1, num_points=4
+    )
+    layer = EncoderLayer(attention, _feed_forward(config), config.dropout)
+    return MaskHead(
+        DeformableEncoder([layer]),
+        embed_dim=config.embed_dim,
+        stride=config.mask_stride,
+        masks_at_once=config.masks_at_once,
     )
 
 

@@ -20,6 +20,7 @@ from dkdetr.student.backbone import Backbone
 from dkdetr.student.decoder import DeformableDecoder
 from dkdetr.student.encoder import DeformableEncoder, TokenGrid, valid_ratio
 from dkdetr.student.heads import SimilarityCalibration, TextClassifier
+from dkdetr.student.mask_head import MaskHead
 from dkdetr.student.neck import ChannelMapper, downsample_mask
 from dkdetr.student.position_encoding import encode_boxes, encode_positions
 from dkdetr.student.queries import KDQueryPlan, QueryGroup, join_groups
@@ -73,7 +74,7 @@ class ProposingTrunk(nn.Module):
 
 
 class DKDETR(nn.Module):
-    """DK-DETR (ICCV 2023), boxes only.
+    """DK-DETR (ICCV 2023): boxes and, with a mask head, masks.
 
     Args:
         trunk: everything before the decoder.
@@ -86,6 +87,7 @@ class DKDETR(nn.Module):
         calibration: of SKD's logits, if they have a learnable one.
         num_hybrid: extra detection queries, where `forward` is asked for them.
         denoising_content: makes a denoising query's content of its label's text embedding.
+        mask_head: None for boxes only.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class DKDETR(nn.Module):
         calibration: SimilarityCalibration | None = None,
         num_hybrid: int = 0,
         denoising_content: nn.Linear | None = None,
+        mask_head: MaskHead | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -119,6 +122,7 @@ class DKDETR(nn.Module):
             self.kd_content = nn.Parameter(torch.randn(shape))
         self.kd_calibration = calibration
         self.denoising_content = denoising_content
+        self.mask_head = mask_head
 
     def kd_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that have a gradient only where something is distilled."""
@@ -166,6 +170,11 @@ class DKDETR(nn.Module):
         )
         outputs = _split(features, refined, [len(group) for group in groups])
         extra_output = outputs[first_denoising - 1]
+        masks = None
+        if self.mask_head is not None:
+            seen = queries[:, :, : len(groups[0])]
+            embedding = self.trunk.level_embeddings[0]
+            masks = self.mask_head(memory, grid, embedding, seen, outputs[0].boxes_cxcywh)
         return StudentOutput(
             detection=outputs[0],
             logits=self._score(outputs[0], text_embeddings),
@@ -180,6 +189,7 @@ class DKDETR(nn.Module):
                 else None
             ),
             denoised=self._denoised(outputs[first_denoising:], text_embeddings),
+            masks=masks,
         )
 
     def _denoised(

@@ -14,8 +14,8 @@ def _wavelengths(num_feats: int, like: Tensor) -> Tensor:
     return _TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / num_feats)
 
 
-def _sines(angles: Tensor, num_feats: int) -> Tensor:
-    """[...] -> [..., num_feats]: sine and cosine in turn, over falling frequencies."""
+def sines(angles: Tensor, num_feats: int) -> Tensor:
+    """Returns [..., num_feats] of [...]: sine and cosine in turn, over falling frequencies."""
     phases = angles[..., None] / _wavelengths(num_feats, angles)
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 
@@ -33,11 +33,11 @@ def encode_positions(
     rows = (rows - 0.5) / (rows[:, -1:, :] + 1e-6) * (2 * math.pi)
     columns = (columns - 0.5) / (columns[:, :, -1:] + 1e-6) * (2 * math.pi)
     half = embed_dim // 2
-    return torch.cat((_sines(rows, half), _sines(columns, half)), dim=-1)
+    return torch.cat((sines(rows, half), sines(columns, half)), dim=-1)
 
 
 def encode_boxes(
     boxes_cxcywh: Float[Tensor, "*batch 4"], *, embed_dim: int
 ) -> Float[Tensor, "*batch twice_embed_dim"]:
     """Returns the encoding of normalised boxes, `embed_dim / 2` sines for each coordinate."""
-    return _sines(boxes_cxcywh * (2 * math.pi), embed_dim // 2).flatten(-2)
+    return sines(boxes_cxcywh * (2 * math.pi), embed_dim // 2).flatten(-2)

@@ -1,10 +1,13 @@
 """Random scoring problems that hold every oddity the official tools have an opinion on."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from dkdetr.data.annotations import Category, ImageInfo
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.results import Results
+from dkdetr.run_lengths import boxes_xywh, segmentation_rle
 
 
 def random_problem(
@@ -79,3 +82,20 @@ def _box(rng):
     side = rng.choice([20.0, 60.0, 160.0])
     x, y, w, h = (*rng.uniform(0, 300, 2), *rng.uniform(0.5, 2.0, 2) * side)
     return (x, y, w, h) if rng.random() < 0.5 else (round(x), round(y), round(w), round(h))
+
+
+def masked(truth, results):
+    """Returns the problem with a diamond in every box for its mask."""
+    sizes = {image.image_id: (image.height, image.width) for image in truth.images}
+
+    def diamonds(image_ids, boxes):
+        masks = np.empty(len(boxes), dtype=object)
+        for index, (image_id, (x, y, w, h)) in enumerate(zip(image_ids, boxes, strict=True)):
+            ring = [x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h, x, y + h / 2]
+            masks[index] = segmentation_rle([list(map(float, ring))], sizes[int(image_id)])
+        return masks
+
+    truth = replace(truth, masks=diamonds(truth.image_ids, truth.boxes_xywh))
+    masks = diamonds(results.image_ids, results.boxes_xywh)
+    boxes = boxes_xywh(masks.tolist())
+    return truth, replace(results, masks=masks, boxes_xywh=boxes)

@@ -17,15 +17,16 @@ from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
 from dkdetr.evaluation.official import import_lvis, numpy_float_alias
 from dkdetr.evaluation.protocols import metric_keys
-from dkdetr.evaluation.results import Results
-from tests.contracts.evaluation_problems import random_detections, random_problem
+from dkdetr.evaluation.results import Results, ResultsWriter, read_results
+from tests.contracts.evaluation_problems import masked, random_detections, random_problem
 
 REAL_LVIS = "DKDETR_TEST_LVIS"
 REAL_COCO = "DKDETR_TEST_COCO"
 
 
 def assert_same(ours, theirs):
-    assert list(ours.values) == list(theirs.values) == list(metric_keys(ours.protocol))
+    assert list(ours.values) == list(theirs.values)
+    assert [key.removeprefix("segm.") for key in ours.values] == list(metric_keys(ours.protocol))
     for key, value in ours.values.items():
         assert value == pytest.approx(theirs.values[key], rel=0, abs=1e-12, nan_ok=True), key
     for mine, other in zip(ours.per_category, theirs.per_category, strict=True):
@@ -46,6 +47,25 @@ def test_random_sets_with_ties_crowds_and_federated_lists(protocol, seed):
         detections_per_image=(280, 420) if crowded else (0, 50),
     )
     assert_same(score(truth, results), score(truth, results, evaluator="official"))
+
+
+@pytest.mark.parametrize("protocol", ["lvis", "coco", "ovcoco"])
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_of_random_sets(protocol, seed):
+    crowded = seed == 2
+    truth, results = random_problem(
+        protocol,
+        seed,
+        num_images=4 if crowded else 12,
+        num_categories=2 if crowded else 9,
+        detections_per_image=(280, 420) if crowded else (0, 40),
+    )
+    of_boxes = score(truth, results).values["AP"]
+    truth, results = masked(truth, results)
+    ours = score(truth, results)
+    assert_same(ours, score(truth, results, evaluator="official"))
+    assert all(key.startswith("segm.") for key in ours.values)
+    assert 0.01 < ours.values["segm.AP"] != of_boxes
 
 
 def test_the_random_sets_hold_what_they_promise():
@@ -99,6 +119,59 @@ assert not logging.getLogger().handlers
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("lvis "), done.stderr
+
+
+@pytest.mark.parametrize("protocol", ["lvis", "coco"])
+def test_a_file_of_masks_as_the_official_packages_load_it(protocol, tmp_path, capsys):
+    """Each package reads annotations and our results file itself, and finds our numbers."""
+    truth, results = masked(*random_problem(protocol, 3, num_images=8))
+    path, annotations = tmp_path / "results_segm.json", tmp_path / "annotations.json"
+    with ResultsWriter(path) as writer:
+        for image in truth.images:
+            own = results.take(results.image_ids == image.image_id)
+            masks = own.masks.tolist()
+            writer.write_masks(image.image_id, masks, own.scores, own.category_ids)
+    assert "bbox" not in json.loads(path.read_text())[0]
+    document = {
+        "images": [
+            {"id": i.image_id, "height": i.height, "width": i.width,
+             "neg_category_ids": i.neg_category_ids,
+             "not_exhaustive_category_ids": i.not_exhaustive_category_ids}
+            for i in truth.images
+        ],
+        "categories": [
+            {"id": c.category_id, "name": c.name, "frequency": c.frequency}
+            for c in truth.categories
+        ],
+        "annotations": [
+            {"id": n + 1, "image_id": int(truth.image_ids[n]), "iscrowd": int(truth.is_crowd[n]),
+             "category_id": int(truth.category_ids[n]), "area": float(truth.areas[n]),
+             "bbox": truth.boxes_xywh[n].tolist(), "segmentation": truth.masks[n]}
+            for n in range(len(truth.areas))
+        ],
+    }  # fmt: skip
+    annotations.write_text(json.dumps(document))
+    ours = score(truth, read_results(path))
+    if protocol == "lvis":
+        lvis = import_lvis()
+        ground_truth = lvis.LVIS(str(annotations))
+        official = lvis.LVISEval(ground_truth, lvis.LVISResults(ground_truth, str(path)), "segm")
+        with numpy_float_alias():
+            official.run()
+        stats = [official.results[key] for key in metric_keys("lvis")]
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        ground_truth = COCO(str(annotations))
+        official = COCOeval(ground_truth, ground_truth.loadRes(str(path)), "segm")
+        official.evaluate()
+        official.accumulate()
+        official.summarize()
+        stats = official.stats[:6].tolist()
+    capsys.readouterr()
+    stats = [math.nan if value == -1 else value for value in stats]
+    assert list(ours.values.values()) == pytest.approx(stats, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.skipif(REAL_LVIS not in os.environ, reason=f"{REAL_LVIS} names no annotation file")

@@ -39,6 +39,8 @@ def write_coco_folder(folder: Path, part: str, *, num_images: int, seed: int) ->
         for category_id in rng.permutation(list(_NAMES))[:3].tolist():
             side = int(rng.integers(24, 50))
             left, top = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
+            ring = [(left + side / 2 * (1 + np.cos(turn)), top + side / 2 * (1 + np.sin(turn)))
+                    for turn in np.linspace(0, 2 * np.pi, 24, endpoint=False)]  # fmt: skip
             draw.ellipse((left, top, left + side, top + side), fill=_NAMES[category_id][1])
             annotations.append(
                 {
@@ -46,6 +48,7 @@ def write_coco_folder(folder: Path, part: str, *, num_images: int, seed: int) ->
                     "image_id": image_id,
                     "category_id": category_id,
                     "bbox": [left, top, side, side],
+                    "segmentation": [np.array(ring).round(2).ravel().tolist()],
                     "area": side * side,
                     "iscrowd": 0,
                 }

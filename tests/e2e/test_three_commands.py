@@ -60,6 +60,35 @@ def test_the_diary_tells_of_distillation(trial) -> None:
     assert last["kd_regions_per_image"] > 0
 
 
+def test_a_student_with_a_mask_head_is_trained_and_scored(trial) -> None:
+    """Two iterations, masks and distillation together; then boxes and masks are scored."""
+    folder, _, val, words = trial
+    words = [word for word in words if word not in ("--run", "runs/a")]
+    changes = [
+        "student.mask_head=true", "student.masks_at_once=3", "optim.epochs=1",
+        "optim.lr_drop_epochs=[]", "kd.start_epoch=0", "data.batch_size=10",
+    ]  # fmt: skip
+    settings = [part for change in changes for part in ("--set", change)]
+    succeed("train", *words, *settings, "--run", "runs/masks", cwd=folder)
+    last = json.loads((folder / "runs/masks/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"dice", "dice.0", "mask_bce", "mask_bce.0", "skd"} <= last.keys()
+    checkpoint = load_checkpoint(find_checkpoint(folder / "runs/masks"))
+    assert checkpoint.progress.iteration == 2
+    assert checkpoint.student["mask_head.linear3.weight"].shape[0] == 441
+    printed = succeed("eval", "runs/masks", "--split", val, "--json", "masks.json", cwd=folder)
+    scores = json.loads((folder / "masks.json").read_text())
+    assert {"AP50_novel", "segm.AP", "segm.AP50_novel"} <= scores.keys()
+    assert "segm." in printed
+    records = json.loads((folder / scores["files"]["results_segm"]).read_text())
+    assert records
+    assert all("bbox" not in record for record in records)
+    again = succeed(
+        "eval", "--predictions", scores["files"]["results_segm"], "--split", val,
+        "--evaluator", "official", "--json", "-", cwd=folder,
+    )  # fmt: skip
+    assert json.loads(again)["segm.AP"] == pytest.approx(scores["segm.AP"], abs=1e-12)
+
+
 def test_cache_teacher_again_makes_nothing(trial) -> None:
     folder, train, _, _ = trial
     before = (folder / "cache/trial/COMPLETE.json").read_bytes()

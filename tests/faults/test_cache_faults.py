@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from cache.neighbors import build_neighbors
+from cache.neighbors import NeighborSettings, build_neighbors
 from cache.spec import CacheError, CorruptCacheError, DiskFullError, UnsealedCacheError
 from cache.store import open_cache
 from cache.verify import verify_cache
@@ -124,7 +124,7 @@ def whole(tmp_path_factory):
     """A sealed int8 cache with neighbour lists: it has every class of file there is."""
     path = tmp_path_factory.mktemp("whole") / "c"
     write_sample_cache(path, sample_plan(storage="int8"))
-    build_neighbors(path, per_image=3, k=3)
+    build_neighbors(path, NeighborSettings(per_image=3, k=3))
     _read_everything(path)
     return path
 

@@ -36,6 +36,15 @@ def test_the_paper_s_numbers() -> None:
     assert config.data.scale_range == (0.1, 2.0)
 
 
+def test_masks_are_the_70_epoch_model_s_alone() -> None:
+    segmenter = load_experiment("lvis_r50_70e_mask").config
+    assert segmenter.student.mask_head
+    assert (segmenter.detection.weight_dice, segmenter.detection.weight_mask_bce) == (8, 2)
+    assert segmenter.student.mask_side(segmenter.data.image_size) == 512
+    others = [name for name in shipped_experiments() if name != "lvis_r50_70e_mask"]
+    assert not any(load_experiment(name).config.student.mask_head for name in others)
+
+
 def test_later_sources_win_and_are_named(tmp_path) -> None:
     (tmp_path / "parent.toml").write_text("[optim]\nlr = 1e-3\nepochs = 4\n")
     child = tmp_path / "child.toml"
@@ -54,6 +63,8 @@ def test_later_sources_win_and_are_named(tmp_path) -> None:
         ("optim.lr=fast", "setting 'optim.lr'"),
         ("data.batch_size=1.5", "setting 'data.batch_size'"),
         ("kd.layers=first", "setting 'kd.layers'"),
+        ("student.masks_at_once=0", "setting 'student.masks_at_once'"),
+        ("detection.weight_dice=-1", "setting 'detection.weight_dice'"),
         ("kd", "KEY=VALUE"),
         ("=3", "KEY=VALUE"),
     ],

@@ -24,6 +24,7 @@ def table(categories_of_images: list[list[int]]) -> BoxTable:
         boxes_xyxy=np.zeros((len(ids), 4), np.float32),
         category_ids=ids,
         is_crowd=np.zeros(len(ids), bool),
+        file_rows=np.arange(len(ids)),
     )
 
 

@@ -20,7 +20,9 @@ LAYERS = 2
 TEXT_DIM = 16
 
 
-def make_student(*, neck_bias: bool, norm: str = "batch", embed_dim: int = 32) -> DKDETR:
+def make_student(
+    *, neck_bias: bool, norm: str = "batch", embed_dim: int = 32, mask_head: bool = False
+) -> DKDETR:
     config = config_from_dict(
         {
             "name": "small",
@@ -33,6 +35,7 @@ def make_student(*, neck_bias: bool, norm: str = "batch", embed_dim: int = 32) -
                 "ffn_dim": 48,
                 "num_encoder_layers": LAYERS,
                 "num_decoder_layers": LAYERS,
+                "mask_head": mask_head,
             },
         }
     )
@@ -158,8 +161,18 @@ def as_opera(student: DKDETR) -> dict[str, Tensor]:
         for part in range(3):
             theirs = f"bbox_head.reg_branches.{i}.{2 * part}"
             copy.part(f"{box_head}.linear{part + 1}", theirs)
-    copy.theirs["bbox_head.seg_branches.0.0.weight"] = torch.zeros(32, 32)
-    copy.theirs[f"{head}.mask_trans.weight"] = torch.zeros(8, 32)
+    if student.mask_head is not None:
+        theirs, ours = f"{head}.seg_encoder.layers.0", "mask_head.encoder.layers.0"
+        copy.part(f"{ours}.self_attention", f"{theirs}.attentions.0")
+        copy.part(f"{ours}.norm", f"{theirs}.norms.0")
+        copy.part(f"{ours}.feed_forward.linear1", f"{theirs}.ffns.0.layers.0.0")
+        copy.part(f"{ours}.feed_forward.linear2", f"{theirs}.ffns.0.layers.1")
+        copy.part(f"{ours}.feed_forward.norm", f"{theirs}.norms.1")
+        copy.part("mask_head.projection", f"{head}.mask_trans")
+        copy.part("mask_head.norm", f"{head}.mask_trans_norm")
+        for i in range(LAYERS):
+            for part in range(3):
+                copy.part(f"mask_head.linear{part + 1}", f"bbox_head.seg_branches.{i}.{2 * part}")
     copy.theirs["text_encoder.text_feat"] = torch.zeros(1203, TEXT_DIM)
     return copy.theirs
 
@@ -196,8 +209,6 @@ def test_opera_round_trip(tmp_path: Path, without_bias: DKDETR):
     assert_carried(report, student, without_bias)
     assert report.missing == ("kd_content",)
     assert {key: why.split(";")[0].split(",")[0] for key, why in report.ignored.items()} == {
-        "bbox_head.seg_branches.0.0.weight": "part of the mask head",
-        "bbox_head.transformer.mask_trans.weight": "part of the mask head",
         "text_encoder.text_feat": "a text bank",
     }
     assert report.to_json()["layout"] == "opera"

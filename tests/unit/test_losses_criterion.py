@@ -72,18 +72,21 @@ def hand_made_output() -> StudentOutput:
     )
 
 
-def test_criterion_by_hand():
+@pytest.mark.parametrize("encoder_tokens", ["all", "valid"])
+def test_criterion_by_hand(encoder_tokens: str):
     wanted = [Targets(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]
     config = tiny_config()
     normalisers = Normalisers(num_boxes=torch.tensor(4.0), num_regions=torch.tensor(1.0))
-    criterion = Criterion(config.detection, config.kd)
+    detection = replace(config.detection, encoder_tokens=encoder_tokens)
+    criterion = Criterion(detection, config.kd)
     parts = criterion(hand_made_output(), wanted, None, normalisers).parts
     yes, no = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
     expected = {
         "class": 2 * (yes + no) / 4,
         "bbox": 5 * 0.1 / 4,
         "giou": 2 * (2 / 3) / 4,
-        "class.encoder": 2 * yes / 4,  # the token that is not valid says nothing
+        # The token that is not valid is background, or says nothing.
+        "class.encoder": 2 * (yes + (no if encoder_tokens == "all" else 0)) / 4,
         "bbox.encoder": 5 * 0.1 / 4,
         "giou.encoder": 2 * (2 / 3) / 4,
     }

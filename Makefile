@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults faults-cache faults-train bench clean
+.PHONY: demo test check unit faults faults-cache faults-stage-one faults-train bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -32,7 +32,11 @@ faults-cache: $(INSTALLED)
 faults-train: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults/test_train_*.py
 
-faults: faults-cache faults-train
+faults: faults-cache faults-stage-one faults-train
+
+# Lost workers, failing ranks, SIGTERM while a cache is made.
+faults-stage-one: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_stage_one_faults.py
 
 # Small sizes, each table with machine, versions and date above it; one thread.
 bench: $(INSTALLED)

@@ -145,11 +145,28 @@ def cache_teacher_command(
         str, typer.Option(help="MODEL:PRETRAINED, MODEL:/path, MODEL:random or pictograms")
     ] = "ViT-B-32-quickgelu:openai",
     proposals: Annotated[
-        str, typer.Option(help="fit, fit:CACHE, student:CKPT or file:RESULTS.json")
+        str,
+        typer.Option(
+            help="fit, fit:CACHE, student:CKPT, file:RESULTS.json, or mmdet's pickled list: "
+            "file:LIST.pkl?order=image_id (or annotations); &novel=unseen says what its maker knew"
+        ),
     ] = "fit",
     keep: Annotated[int, typer.Option(help="Proposals kept of an image")] = 300,
     storage: Annotated[str, typer.Option(help="fp16 or int8")] = "fp16",
-    crop_mode: Annotated[str, typer.Option(help="squash or clip_center")] = "squash",
+    crop_mode: Annotated[
+        str,
+        typer.Option(
+            help="squash, clip_center, pad_square, context_square, native (the teacher's own) or "
+            "vild (clip_center, features summed)"
+        ),
+    ] = "squash",
+    crop_scales: Annotated[str, typer.Option(help="Factors of a box's sides")] = "1.0,1.5",
+    crop_combine: Annotated[
+        str | None, typer.Option(help="mean (of unit vectors) or sum (of features)")
+    ] = None,
+    views: Annotated[
+        str, typer.Option(help="orig; orig,flip (mirrored crops too, twice the room); avg")
+    ] = "orig",
     prompts: Annotated[
         str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
     ] = "vild63",
@@ -158,7 +175,12 @@ def cache_teacher_command(
     max_bad: Annotated[
         float, typer.Option(help="Share of unreadable images that is set aside")
     ] = 0.001,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it costs")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it costs; tries a few images")
+    ] = False,
+    only_proposals: Annotated[
+        bool, typer.Option("--only-proposals", help="Stop when `fit` is trained")
+    ] = False,
     neighbors: Annotated[bool, typer.Option(help="Build neighbour lists at the end")] = True,
     experiment: Annotated[str | None, typer.Option(help="Whose network `fit` trains")] = None,
     fit_epochs: Annotated[int | None, typer.Option(help="Epochs of `fit`")] = None,
@@ -168,9 +190,14 @@ def cache_teacher_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes."""
-    from pipeline.build import cache_teacher
-    from pipeline.price import price_cache
+    """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes.
+
+    Several GPUs for `fit`: torchrun --nproc-per-node N --no-python -- dkdetr cache-teacher ...
+    trains on all of them, and goes on with one; --workers N then embeds on all.
+    """
+    from pipeline.build import run_stage_one
+    from pipeline.calibrate import price_cache
+    from pipeline.crops import parse_crop_rule
     from pipeline.request import CacheRequest, default_out, executor_of
 
     request = CacheRequest(
@@ -181,20 +208,22 @@ def cache_teacher_command(
         proposals=proposals,
         keep=keep,
         storage=_one_of("--storage", storage, ("fp16", "int8")),
-        crop_mode=_one_of("--crop-mode", crop_mode, ("squash", "clip_center")),
+        crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
         prompts=prompts,
         executor=executor_of(workers, scheduler),
         device=device,
         experiment=experiment,
         overrides=tuple(overrides or ()),
         fit_epochs=fit_epochs,
+        only_proposals=only_proposals,
         max_bad=max_bad,
         neighbors=neighbors,
         command=" ".join(sys.argv[1:]),
     )
-    result = price_cache(request) if dry_run else cache_teacher(request, _say)
-    _tell(result.lines(), json_out)
-    _report(result.as_json(), json_out)
+    result = price_cache(request) if dry_run else run_stage_one(request, _say)
+    if lines := result.lines():  # a helping rank of torchrun has nothing to say
+        _tell(lines, json_out)
+        _report(result.as_json(), json_out)
 
 
 @_command(cache_app, "info")
@@ -215,15 +244,23 @@ def cache_info(
 @_command(cache_app, "verify")
 def cache_verify(
     path: Annotated[str, typer.Argument(help="A cache: a folder, an export or a URL")],
+    crop_modes: Annotated[
+        str,
+        typer.Option(
+            help="Let the teacher name a sample of base objects cropped otherwise: "
+            "squash,clip_center,... or all (needs its weights)"
+        ),
+    ] = "",
     data_root: DataRoot = Path("data"),
+    device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Read every byte of a cache and check it; report the recall of its proposals."""
+    """Read every byte of a cache and check it; report recall and zero-shot accuracy."""
     from cache.location import cache_path
     from pipeline.inspect import verify_and_report
 
-    report = verify_and_report(cache_path(path), data_root)
+    report = verify_and_report(cache_path(path), data_root, crop_modes=crop_modes, device=device)
     _tell(report.lines(), json_out)
     _report(report.as_json(), json_out)
     report.raise_problems()

@@ -1,18 +1,16 @@
 """Builds a teacher's cache: the one function behind `dkdetr cache-teacher`.
 
-Order: look at every input, settle the proposals, load the teacher, and only then plan and
-fingerprint; make the missing shards; write the text; seal; build the neighbour lists.
+Order: look at what is named and at every input, load the teacher, settle the proposals, and only
+then plan and fingerprint; make the missing shards; write the text; seal; build the neighbour lists.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from math import ceil
 from pathlib import Path
 
-import torch
-
 from cache.layout import load_provenance
-from cache.lock import Lease
 from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.store import open_cache
@@ -22,14 +20,16 @@ from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import build_vocabulary
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
-from dkdetr.engine.interruption import stop_on_sigterm
-from dkdetr.errors import DataError, PreemptedError, UsageError
+from dkdetr.errors import DataError, UsageError
 from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
 from pipeline.executor import run_shards
+from pipeline.file_proposals import FileProposals
 from pipeline.fingerprint import cache_parts, cache_provenance
-from pipeline.fit import fit_proposals
+from pipeline.fit import fit_plan, fit_proposals
+from pipeline.fit_ranks import is_first_rank
+from pipeline.leaks import check_leaks, remarks
 from pipeline.neighbor_stage import add_neighbors
 from pipeline.price import plan_cache, price_of, require_room
 from pipeline.proposal_sources import (
@@ -38,55 +38,118 @@ from pipeline.proposal_sources import (
     parse_proposals,
     prepare_source,
 )
-from pipeline.proposals import FileProposals, ProposalRule, ProposalSource
+from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.recall import cache_recall
-from pipeline.request import CacheRequest, CacheSummary
-from pipeline.shard_worker import ShardJob, make_shard
+from pipeline.request import CacheRequest, CacheSummary, ProposalsReady
+from pipeline.shard_worker import ShardJob, ShardReport, ShardTools, embed_shard, make_shard
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
+from pipeline.termination import sigterm_raises
 
 _RECALL_IMAGES = 2000
 
 Say = Callable[[str], None]
 
 
-def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSummary:
-    """Returns the summary of a sealed cache: made now, resumed, or found finished.
+def run_stage_one(
+    request: CacheRequest, say: Say = lambda _: None
+) -> CacheSummary | ProposalsReady:
+    """Returns what the request was for: a sealed cache, or a proposal network alone.
 
-    Args:
-        request: what to make.
-        say: told in a line what is going on.
+    Under torchrun all ranks train the network of `fit`; then the first one goes on by itself, and
+    the others return.
 
     Raises:
         DkdetrError, CacheError: each with its exit code; what was committed stays, and the same
             command goes on from there.
     """
+    if is_first_rank():
+        with sigterm_raises():
+            return _first_rank(request, say)
+    spec = _check_words(request)
+    split = load_split(request.split, request.data_root)
+    network = fit_proposals(request, split, None, say) if spec.trains else request.out
+    return ProposalsReady(network, is_first=False)
+
+
+def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSummary:
+    """Returns the summary of a sealed cache; see `run_stage_one`."""
+    made = run_stage_one(request, say)
+    assert isinstance(made, CacheSummary)
+    return made
+
+
+def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsReady:
     started = time.monotonic()
     keep_freed_memory()
+    spec = _check_words(request)
     split = load_split(request.split, request.data_root)
     for note in split.notes:
         say(f"{split.name}: {note}")
-    spec = parse_proposals(request.proposals)
+    if spec.trains:
+        _check_trainable(request, split)
     embed_dim = teacher_embed_dim(request.teacher)
     require_room(request, price_of(request, split, spec, embed_dim))
     device = pick_device(request.device)
     teacher = load_teacher(request.teacher, device, precision=request.precision)
     _introduce(teacher, say)
     images = check_images(split, decode=False)
-    prepared = _settle_proposals(request, split, spec, images, device, say)
-    source = open_source(prepared, device, batch_size=request.image_batch)
-    _check_coverage(source, split, request)
+    if spec.trains:
+        network = fit_proposals(request, split, images, say)
+        if request.only_proposals:
+            return ProposalsReady(network, is_first=True)
+        spec = ProposalSpec("fit", str(request.out))
+    prepared = prepare_source(spec, request.out, split)
+    return _fill(request, split, images, teacher, prepared, started, say)
 
-    crop_batch = request.crop_batch or (256 if device.type == "cuda" else 64)
+
+def _check_words(request: CacheRequest) -> ProposalSpec:
+    """Returns the proposals asked for; raises for words that mean nothing, before any reading."""
+    spec = parse_proposals(request.proposals)
+    teacher_embed_dim(request.teacher)
+    prompt_set(request.prompts)
+    spec.require()
+    return spec
+
+
+def _check_trainable(request: CacheRequest, split: Split) -> None:
+    if not split.is_train:
+        raise UsageError(
+            f"--proposals fit learns from base boxes, and {split.name} is no training split: "
+            "make its train split's cache first, then use --proposals fit:CACHE"
+        )
+    fit_plan(request, split)
+
+
+def _fill(
+    request: CacheRequest,
+    split: Split,
+    images: ImageCheck,
+    teacher: Teacher,
+    prepared: str,
+    started: float,
+    say: Say,
+) -> CacheSummary:
+    """Returns the sealed cache's summary, once the proposals are settled."""
+    source = open_source(prepared, teacher.device, batch_size=request.image_batch)
+    _check_coverage(source, split, request)
+    leaks = check_leaks(source.seen, split)
+    notes = list(remarks(leaks, split))
+    for note in notes:
+        say(note)
+    rule = teacher.resolve(request.crops)
+    crop_batch = request.crop_batch or (256 if teacher.device.type == "cuda" else 64)
     plan = plan_cache(split, request, teacher.embed_dim, crop_batch=crop_batch)
-    parts = cache_parts(request, split, images, source, teacher, plan)
-    provenance = cache_provenance(request, teacher, source, pack_canary(canary_embeddings(teacher)))
+    parts = cache_parts(request, split, images, source, teacher, plan, rule)
+    own_canary = pack_canary(canary_embeddings(teacher))
+    provenance = cache_provenance(request, split, teacher, leaks, own_canary)
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
-        job = _job(request, teacher, canary, prepared, crop_batch)
-        made = _make_shards(request, writer, job, say)
+        job = _job(request, teacher, canary, prepared, crop_batch, rule)
+        tools = ShardTools(plan, split, teacher, source)
+        made = _make_shards(request, writer, job, tools, say)
         quarantined = _quarantined(request.out, range(plan.num_shards))
         if not writer.text_is_current():
             say(f"embedding {len(split.categories)} names")
@@ -95,7 +158,8 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         if not writer.sealed:
             writer.seal()
-    notes = add_neighbors(request.out) if request.neighbors else ()
+    if request.neighbors:
+        notes += add_neighbors(request.out)
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
 
 
@@ -105,28 +169,6 @@ def _introduce(teacher: Teacher, say: Say) -> None:
         say("RANDOM WEIGHTS: the cache is for trials only and is marked as such")
     if teacher.note:
         say(teacher.note)
-
-
-def _settle_proposals(
-    request: CacheRequest,
-    split: Split,
-    spec: ProposalSpec,
-    images: ImageCheck,
-    device: torch.device,
-    say: Say,
-) -> str:
-    """Returns the prepared source; trains the network first where `fit` has none yet."""
-    if spec.kind != "fit" or spec.path:
-        return prepare_source(spec, request.out)
-    if not split.is_train:
-        raise UsageError(
-            f"--proposals fit learns from base boxes, and {split.name} is no training split: "
-            "make its train split's cache first, then use --proposals fit:CACHE"
-        )
-    request.out.mkdir(parents=True, exist_ok=True)
-    with Lease(request.out):
-        fit_proposals(request, split, images, device, say)
-    return prepare_source(ProposalSpec("fit", str(request.out)), request.out)
 
 
 def _check_coverage(source: ProposalSource, split: Split, request: CacheRequest) -> None:
@@ -143,12 +185,13 @@ def _check_coverage(source: ProposalSource, split: Split, request: CacheRequest)
         )
 
 
-def _rule(request: CacheRequest) -> ProposalRule:
-    return ProposalRule(keep=request.keep)
-
-
 def _job(
-    request: CacheRequest, teacher: Teacher, canary: str, prepared: str, crop_batch: int
+    request: CacheRequest,
+    teacher: Teacher,
+    canary: str,
+    prepared: str,
+    crop_batch: int,
+    rule: CropRule,
 ) -> ShardJob:
     return ShardJob(
         cache_path=request.out.resolve(),
@@ -160,15 +203,17 @@ def _job(
         device=request.device,
         canary=canary,
         proposals=prepared,
-        proposal_rule=_rule(request),
-        crop_rule=CropRule(mode=request.crop_mode),
+        proposal_rule=ProposalRule(keep=request.keep),
+        crop_rule=rule,
         crop_batch=crop_batch,
         image_batch=request.image_batch,
         threads=0 if request.executor.in_process else 1,
     )
 
 
-def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say: Say) -> int:
+def _make_shards(
+    request: CacheRequest, writer: CacheWriter, job: ShardJob, tools: ShardTools, say: Say
+) -> int:
     """Returns how many shards were made now; stops when too many images are bad."""
     missing = writer.missing_shards()
     standing = writer.plan.num_shards - len(missing)
@@ -177,15 +222,21 @@ def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say:
         say(f"resuming: {standing}/{writer.plan.num_shards} shards verified{again}")
     if not missing:
         return 0
+
+    def make_here(job: ShardJob, shard: int, _worker_number: int) -> ShardReport:
+        return embed_shard(job, shard, tools)
+
+    make = make_here if request.executor.in_process else make_shard
     num_images = writer.plan.num_images
     done = num_images - sum(len(writer.plan.shard_rows(shard)) for shard in missing)
     bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
     limit = _max_bad(request, num_images)
+    # Closed at once, whatever happens: a cluster of its own must not outlive this.
     with (
-        stop_on_sigterm() as stop,
+        closing(run_shards(request.executor, make, job, missing)) as reports,
         progress("embedding", num_images, done=done) as advance,
     ):
-        for _, report in run_shards(request.executor, make_shard, job, missing):
+        for _, report in reports:
             done += report.num_images
             bad.update(report.quarantined)
             advance(done, f"{len(bad)} images set aside" if bad else "")
@@ -193,11 +244,6 @@ def _make_shards(request: CacheRequest, writer: CacheWriter, job: ShardJob, say:
                 raise DataError(
                     f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
                     f"{request.max_bad:g} allows ({limit}): " + "; ".join(list(bad.values())[:20])
-                )
-            if stop.is_set:
-                raise PreemptedError(
-                    f"stopped by SIGTERM after {done:,} of {num_images:,} images; "
-                    "the same command goes on from there"
                 )
     return len(missing)
 
@@ -218,7 +264,7 @@ def _summary(
     plan: Plan,
     made: int,
     quarantined: Mapping[int, str],
-    notes: tuple[str, ...],
+    notes: Iterable[str],
     seconds: float,
 ) -> CacheSummary:
     reader = open_cache(request.out)
@@ -236,5 +282,5 @@ def _summary(
         bytes_on_disk=reader.info.bytes_on_disk,
         seconds=seconds,
         recall=cache_recall(reader, split, max_images=_RECALL_IMAGES),
-        notes=notes,
+        notes=tuple(notes),
     )

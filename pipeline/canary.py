@@ -49,15 +49,18 @@ def canary_embeddings(encoder: _Encoder) -> Float[np.ndarray, "num_canaries embe
 def canary_picture(index: int) -> np.ndarray:
     """Returns a fixed uint8 picture [131, 97, 3]: waves of other directions in every channel.
 
-    The waves are fine enough for the interpolation to show and differ between channels, so that a
-    swapped order shows.
+    The channels differ, so that a swapped order shows. Every second picture is cut into black and
+    white at a third of a grey level's height: its edges are where interpolations part.
     """
     y, x = np.mgrid[0:131, 0:97].astype(np.float64)
     channels = [
         np.sin(x * (0.11 + 0.07 * index) + y * (0.05 + 0.09 * channel) + channel + index)
         for channel in range(3)
     ]
-    return np.round(127.5 + 127.5 * np.stack(channels, axis=-1)).astype(np.uint8)
+    waves = np.stack(channels, axis=-1)
+    if index % 2:
+        waves = np.sign(waves - 1 / 3)
+    return np.round(127.5 + 127.5 * waves).astype(np.uint8)
 
 
 def check_canary(recorded: str, encoder: _Encoder, *, where: str) -> float:

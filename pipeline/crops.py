@@ -1,4 +1,4 @@
-"""From boxes to the teacher's view of them: windows, antialiased resampling, fixed batches.
+"""From boxes to the teacher's view of them: windows, views, fixed batches, one vector a box.
 
 The default crop (method B.4): the box, and the box grown 1.5 times about its centre, each clamped
 to the picture, rounded outward to whole pixels and squashed to the teacher's input size; the two
@@ -6,45 +6,125 @@ unit embeddings are averaged and normalised again.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import isfinite
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as resampling
+
+from dkdetr.errors import UsageError
+from pipeline.resampling import Placement
 
 _MIN_SIDE = 2
+_MAX_SCALE = 10.0
 
-Interpolation = Literal["bicubic", "bilinear"]
-_INTERPOLATION = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
+CropMode = Literal["squash", "clip_center", "pad_square", "context_square", "native"]
+Combine = Literal["mean", "sum"]
+_COMBINED: dict[Combine, str] = {
+    "mean": "mean of unit vectors, normalised",
+    "sum": "sum of features, normalised",
+}
+Views = Literal["orig", "orig,flip", "avg"]
 
 
 @dataclass(frozen=True)
 class CropRule:
     """How a box becomes what the teacher sees.
 
-    `squash` ignores the aspect ratio, so that the whole box is seen; `clip_center` is CLIP's own
-    preprocessing (short side to size, centre cut), which shows a 4:1 box's central quarter only.
+    Modes: `squash` ignores the aspect ratio, so that the whole box is seen; `clip_center` is CLIP's
+    own preprocessing (short side to size, centre cut), which shows a 4:1 box's central quarter;
+    `pad_square` keeps the ratio and fills up with the teacher's mean colour; `context_square` sees
+    the box within a square of 8 times its area (OADP), moved into the picture; `native` is one of
+    the first three, as the teacher's own preprocessing has it.
+
+    Combination of a box's vectors: `mean` of unit vectors, or the plain `sum` of the teacher's
+    features (DetPro, ViLD); both normalised at the end.
+
+    Views: `orig`; `orig,flip` keeps a second vector of the mirrored crop for mirrored training
+    views; `avg` averages the two.
     """
 
-    mode: Literal["squash", "clip_center"] = "squash"
+    mode: CropMode = "squash"
     scales: tuple[float, ...] = (1.0, 1.5)
+    combine: Combine = "mean"
+    views: Views = "orig"
+
+    @property
+    def placement(self) -> Placement:
+        """How a window is fitted into the teacher's input."""
+        assert self.mode != "native", "a native rule is resolved by the teacher"
+        return "squash" if self.mode == "context_square" else self.mode
+
+    @property
+    def views_per_box(self) -> int:
+        """How many crops a box gives at each scale."""
+        return 1 if self.views == "orig" else 2
 
     def parts(self) -> dict[str, Any]:
         """Returns the rule as the cache's fingerprint records it."""
         return {
             "mode": self.mode,
             "scales": list(self.scales),
-            "combine": "mean of unit vectors, normalised",
+            "combine": _COMBINED[self.combine],
+            "views": self.views,
             "clamp": "to the picture",
             "rounding": "outward",
             "min_side": _MIN_SIDE,
-            "resampling": "torchvision uint8, antialias",
         }
+
+
+def rule_from_parts(parts: Mapping[str, Any]) -> CropRule:
+    """Returns the rule that `CropRule.parts` recorded in a cache."""
+    combine = next(word for word, told in _COMBINED.items() if told == parts["combine"])
+    scales = tuple(parts["scales"])
+    return CropRule(parts["mode"], scales, cast("Combine", combine), parts["views"])
+
+
+def parse_crop_rule(
+    mode: str, scales: str = "1.0,1.5", combine: str | None = None, views: str = "orig"
+) -> CropRule:
+    """Returns the rule that the command line's words name.
+
+    Args:
+        mode: one of `CropMode`, or `vild`: clip_center with the plain sum, as DetPro's caches have.
+        scales: factors of the box's sides, with commas between them.
+        combine: `mean` or `sum`; None: mean, and sum for `vild`.
+        views: one of `Views`.
+
+    Raises:
+        UsageError: says which word, and what may stand there.
+    """
+    if mode == "vild":
+        if combine == "mean":
+            raise UsageError(
+                "--crop-mode vild means --crop-combine sum; for the mean of unit vectors give "
+                "--crop-mode clip_center"
+            )
+        mode, combine = "clip_center", "sum"
+    try:
+        factors = tuple(float(word) for word in scales.split(","))
+    except ValueError:
+        factors = ()
+    fine = all(isfinite(factor) and 0 < factor <= _MAX_SCALE for factor in factors)
+    if not factors or not fine or len(set(factors)) < len(factors):
+        raise UsageError(
+            f"--crop-scales {scales}: give different factors above 0 and at most {_MAX_SCALE:g}, "
+            "with commas, for example 1.0,1.5"
+        )
+    chosen = (("--crop-mode", mode, CropMode), ("--crop-combine", combine or "mean", Combine),
+              ("--views", views, Views))  # fmt: skip
+    for option, word, kind in chosen:
+        if word not in get_args(kind):
+            more = " or vild" if option == "--crop-mode" else ""
+            known = " | ".join(get_args(kind))
+            raise UsageError(f"{option} {word}: choose one of {known}{more}")
+    return CropRule(
+        cast("CropMode", mode), factors, cast("Combine", combine or "mean"), cast("Views", views)
+    )
 
 
 def crop_windows(
@@ -59,6 +139,11 @@ def crop_windows(
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2
     half = (boxes[..., 2:] - boxes[..., :2]).clip(min=0) / 2 * scales
     limit = np.array([width, height])
+    if rule.mode == "context_square":
+        # Half the side of a square of 8 w h, no greater than the picture, moved into it.
+        half = np.sqrt(8 * half.prod(axis=-1, keepdims=True)).repeat(2, axis=-1)
+        half = np.minimum(half, limit / 2)
+        centre = np.clip(centre, half, limit - half)
     # A hair inward before rounding outward: 10.000001 from float32 arithmetic is pixel 10, not 11.
     low = np.floor((centre - half).clip(0, limit) + 1e-3).astype(np.int64)
     high = np.ceil((centre + half).clip(0, limit) - 1e-3).astype(np.int64)
@@ -68,38 +153,19 @@ def crop_windows(
     return np.concatenate((low, high), axis=-1)
 
 
-def cut_crops(
-    image: UInt8[Tensor, "3 height width"],
-    windows: Int[np.ndarray, "num_windows 4"],
-    size_hw: tuple[int, int],
-    *,
-    mode: str = "squash",
-    interpolation: Interpolation = "bicubic",
-) -> UInt8[Tensor, "num_windows 3 crop_height crop_width"]:
-    """Returns the windows of a picture at the teacher's size, resampled with antialiasing.
-
-    On a CPU torchvision's uint8 kernels agree with Pillow's to 2 grey levels and need half its
-    time (the design note has the measurement); the picture must be contiguous for that.
-    """
-    crops = image.new_empty((len(windows), 3, *size_hw))
-    how = _INTERPOLATION[interpolation]
-    for index, (left, top, right, bottom) in enumerate(windows.tolist()):
-        window = image[:, top:bottom, left:right]
-        if mode == "squash":
-            crop = resampling.resize_image(window, list(size_hw), how, antialias=True)
-        else:
-            short = resampling.resize_image(window, [min(size_hw)], how, antialias=True)
-            crop = resampling.center_crop_image(short, list(size_hw))
-        crops[index] = crop
-    return crops
-
-
-def combine_scales(
-    embeddings: Float[np.ndarray, "num_boxes num_scales embed_dim"],
+def combine_crops(
+    features: Float[np.ndarray, "num_boxes num_crops embed_dim"], combine: Combine = "mean"
 ) -> Float[np.ndarray, "num_boxes embed_dim"]:
-    """Returns the unit vector along the mean of each box's unit vectors."""
-    mean = embeddings.astype(np.float32).mean(axis=1)
-    return mean / np.linalg.norm(mean, axis=-1, keepdims=True).clip(min=1e-12)
+    """Returns one unit vector a box from the features of its crops."""
+    rows = features.astype(np.float32)
+    if combine == "mean":
+        rows = unit_rows(rows)
+    return unit_rows(rows.sum(axis=1))
+
+
+def unit_rows(features: Float[np.ndarray, "*shape embed_dim"]) -> np.ndarray:
+    """Returns the vectors at length 1."""
+    return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(min=1e-12)
 
 
 def embed_stream(

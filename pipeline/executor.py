@@ -4,7 +4,7 @@ Dask is a plain task runner here: a task is a shard's number, and a worker build
 proposer once. The only file that imports Dask.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -48,7 +48,7 @@ def run_shards(
     task: Callable[[Any, int, int], Result],
     job: Hashable,
     shards: Sequence[int],
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result], None, None]:
     """Yields (shard, result) as shards are finished.
 
     Args:

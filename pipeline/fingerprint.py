@@ -12,6 +12,7 @@ from cache.plan import Plan
 from cache.spec import SCHEMA
 from dkdetr.data.splits import Split
 from pipeline.crops import CropRule
+from pipeline.leaks import LeakCheck
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.request import CacheRequest, request_record
 from pipeline.source_images import ImageCheck
@@ -26,14 +27,15 @@ def cache_parts(
     source: ProposalSource,
     teacher: Teacher,
     plan: Plan,
+    rule: CropRule,
 ) -> dict[str, Any]:
-    """Returns all that decides a byte of the cache; no clock, host or worker count."""
+    """Returns all that decides a byte of the cache; no clock, host, path or worker count."""
     return {
         "schema": SCHEMA,
         "split": split_parts(split),
         "images": images.parts(),
         "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
-        "crops": CropRule(mode=request.crop_mode).parts(),
+        "crops": rule.parts(),
         "teacher": {"name": teacher.identity, **teacher.parts()},
         "storage": {"region_embeddings": request.storage},
         "batch_layout": dict(plan.batch_layout),
@@ -50,7 +52,8 @@ def split_parts(split: Split) -> dict[str, Any]:
     ids = np.array([image.image_id for image in split.images], dtype="<i8")
     base = ",".join(map(str, sorted(split.base_category_ids)))
     return {
-        "name": split.name,
+        # A user's own split is named by its folders; what they hold counts, not where they lie.
+        "name": split.name.partition(":")[0],
         "protocol": split.protocol,
         "num_images": len(split.images),
         "image_ids_xxh3_128": xxhash.xxh3_128_hexdigest(ids.tobytes()),
@@ -60,7 +63,7 @@ def split_parts(split: Split) -> dict[str, Any]:
 
 
 def cache_provenance(
-    request: CacheRequest, teacher: Teacher, source: ProposalSource, canary: str
+    request: CacheRequest, split: Split, teacher: Teacher, leaks: LeakCheck, canary: str
 ) -> dict[str, Any]:
     """Returns what is kept of a cache's making but never compared."""
     return {
@@ -70,9 +73,10 @@ def cache_provenance(
         "host": platform.node(),
         "torch": torch.__version__,
         "device": str(teacher.device),
+        "split": split.name,
         "data_root": str(request.data_root.resolve()),
         "teacher_spec": request.teacher,
-        "proposals": dict(source.seen),
-        "uses_novel_names": source.seen.get("novel_boxes") == "unknown",
+        "proposals": leaks.provenance(),
+        "uses_novel_names": leaks.provenance()["uses_novel_names"],
         "canary": canary,
     }

@@ -15,6 +15,7 @@ from dkdetr.data.splits import load_split
 from dkdetr.errors import DkdetrError
 from dkdetr.progress import progress
 from pipeline.recall import Recall, cache_recall
+from pipeline.zero_shot import ZeroShot, accuracy_by_mode, cached_accuracy, parse_modes
 
 _SHOWN = 20
 
@@ -83,6 +84,7 @@ class CheckedCache:
 
     report: VerifyReport
     recall: tuple[Recall, ...]
+    zero_shot: tuple[ZeroShot, ...]
     no_recall: str
     """Why there is no recall; empty where there is."""
 
@@ -100,6 +102,7 @@ class CheckedCache:
             if recall.shares:
                 shares = ", ".join(f"{share:.1%} at {n}" for n, share in recall.shares.items())
                 text.append(f"recall of {recall.group} objects ({recall.num_objects:,}): {shares}")
+        text += [each.line() for each in self.zero_shot]
         if self.no_recall:
             text.append(f"no recall: {self.no_recall}")
         return text if report.problems else [*text, "no problem found"]
@@ -107,7 +110,9 @@ class CheckedCache:
     def as_json(self) -> dict[str, Any]:
         """Returns the result as plain data."""
         recall = {each.group: dict(each.shares) for each in self.recall}
-        return {**vars(self.report), "recall": recall, "no_recall": self.no_recall}
+        zero_shot = {each.mode: vars(each) for each in self.zero_shot}
+        report = {**vars(self.report), "recall": recall, "zero_shot": zero_shot}
+        return {**report, "no_recall": self.no_recall}
 
     def raise_problems(self) -> None:
         """Raises CorruptCacheError if there is any problem."""
@@ -137,22 +142,39 @@ def describe_cache(path: CachePath) -> CacheDescription:
     )
 
 
-def verify_and_report(path: CachePath, data_root: Path) -> CheckedCache:
-    """Returns what is wrong with a cache, and the recall of its proposals.
+def verify_and_report(
+    path: CachePath, data_root: Path, *, crop_modes: str = "", device: str = "auto"
+) -> CheckedCache:
+    """Returns what is wrong with a cache, its proposals' recall and its teacher's accuracy.
 
     Recall needs the split's annotations; where they are not at hand the result says so.
 
+    Args:
+        path: the cache.
+        data_root: where the split lies.
+        crop_modes: whose zero-shot accuracy is wanted besides the cached mode's: modes with
+            commas, or `all`; needs the teacher's weights and the pictures.
+        device: where the teacher runs for that.
+
     Raises:
         CacheError: there is no cache at all.
+        DkdetrError: modes are asked for, and the teacher or the split is not at hand.
     """
+    modes = parse_modes(crop_modes)
     num_shards = load_plan(path).num_shards if (path / PLAN_FILE).is_file() else 0
     with progress("verify", num_shards) as advance:
         report = verify_cache(path, on_shard=lambda done, _total: advance(done, ""))
     if report.problems or not report.sealed:
-        return CheckedCache(report, (), "the cache is not whole")
+        return CheckedCache(report, (), (), "the cache is not whole")
     reader = open_cache(path)
+    cached = cached_accuracy(reader)
+    zero_shot = (cached,) if cached else ()
     try:
         split = load_split(reader.info.split, data_root)
     except DkdetrError as error:
-        return CheckedCache(report, (), str(error))
-    return CheckedCache(report, cache_recall(reader, split), "")
+        if modes:
+            raise
+        return CheckedCache(report, (), zero_shot, str(error))
+    if modes:
+        zero_shot += accuracy_by_mode(reader, split, modes, device)
+    return CheckedCache(report, cache_recall(reader, split), zero_shot, "")

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.errors import MismatchError
-from pipeline.crops import CropRule
+from pipeline.crops import CropRule, rule_from_parts
 from pipeline.teacher import load_teacher
 from pipeline.teacher_model import Teacher
 
@@ -54,5 +54,4 @@ def teacher_of_cache(path: CachePath, device: Any) -> OnlineTeacher:
             f"the teacher '{spec}' has other weights now than when {path} was made: its "
             "embeddings and the cache's text would not fit"
         )
-    crops = info.parts["crops"]
-    return OnlineTeacher(teacher, CropRule(mode=crops["mode"], scales=tuple(crops["scales"])))
+    return OnlineTeacher(teacher, rule_from_parts(info.parts["crops"]))

@@ -1,33 +1,83 @@
 """What a cache will cost, and whether there is room for it: before anything is made."""
 
 import shutil
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cache.plan import Plan, make_plan
 from cache.spec import DiskFullError
-from dkdetr.data.splits import Split, load_split
-from pipeline.crops import CropRule
-from pipeline.fit import fit_plan
-from pipeline.proposal_sources import NETWORK_FILE, ProposalSpec, parse_proposals
-from pipeline.request import CachePrice, CacheRequest
-from pipeline.teacher import teacher_embed_dim
+from dkdetr.data.prompts import prompt_set
+from dkdetr.data.splits import Split
+from dkdetr.progress import format_duration
+from pipeline.fit import FitPlan, fit_plan
+from pipeline.proposal_sources import NETWORK_FILE, ProposalSpec
+from pipeline.request import CacheRequest, gigabytes
 
 
-def price_cache(request: CacheRequest) -> CachePrice:
-    """Returns what a cache would cost; loads no weights and writes nothing.
+@dataclass(frozen=True)
+class StagePrice:
+    """One stage: how much work, and how long it takes; None where that was not measured."""
 
-    Raises:
-        DiskFullError: there is not enough room.
-        DkdetrError: unknown split, teacher or proposals; missing images.
-    """
-    split = load_split(request.split, request.data_root)
-    split.require_images()
-    spec = parse_proposals(request.proposals)
-    embed_dim = teacher_embed_dim(request.teacher)
-    price = price_of(request, split, spec, embed_dim)
-    require_room(request, price)
-    return price
+    stage: str
+    amount: str
+    seconds: float | None
+
+    def line(self) -> str:
+        """Returns the stage as a person reads it."""
+        time = "" if self.seconds is None else f": about {format_duration(self.seconds)}"
+        return f"{self.stage:<10} {self.amount}{time}"
+
+
+@dataclass(frozen=True)
+class CachePrice:
+    """What a cache will cost, before anything is made."""
+
+    split: str
+    num_images: int
+    num_base_names: int
+    num_novel_names: int
+    num_base_boxes: int
+    max_crops: int
+    num_shards: int
+    embed_dim: int
+    num_texts: int
+    bytes_needed: int
+    bytes_free: int
+    fit_iterations: int
+    """0 where no proposal network has to be trained."""
+    fit_batch_size: int = 0
+    stages: tuple[StagePrice, ...] = ()
+    """With their times, once they were measured (pipeline.calibrate)."""
+    calibration: str = "not measured"
+    """On what the times were measured, or why they were not."""
+
+    def lines(self) -> list[str]:
+        """Returns the price as a person reads it."""
+        return [
+            f"split      {self.split}: {self.num_images:,} images, {self.num_base_names} base and "
+            f"{self.num_novel_names} novel names, {self.num_base_boxes:,} base boxes",
+            *(stage.line() for stage in self.stages or self.work()),
+            f"disk       {gigabytes(self.bytes_needed)} needed, {gigabytes(self.bytes_free)} free",
+            f"times      {self.calibration}",
+        ]
+
+    def work(self) -> tuple[StagePrice, ...]:
+        """Returns the stages without their times."""
+        fit = f"{self.fit_iterations:,} training steps of {self.fit_batch_size} images first"
+        return (
+            StagePrice("fit", fit if self.fit_iterations else "nothing to train", None),
+            StagePrice(
+                "shards", f"at most {self.max_crops:,} crops in {self.num_shards} shards", None
+            ),
+            StagePrice("text", f"{self.num_texts:,} prompts", None),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the price as plain data."""
+        stages = [vars(stage) for stage in self.stages or self.work()]
+        return {**vars(self), "stages": stages}
 
 
 def plan_cache(split: Split, request: CacheRequest, embed_dim: int, *, crop_batch: int) -> Plan:
@@ -40,6 +90,7 @@ def plan_cache(split: Split, request: CacheRequest, embed_dim: int, *, crop_batc
         max_gt=int(counts.max(initial=0)),
         storage=request.storage,
         batch_layout={"crop_batch": crop_batch, "image_batch": request.image_batch},
+        flipped=request.crops.views == "orig,flip",
     )
 
 
@@ -47,26 +98,39 @@ def price_of(request: CacheRequest, split: Split, spec: ProposalSpec, embed_dim:
     """Returns the price of a cache whose teacher's vectors have `embed_dim` numbers."""
     plan = plan_cache(split, request, embed_dim, crop_batch=0)
     num_base_boxes = len(split.base_table.category_ids)
-    bytes_a_value = 1 if request.storage == "int8" else 2
-    a_region = plan.embed_dim * bytes_a_value + 4 * 4 + 4 + 4 + 4
+    bytes_a_vector = plan.embed_dim * (1 if request.storage == "int8" else 2) + 4
+    a_region = bytes_a_vector * (2 if plan.flipped else 1) + 4 * 4 + 4 + 4
     a_truth = plan.embed_dim * 2 + 4 * 4 + 8
     an_image = plan.max_regions * a_region + plan.max_gt * a_truth + plan.embed_dim * 2 + 64
     parent = next(folder for folder in (request.out, *request.out.parents) if folder.exists())
-    trains = spec.kind == "fit" and not spec.path and not (request.out / NETWORK_FILE).is_file()
-    scales = len(CropRule().scales)
+    trains = spec.trains and not (request.out / NETWORK_FILE).is_file()
+    fitted: FitPlan | None = fit_plan(request, split) if trains else None
+    templates = prompt_set(request.prompts).templates
     return CachePrice(
         split=split.name,
         num_images=plan.num_images,
         num_base_names=sum(category.is_base for category in split.categories),
         num_novel_names=sum(not category.is_base for category in split.categories),
         num_base_boxes=num_base_boxes,
-        max_crops=plan.num_images * (plan.max_regions * scales + 1) + num_base_boxes * scales,
+        max_crops=max_crops(request, plan.num_images, num_base_boxes),
         num_shards=plan.num_shards,
         embed_dim=plan.embed_dim,
+        num_texts=len(split.categories) * len(templates),
         bytes_needed=plan.num_images * an_image,
         bytes_free=shutil.disk_usage(parent).free,
-        fit_iterations=fit_plan(request, split).num_iterations if trains else 0,
+        fit_iterations=fitted.num_iterations if fitted else 0,
+        fit_batch_size=fitted.config.data.batch_size if fitted else 0,
     )
+
+
+def max_crops(request: CacheRequest, num_images: int, num_base_boxes: int) -> int:
+    """Returns the most crops that may have to be encoded."""
+    rule = request.crops
+    of_proposals = num_images * request.keep * len(rule.scales)
+    others = num_images + num_base_boxes * len(rule.scales)
+    if rule.views == "orig,flip":
+        return 2 * of_proposals + others
+    return rule.views_per_box * (of_proposals + others)
 
 
 def require_room(request: CacheRequest, price: CachePrice) -> None:

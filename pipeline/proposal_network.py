@@ -23,7 +23,7 @@ from dkdetr.errors import CorruptArtefactError, DataError
 from dkdetr.structures import ImageBatch
 from dkdetr.student.build import build_trunk
 from dkdetr.student.detector import ProposingTrunk
-from pipeline.proposals import Proposals, SourceImage
+from pipeline.proposals import Proposals, Seen, SourceImage
 from pipeline.teacher_model import tensors_sha256
 
 _CONFIG = TypeAdapter(StudentConfig)
@@ -38,7 +38,8 @@ class NetworkProposals:
         batch_size: images at once, always: the last batch is padded with black pictures, because
             a network's output changes in its last bits with the batch.
         source: `fit` or `student`, for the fingerprint.
-        seen: what it has learned from.
+        names: of the categories whose boxes it has learned from.
+        details: what else is known of its training, for the cache's provenance.
     """
 
     def __init__(
@@ -48,18 +49,28 @@ class NetworkProposals:
         image_size: int,
         batch_size: int,
         source: str,
-        seen: Mapping[str, Any],
+        names: tuple[str, ...],
+        details: Mapping[str, Any],
     ) -> None:
         self._trunk = trunk.eval()
         self._image_size = image_size
         self._batch_size = batch_size
         self._device = next(trunk.parameters()).device
+        weights = tensors_sha256(trunk)
         self.identity: Mapping[str, Any] = {
             "source": source,
-            "weights_sha256": tensors_sha256(trunk),
+            "weights_sha256": weights,
             "image_size": image_size,
         }
-        self.seen = seen
+        # It has seen base boxes alone; pipeline.leaks compares whose base with whose novel.
+        self.seen = Seen(
+            source=source,
+            detector=f"sha256:{weights}",
+            uses_novel_names=False,
+            saw_novel_boxes=False,
+            names=names,
+            details=details,
+        )
 
     @torch.inference_mode()
     def propose(self, images: Sequence[SourceImage]) -> list[Proposals]:

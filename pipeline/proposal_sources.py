@@ -3,19 +3,21 @@
 fit            trains a proposal network on the split's base boxes, kept in CACHE/proposals/
 fit:CACHE      the network of another cache (a val split uses its train split's)
 student:CKPT   a student's own first stage, as in the paper
-file:PATH      a COCO results json
+file:PATH      a COCO results json or mmdet's pickled list: see pipeline.file_proposals
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from dkdetr.data.splits import Split
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
 from dkdetr.errors import DataError, UsageError
+from pipeline.file_proposals import FileOptions, FileProposals, pack_file, parse_file_options
 from pipeline.proposal_network import NetworkProposals, load_network
-from pipeline.proposals import FileProposals, ProposalSource, pack_results
+from pipeline.proposals import ProposalSource
 
 NETWORK_FILE = "proposals/network.safetensors"
 
@@ -26,6 +28,22 @@ class ProposalSpec:
 
     kind: Literal["fit", "student", "file"]
     path: str
+    options: FileOptions = field(default_factory=FileOptions)
+
+    @property
+    def trains(self) -> bool:
+        """True if the network has to be made first."""
+        return self.kind == "fit" and not self.path
+
+    def require(self) -> None:
+        """Raises DataError if what is named is not there; looks, and reads nothing."""
+        path = Path(self.path)
+        if self.kind == "student":
+            find_checkpoint(path)
+        elif self.kind == "file" and not path.is_file():
+            raise DataError(f"proposals '{path}': no such file")
+        elif self.kind == "fit" and self.path:
+            _network_file(path)
 
 
 def parse_proposals(text: str) -> ProposalSpec:
@@ -33,28 +51,34 @@ def parse_proposals(text: str) -> ProposalSpec:
     kind, _, path = text.partition(":")
     if kind == "fit":
         return ProposalSpec("fit", path)
-    if kind in {"student", "file"} and path:
-        return ProposalSpec("student" if kind == "student" else "file", path)
+    if kind == "student" and path:
+        return ProposalSpec("student", path)
+    if kind == "file" and path:
+        return ProposalSpec("file", *parse_file_options(path))
     raise UsageError(f"--proposals '{text}' is none of fit, fit:CACHE, student:CKPT, file:PATH")
 
 
-def prepare_source(spec: ProposalSpec, cache_path: Path) -> str:
+def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
     """Returns the prepared form of a source that needs no training: `kind:PATH` for `open_source`.
 
     Raises:
         DataError: a file, checkpoint or network that is not there.
     """
     if spec.kind == "file":
-        return f"packed:{pack_results(Path(spec.path), cache_path / 'proposals').resolve()}"
+        packed = pack_file(Path(spec.path), spec.options, split, cache_path / "proposals")
+        return f"packed:{packed.resolve()}"
     if spec.kind == "student":
         return f"student:{find_checkpoint(Path(spec.path)).resolve()}"
-    given = Path(spec.path)
+    return f"network:{_network_file(Path(spec.path)).resolve()}"
+
+
+def _network_file(given: Path) -> Path:
     network = given if given.suffix == ".safetensors" else given / NETWORK_FILE
     if not network.is_file():
         raise DataError(
             f"no proposal network in '{given}': it is made by cache-teacher --proposals fit"
         )
-    return f"network:{network.resolve()}"
+    return network
 
 
 def open_source(prepared: str, device: torch.device, *, batch_size: int) -> ProposalSource:
@@ -64,25 +88,24 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
         return FileProposals(Path(path))
     if kind == "network":
         trunk, facts = load_network(Path(path))
-        return NetworkProposals(
-            trunk.to(device),
-            image_size=int(facts["image_size"]),
-            batch_size=batch_size,
-            source="fit",
-            seen=facts["seen"],
-        )
-    assert kind == "student", prepared
-    checkpoint = load_checkpoint(Path(path))
-    return NetworkProposals(
-        load_student(checkpoint).trunk.to(device),
-        image_size=checkpoint.config.data.image_size,
-        batch_size=batch_size,
-        source="student",
-        seen={
-            "source": "student",
-            "experiment": checkpoint.config.name,
+        seen, source = facts["seen"], "fit"
+        image_size, names = int(facts["image_size"]), tuple(seen["names"])
+        details = {key: value for key, value in seen.items() if key != "names"}
+    else:
+        assert kind == "student", prepared
+        checkpoint = load_checkpoint(Path(path))
+        trunk, source = load_student(checkpoint).trunk, "student"
+        image_size, names = checkpoint.config.data.image_size, checkpoint.vocabulary.base().names
+        details = {
             "split": checkpoint.cache_split,
+            "experiment": checkpoint.config.name,
             "iterations": checkpoint.progress.iteration,
-            "novel_boxes": "none: students learn from base boxes alone",
-        },
+        }
+    return NetworkProposals(
+        trunk.to(device),
+        image_size=image_size,
+        batch_size=batch_size,
+        source=source,
+        names=names,
+        details=details,
     )

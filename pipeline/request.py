@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from dkdetr.errors import UsageError
+from pipeline.crops import CropRule
 from pipeline.executor import Executor
 from pipeline.recall import Recall
 from pipeline.teacher import Precision
@@ -28,7 +29,7 @@ class CacheRequest:
     keep: int = 300
     """Proposals kept of an image."""
     storage: Literal["fp16", "int8"] = "fp16"
-    crop_mode: Literal["squash", "clip_center"] = "squash"
+    crops: CropRule = field(default_factory=CropRule)
     prompts: str = "vild63"
     executor: Executor = field(default_factory=Executor)
     device: str = "auto"
@@ -43,6 +44,8 @@ class CacheRequest:
     overrides: tuple[str, ...] = ()
     fit_epochs: int | None = None
     """None: a sixth of the experiment's epochs (12 of LVIS's 70), at least 2."""
+    only_proposals: bool = False
+    """Stop when the network of `fit` is trained."""
     neighbors: bool = True
     command: str = ""
     """As typed; kept in the provenance."""
@@ -52,6 +55,13 @@ class CacheRequest:
             raise UsageError(f"--keep {self.keep}: keep at least one proposal an image")
         if not 0 <= self.max_bad <= 1:
             raise UsageError(f"--max-bad {self.max_bad}: a share between 0 and 1")
+        if self.fit_epochs is not None and self.fit_epochs < 1:
+            raise UsageError(
+                f"--fit-epochs {self.fit_epochs}: train at least one; without the option it is a "
+                "sixth of the experiment's, and --proposals file: or student: train nothing"
+            )
+        if self.only_proposals and self.proposals != "fit":
+            raise UsageError(f"--only-proposals: --proposals {self.proposals} trains none")
 
 
 def request_record(request: CacheRequest) -> dict[str, Any]:
@@ -73,44 +83,6 @@ def recorded_request(record: Any, where: Path) -> CacheRequest:
             "settings are missing or unknown): run its own cache-teacher command again, which "
             "makes what is missing"
         ) from None
-
-
-@dataclass(frozen=True)
-class CachePrice:
-    """What a cache will cost, before anything is made."""
-
-    split: str
-    num_images: int
-    num_base_names: int
-    num_novel_names: int
-    num_base_boxes: int
-    max_crops: int
-    num_shards: int
-    embed_dim: int
-    bytes_needed: int
-    bytes_free: int
-    fit_iterations: int
-    """0 where no proposal network has to be trained."""
-
-    def lines(self) -> list[str]:
-        """Returns the price as a person reads it."""
-        fit = (
-            f"fit: {self.fit_iterations:,} training steps first"
-            if self.fit_iterations
-            else "ready: nothing to train"
-        )
-        return [
-            f"split      {self.split}: {self.num_images:,} images, {self.num_base_names} base and "
-            f"{self.num_novel_names} novel names, {self.num_base_boxes:,} base boxes",
-            f"proposals  {fit}",
-            f"work       at most {self.max_crops:,} crops in {self.num_shards} shards",
-            f"disk       {_gigabytes(self.bytes_needed)} needed, "
-            f"{_gigabytes(self.bytes_free)} free",
-        ]
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the price as plain data."""
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -140,7 +112,7 @@ class CacheSummary:
         mark = "  RANDOM WEIGHTS: for trials only" if self.random_teacher else ""
         text = [
             f"cache      {self.path}: {self.num_images:,} images, {self.num_regions:,} regions, "
-            f"{_gigabytes(self.bytes_on_disk)}, {self.seconds:.0f} s{resumed}",
+            f"{gigabytes(self.bytes_on_disk)}, {self.seconds:.0f} s{resumed}",
             f"teacher    {self.teacher}{mark}",
         ]
         for recall in self.recall:
@@ -166,6 +138,22 @@ class CacheSummary:
         }
 
 
+@dataclass(frozen=True)
+class ProposalsReady:
+    """A trained proposal network, where no more was asked for; or the end of a helping rank."""
+
+    network: Path
+    is_first: bool
+
+    def lines(self) -> list[str]:
+        """Returns where the network is; nothing on a helping rank."""
+        return [f"proposals  {self.network}: trained"] if self.is_first else []
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the same as plain data."""
+        return {"network": str(self.network)} if self.is_first else {}
+
+
 def executor_of(workers: int, scheduler: str | None) -> Executor:
     """Returns where `--workers` and `--scheduler` put the work."""
     return Executor(workers=workers, scheduler=scheduler)
@@ -182,5 +170,6 @@ def default_out(split: str) -> Path:
     return Path("cache") / split.removesuffix("_train")
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
+    """Returns a number of bytes as people read it."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from cache.layout import load_plan
 from cache.plan import Plan
@@ -28,13 +28,13 @@ from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
 from dkdetr.errors import MismatchError
 from pipeline.canary import check_canary
-from pipeline.crops import CropRule, combine_scales, crop_windows, embed_stream
+from pipeline.crops import CropRule, combine_crops, crop_windows, embed_stream
 from pipeline.proposal_sources import open_source
 from pipeline.proposals import ProposalRule, Proposals, ProposalSource, SourceImage, apply_rule
 from pipeline.teacher import Precision, load_teacher
 from pipeline.teacher_model import Teacher
 
-_READ_THREADS = 2
+READ_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ShardTools:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pending:
+class PendingImage:
     """An image whose crops are on their way through the teacher."""
 
     image: ImageInfo
@@ -131,7 +131,7 @@ def embed_shard(job: ShardJob, shard: int, tools: ShardTools) -> ShardReport:
     plan, teacher, rule = tools.plan, tools.teacher, job.crop_rule
     image_of = {image.image_id: image for image in tools.split.images}
     images = [image_of[image_id] for image_id in plan.shard_image_ids(shard)]
-    pending: deque[_Pending] = deque()
+    pending: deque[PendingImage] = deque()
     quarantined: dict[int, str] = {}
 
     def stacks() -> Iterator[torch.Tensor]:
@@ -141,15 +141,13 @@ def embed_shard(job: ShardJob, shard: int, tools: ShardTools) -> ShardReport:
             for (image, picture), found in zip(chunk, raw, strict=True):
                 height, width = picture.pixels.shape[:2]
                 kept = apply_rule(found, job.proposal_rule, height=height, width=width)
-                base = tools.split.base_boxes(image.image_id)
-                pending.append(_Pending(image, kept, base))
-                windows = _windows(kept, base, rule, height=height, width=width)
-                pixels = torch.from_numpy(picture.pixels).permute(2, 0, 1)
-                yield teacher.cut(pixels.to(teacher.device).contiguous(), windows, rule)
+                pending.append(PendingImage(image, kept, tools.split.base_boxes(image.image_id)))
+                yield crops_of(picture, pending[-1], teacher, rule)
 
+    encode = teacher.crop_features
     rows = [
-        _rows(pending.popleft(), embeddings, num_scales=len(rule.scales))
-        for embeddings in embed_stream(stacks(), teacher.encode_crops, batch_size=job.crop_batch)
+        rows_of_image(pending.popleft(), features, rule)
+        for features in embed_stream(stacks(), encode, batch_size=job.crop_batch)
     ]
     manifest = commit_shard(job.cache_path, shard, rows, quarantined=quarantined, plan=plan)
     return ShardReport(
@@ -173,11 +171,11 @@ def _readable(
             return str(error).replace(str(path), image.file_name)
         return SourceImage(image.image_id, pixels)
 
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         ahead: deque[tuple[ImageInfo, Future[SourceImage | str]]] = deque()
         remaining = iter(images)
         while True:
-            while len(ahead) < 2 * _READ_THREADS and (image := next(remaining, None)) is not None:
+            while len(ahead) < 2 * READ_THREADS and (image := next(remaining, None)) is not None:
                 ahead.append((image, pool.submit(read, image)))
             if not ahead:
                 return
@@ -189,32 +187,55 @@ def _readable(
                 yield image, result
 
 
-def _windows(
-    proposals: Proposals, base: Boxes, rule: CropRule, *, height: int, width: int
-) -> np.ndarray:
-    """Returns every window to embed: proposals and base boxes at all scales, then the picture."""
-    boxes = np.concatenate((proposals.boxes_xyxy, base.boxes_xyxy)).astype(np.float32)
+def crops_of(
+    picture: SourceImage, image: PendingImage, teacher: Teacher, rule: CropRule
+) -> UInt8[torch.Tensor, "num_crops 3 crop_height crop_width"]:
+    """Returns every crop of an image: proposals and base boxes at all scales, the whole picture.
+
+    Mirrored crops follow: of all of these if views are averaged, of the proposals' if kept.
+    """
+    height, width = picture.pixels.shape[:2]
+    boxes = np.concatenate((image.proposals.boxes_xyxy, image.base.boxes_xyxy)).astype(np.float32)
     windows = crop_windows(boxes, rule, height=height, width=width).reshape(-1, 4)
-    return np.concatenate((windows, [[0, 0, width, height]]))
+    windows = np.concatenate((windows, [[0, 0, width, height]]))
+    pixels = torch.from_numpy(picture.pixels).permute(2, 0, 1).to(teacher.device).contiguous()
+    crops = teacher.cut(pixels, windows, rule)
+    if rule.views == "orig":
+        return crops
+    of_proposals = len(image.proposals.boxes_xyxy) * len(rule.scales)
+    mirrored = crops if rule.views == "avg" else crops[:of_proposals]
+    return torch.cat((crops, mirrored.flip(-1)))
 
 
-def _rows(
-    pending: _Pending, embeddings: Float[np.ndarray, "num_windows embed_dim"], *, num_scales: int
+def rows_of_image(
+    pending: PendingImage, features: Float[np.ndarray, "num_crops embed_dim"], rule: CropRule
 ) -> ImageRows:
-    """Returns what is cached of an image, from the embeddings of `_windows`."""
-    by_box = combine_scales(embeddings[:-1].reshape(-1, num_scales, embeddings.shape[1]))
-    num_regions = len(pending.proposals.boxes_xyxy)
+    """Returns what is cached of an image, from the features of `crops_of`."""
+    num_regions, num_base = len(pending.proposals.boxes_xyxy), len(pending.base.boxes_xyxy)
+    scales, dim = len(rule.scales), features.shape[1]
+    of_boxes = scales * (num_regions + num_base)
+    by_box = features[:of_boxes].reshape(-1, scales, dim)
+    whole = features[of_boxes : of_boxes + 1]
+    mirrored = features[of_boxes + 1 :]
+    flipped = None
+    if rule.views == "avg":
+        by_box = np.concatenate((by_box, mirrored[:-1].reshape(-1, scales, dim)), axis=1)
+        whole = np.concatenate((whole, mirrored[-1:]))
+    elif rule.views == "orig,flip":
+        flipped = combine_crops(mirrored.reshape(-1, scales, dim), rule.combine)
+    embeddings = combine_crops(by_box, rule.combine)
     return ImageRows(
         image_id=pending.image.image_id,
         image_size_hw=(pending.image.height, pending.image.width),
         boxes_xyxy=pending.proposals.boxes_xyxy,
         objectness=pending.proposals.objectness,
         max_base_iou=max_base_iou(pending.proposals.boxes_xyxy, pending.base.boxes_xyxy),
-        region_embeddings=by_box[:num_regions],
-        image_embedding=embeddings[-1],
+        region_embeddings=embeddings[:num_regions],
+        flipped_embeddings=flipped,
+        image_embedding=combine_crops(whole[None], rule.combine)[0],
         gt_boxes_xyxy=pending.base.boxes_xyxy.astype(np.float32),
         gt_category_ids=pending.base.category_ids.astype(np.int64),
-        gt_embeddings=by_box[num_regions:],
+        gt_embeddings=embeddings[num_regions:],
     )
 
 

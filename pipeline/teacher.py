@@ -22,6 +22,9 @@ from pipeline.teacher_source import TeacherSource, openai_evidence, parse_teache
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 _RANDOM_SEED = 20231002
+_INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear"}
+# open_clip's resize modes, as the crop modes that do the same.
+_PLACEMENTS = {"shortest": "clip_center", "squash": "squash", "longest": "pad_square"}
 
 
 def load_teacher(
@@ -110,7 +113,8 @@ def _check_activation(source: TeacherSource, config: Mapping[str, Any]) -> None:
                 f"{_activation(config)}, which {source.model} means; "
                 f"type --teacher {_twin(source.model)}:{source.tag}"
             )
-    if source.path is not None and source.folder_config is None and not quick:
+    has_twin = _twin(source.model) != source.model  # SigLIP and EVA know no QuickGELU
+    if source.path is not None and source.folder_config is None and not quick and has_twin:
         evidence = openai_evidence(source.path, _openai_sha256())
         if evidence is not None:
             raise UsageError(
@@ -125,6 +129,7 @@ def _preprocessing(source: TeacherSource, config: Mapping[str, Any]) -> Preproce
         "mean": open_clip.OPENAI_DATASET_MEAN,
         "std": open_clip.OPENAI_DATASET_STD,
         "interpolation": "bicubic",
+        "resize_mode": "shortest",
     }
     said: list[Mapping[str, Any]] = []
     if source.kind == "tag":
@@ -137,9 +142,9 @@ def _preprocessing(source: TeacherSource, config: Mapping[str, Any]) -> Preproce
     found = {json.dumps({key: entry.get(key, defaults[key]) for key in defaults}) for entry in said}
     if len(found) > 1 and source.kind == "file":
         raise UsageError(
-            f"teacher '{source.spec}': {source.model}'s known weights want different mean and std, "
-            "and this file does not say which; put the open_clip_config.json of its repository "
-            "(with 'preprocess_cfg') beside it"
+            f"teacher '{source.spec}': {source.model}'s known weights want different "
+            "preprocessing, and this file does not say which; put the open_clip_config.json of its "
+            "repository (with 'preprocess_cfg') beside it"
         )
     chosen = json.loads(sorted(found)[0]) if found else defaults
     size = config["vision_cfg"].get("image_size", 224)
@@ -148,8 +153,18 @@ def _preprocessing(source: TeacherSource, config: Mapping[str, Any]) -> Preproce
         size_hw=(int(height), int(width)),
         mean=tuple(chosen["mean"]),
         std=tuple(chosen["std"]),
-        interpolation="bilinear" if chosen["interpolation"] == "bilinear" else "bicubic",
+        interpolation=_known(chosen["interpolation"], _INTERPOLATIONS, source),
+        placement=_known(chosen["resize_mode"], _PLACEMENTS, source),
     )
+
+
+def _known(word: str, table: Mapping[str, Any], source: TeacherSource) -> Any:
+    if word not in table:
+        raise UsageError(
+            f"teacher '{source.spec}': its preprocessing says '{word}', and only "
+            f"{', '.join(table)} are known here"
+        )
+    return table[word]
 
 
 def _build(source: TeacherSource, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:

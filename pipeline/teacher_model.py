@@ -6,7 +6,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,21 +14,34 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from pipeline.crops import CropRule, Interpolation, combine_scales, crop_windows, cut_crops
+from pipeline.crops import CropRule, combine_crops, crop_windows
+from pipeline.resampling import Interpolation, Look, Placement, cut_windows, resampling_on
 from pipeline.teacher_source import TeacherSource
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TEXT_BATCH = 256
+_TOKENIZER_PROBE = "A photo of the RED umbrella's handle, 2 o'clock!"
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What becomes of a crop's pixels: size, then (x / 255 - mean) / std."""
+    """What becomes of a crop's pixels: size, then (x / 255 - mean) / std.
+
+    `placement` is how the model's own preprocessing fits a picture into its input: the crop mode
+    `native`.
+    """
 
     size_hw: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Interpolation
+    placement: Placement = "clip_center"
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean colour in grey levels: what padding shows, near 0 for the network."""
+        red, green, blue = (round(255 * value) for value in self.mean)
+        return red, green, blue
 
 
 class Teacher:
@@ -96,22 +109,40 @@ class Teacher:
             "mean": list(self.preprocessing.mean),
             "std": list(self.preprocessing.std),
             "interpolation": self.preprocessing.interpolation,
+            "resampling": resampling_on(self.device),
         }
 
     def text_parts(self) -> dict[str, Any]:
-        """Returns what else decides a text embedding."""
-        return {"tokenizer": type(self._tokenize).__name__}
+        """Returns what else decides a text embedding: the tokenizer, by its name and its doing."""
+        tokens = self._tokenize([_TOKENIZER_PROBE])
+        return {
+            "tokenizer": type(self._tokenize).__name__,
+            "context_length": tokens.shape[1],
+            "probe_tokens": [int(token) for token in tokens[0]],
+        }
 
-    @torch.inference_mode()
+    def resolve(self, rule: CropRule) -> CropRule:
+        """Returns the rule with `native` replaced by what this teacher means by it."""
+        if rule.mode != "native":
+            return rule
+        return replace(rule, mode=self.preprocessing.placement)
+
     def encode_crops(
         self, crops: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[np.ndarray, "batch embed_dim"]:
         """Returns float32 unit vectors of crops that already have the teacher's size."""
+        return _unit_rows(torch.from_numpy(self.crop_features(crops)))
+
+    @torch.inference_mode()
+    def crop_features(
+        self, crops: UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[np.ndarray, "batch embed_dim"]:
+        """Returns float32 vectors of crops as the teacher gives them, of any length."""
         pixels = crops.to(self.device, memory_format=torch.channels_last).float()
         pixels = pixels * self._scale - self._shift
         with self._autocast():
             features = cast("Tensor", self._model.encode_image(pixels))  # pyright: ignore[reportCallIssue]
-        return _unit_rows(features)
+        return features.float().cpu().numpy()
 
     def encode_regions(
         self,
@@ -120,22 +151,28 @@ class Teacher:
         rule: CropRule | None = None,
     ) -> Float[np.ndarray, "num_boxes embed_dim"]:
         """Returns float32 unit vectors of the boxes (pixels) of an RGB uint8 picture (h, w, 3)."""
-        rule = rule or CropRule()
+        rule = self.resolve(rule or CropRule())
         height, width = image.shape[:2]
         windows = crop_windows(boxes_xyxy, rule, height=height, width=width)
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
-        crops = self.cut(pixels, windows.reshape(-1, 4), rule)
-        batches = [self.encode_crops(batch) for batch in crops.split(64) if len(batch)]
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        crops = self.cut(pixels.to(self.device).contiguous(), windows.reshape(-1, 4), rule)
+        crops = crops.unflatten(0, windows.shape[:2])
+        if rule.views == "avg":
+            crops = torch.cat((crops, crops.flip(-1)), dim=1)
+        per_box = crops.shape[1]
+        batches = [self.crop_features(part) for part in crops.flatten(0, 1).split(64) if len(part)]
         if not batches:
             return np.zeros((0, self.embed_dim), dtype=np.float32)
         rows = np.concatenate(batches)
-        return combine_scales(rows.reshape(-1, len(rule.scales), self.embed_dim))
+        return combine_crops(rows.reshape(-1, per_box, self.embed_dim), rule.combine)
 
-    def cut(self, pixels: Tensor, windows: np.ndarray, rule: CropRule) -> Tensor:
-        """Returns the windows of a uint8 picture [3, h, w] as this teacher wants to see them."""
+    def cut(
+        self, pixels: UInt8[Tensor, "3 height width"], windows: np.ndarray, rule: CropRule
+    ) -> UInt8[Tensor, "num_windows 3 crop_height crop_width"]:
+        """Returns the windows of a picture as this teacher wants to see them, on its device."""
         how = self.preprocessing
-        return cut_crops(
-            pixels, windows, how.size_hw, mode=rule.mode, interpolation=how.interpolation
+        return cut_windows(
+            pixels, windows, Look(how.size_hw, rule.placement, how.interpolation, how.fill)
         )
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ DKDETR = (sys.executable, "-c", "from cli import main; main()")
 def run_command(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Returns the finished process; it sees this checkout and one thread."""
     return subprocess.run(
-        command, cwd=cwd, env=_environment(), capture_output=True, text=True, check=False,
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False,
         timeout=500,
     )  # fmt: skip
 
@@ -21,7 +21,7 @@ def run_command(command: Sequence[str], cwd: Path) -> subprocess.CompletedProces
 def start_dkdetr(*words: str, cwd: Path) -> subprocess.Popen[str]:
     """Returns a `dkdetr` command that is still running."""
     return subprocess.Popen(
-        [*DKDETR, *words], cwd=cwd, env=_environment(), stderr=subprocess.PIPE, text=True
+        [*DKDETR, *words], cwd=cwd, env=environment(), stderr=subprocess.PIPE, text=True
     )
 
 
@@ -37,5 +37,6 @@ def succeed(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Returns the environment of a command: this checkout, one thread."""
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,11 +1,11 @@
 """`cache-teacher` from files on a disk to a sealed cache, with a tiny CLIP and few pictures."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -18,77 +18,36 @@ from dkdetr.errors import DataError, MismatchError, UsageError
 from pipeline import build
 from pipeline import price as price_module
 from pipeline.build import cache_teacher
+from pipeline.calibrate import price_cache
 from pipeline.crops import CropRule
 from pipeline.executor import Executor
-from pipeline.price import price_cache
+from pipeline.inspect import verify_and_report
 from pipeline.request import CacheRequest
 from pipeline.teacher import load_teacher
-
-TINY_CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-CATEGORIES = [
-    {"id": 3, "name": "square", "split": "base"},
-    {"id": 5, "name": "disc", "split": "base"},
-    {"id": 9, "name": "cross", "split": "novel"},
-]
-NUM_IMAGES = 35  # three shards: 16, 16, 3
+from tests.e2e.tiny_stage_one import (
+    NUM_IMAGES,
+    TINY_CLIP,
+    tiny_request,
+    write_tiny_teacher,
+    write_world,
+)
 
 
 @pytest.fixture(scope="module")
 def teacher_spec(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny-cache-clip.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(folder / "tiny-cache-clip.json")
-    torch.manual_seed(0)
-    save_file(open_clip.create_model("tiny-cache-clip").state_dict(), folder / "w.safetensors")
-    return f"tiny-cache-clip:{folder}"
+    return write_tiny_teacher(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures, OV-COCO annotations, and proposals for all but one picture."""
     folder = tmp_path_factory.mktemp("world")
-    (folder / "images").mkdir()
-    generator = np.random.default_rng(0)
-    images, annotations, proposals = [], [], []
-    for number in range(1, NUM_IMAGES + 1):
-        height, width = 60 + number % 5, 80
-        picture = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        name = f"{number:03d}.png"
-        Image.fromarray(picture).save(folder / "images" / name)
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for offset, category in enumerate(CATEGORIES):
-            box = [5 + 20 * offset, 10 + number % 20, 15, 18]
-            annotations.append(
-                {"id": len(annotations), "image_id": number, "category_id": category["id"],
-                 "bbox": box, "area": 270, "iscrowd": 0}
-            )  # fmt: skip
-            if number != 7:
-                proposals.append({"image_id": number, "bbox": box, "score": 0.9 - 0.1 * offset})
-                shifted = [box[0] + 1, *box[1:]]
-                proposals.append({"image_id": number, "bbox": shifted, "score": 0.3})
-    document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
-    (folder / "train.json").write_text(json.dumps(document))
-    (folder / "proposals.json").write_text(json.dumps(proposals))
+    write_world(folder)
     return folder
 
 
 @pytest.fixture
 def request_(world: Path, teacher_spec: str, tmp_path: Path) -> CacheRequest:
-    return CacheRequest(
-        split=f"ovcoco:{world / 'images'}:{world / 'train.json'}",
-        out=tmp_path / "cache",
-        teacher=teacher_spec,
-        proposals=f"file:{world / 'proposals.json'}",
-        prompts="single",
-        keep=5,
-        device="cpu",
-        crop_batch=16,
-        neighbors=False,
-    )
+    return tiny_request(world, teacher_spec, tmp_path / "cache")
 
 
 def test_a_sealed_cache_holds_what_the_teacher_says(
@@ -131,7 +90,7 @@ def test_a_sealed_cache_holds_what_the_teacher_says(
     )
     np.testing.assert_allclose(embeddings, expected, atol=1e-4)
     assert reader.neighbors() is not None
-    assert reader.info.provenance["uses_novel_names"] is True  # nobody knows what made a file
+    assert reader.info.provenance["uses_novel_names"] == "unknown"
 
 
 def test_workers_and_dask_change_no_byte(request_: CacheRequest, tmp_path: Path) -> None:
@@ -181,7 +140,7 @@ def test_another_teacher_or_picture_is_refused_in_words(
 ) -> None:
     cache_teacher(request_)
     with pytest.raises(StaleCacheError, match=r"crops\.mode"):
-        cache_teacher(replace(request_, crop_mode="clip_center"))
+        cache_teacher(replace(request_, crops=CropRule("clip_center")))
     model = load_teacher(request_.teacher)._model
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     state["visual.proj"][0, 0] += 0.5
@@ -208,8 +167,8 @@ def test_a_teacher_that_embeds_otherwise_is_caught_by_the_canary(
 ) -> None:
     cache_teacher(request_)
     monkeypatch.setattr(
-        "pipeline.teacher_model.cut_crops",
-        lambda image, windows, size, **_: torch.full((len(windows), 3, *size), 7).byte(),
+        "pipeline.teacher_model.cut_windows",
+        lambda image, windows, look: torch.full((len(windows), 3, *look.size_hw), 7).byte(),
     )
     with pytest.raises(MismatchError, match="canary cosine"):
         cache_teacher(request_)
@@ -272,8 +231,9 @@ def test_proposals_of_another_split_are_refused(request_: CacheRequest, tmp_path
         cache_teacher(replace(request_, proposals=f"file:{path}"))
     with pytest.raises(UsageError, match="none of fit"):
         cache_teacher(replace(request_, proposals="selective-search"))
-    with pytest.raises(UsageError, match="pickle"):
-        cache_teacher(replace(request_, proposals="file:/tmp/x.pkl"))
+    (tmp_path / "x.pkl").write_bytes(b"")
+    with pytest.raises(UsageError, match="state the order"):
+        cache_teacher(replace(request_, proposals=f"file:{tmp_path / 'x.pkl'}"))
 
 
 def test_novel_boxes_change_nothing_in_the_cache(
@@ -289,10 +249,149 @@ def test_novel_boxes_change_nothing_in_the_cache(
     other = replace(request_, split=split, out=tmp_path / "other")
     cache_teacher(other)
     first, second = open_cache(request_.out), open_cache(other.out)
-    assert set(first.info.parts["split"]) == set(second.info.parts["split"])
-    for key, value in first.info.parts["split"].items():
-        assert key == "name" or second.info.parts["split"][key] == value
+    assert first.info.fingerprint == second.info.fingerprint
     for image_id in first.image_ids.tolist():
         ours, theirs = first.rows(image_id), second.rows(image_id)
         np.testing.assert_array_equal(ours.region_embeddings, theirs.region_embeddings)
         np.testing.assert_array_equal(ours.max_base_iou, theirs.max_base_iou)
+
+
+def test_moved_pictures_leave_the_cache_as_it_is_and_findable(
+    request_: CacheRequest, teacher_spec: str, world: Path, tmp_path: Path
+) -> None:
+    made = cache_teacher(request_)
+    before = (request_.out / "CACHE.json").read_bytes()
+    assert str(world).encode() not in before
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(world, moved)
+    again = cache_teacher(tiny_request(moved, teacher_spec, request_.out))
+    assert again.num_made == 0
+    assert again.merkle_root == made.merkle_root
+    assert (request_.out / "CACHE.json").read_bytes() == before
+    # Readers look for the pictures where they were seen last.
+    assert open_cache(request_.out).info.split == tiny_request(moved, "", request_.out).split
+
+
+def test_words_are_checked_before_the_data_is_read(
+    request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the data set was read")
+
+    monkeypatch.setattr(build, "load_split", never)
+    wrong = {
+        "proposals": "file:/nowhere.json", "teacher": "ViT-B-33:random", "prompts": "haiku",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises((DataError, UsageError)):
+            cache_teacher(replace(request_, **{name: value}))
+
+
+def test_views_and_crop_rules_are_stored_and_part_of_the_fingerprint(
+    request_: CacheRequest, teacher_spec: str, world: Path, tmp_path: Path
+) -> None:
+    teacher = load_teacher(teacher_spec)
+    picture = read_image(world / "images" / "012.png", expected_hw=(62, 80))
+    mirrored = picture[:, ::-1].copy()
+    rules = {
+        "flip": CropRule(views="orig,flip"),
+        "avg": CropRule(views="avg"),
+        "sum": CropRule("clip_center", (1.0, 1.5), "sum"),
+        "context": CropRule("context_square", (1.0,)),
+        "pad": CropRule("pad_square", (2.0,)),
+        "native": CropRule("native"),
+    }
+    prints: set[str] = set()
+    for name, rule in rules.items():
+        out = tmp_path / name
+        cache_teacher(replace(request_, out=out, crops=rule))
+        reader = open_cache(out)
+        prints.add(reader.info.fingerprint)
+        rows = reader.rows(12)
+        plain = replace(rule, views="orig") if rule.views == "orig,flip" else rule
+        expected = teacher.encode_regions(picture, rows.boxes_xyxy, plain)
+        assert ((rows.region_embeddings * expected).sum(1) > 0.999).all(), name
+        if name == "flip":
+            x1, y1, x2, y2 = rows.boxes_xyxy.T
+            boxes = np.stack((80 - x2, y1, 80 - x1, y2), axis=1)
+            expected = teacher.encode_regions(mirrored, boxes, plain)
+            assert ((rows.flipped_embeddings * expected).sum(1) > 0.9999).all()
+            assert ((rows.region_embeddings * expected).sum(1) < 0.9999).any()
+            assert reader.rows(7).flipped_embeddings.shape == (0, 16)
+        else:
+            assert rows.flipped_embeddings is None
+        with pytest.raises(StaleCacheError, match=r"crops\."):
+            cache_teacher(replace(request_, out=out))
+    assert len(prints) == len(rules)
+
+
+def test_int8_keeps_both_views(request_: CacheRequest, tmp_path: Path) -> None:
+    both = replace(request_, crops=CropRule(views="orig,flip"))
+    cache_teacher(both)
+    cache_teacher(replace(both, out=tmp_path / "int8", storage="int8"))
+    half, byte = open_cache(request_.out).rows(3), open_cache(tmp_path / "int8").rows(3)
+    for name in ("region_embeddings", "flipped_embeddings"):
+        cosine = (getattr(half, name) * getattr(byte, name)).sum(1)
+        assert (cosine > 0.999).all()
+        assert not np.array_equal(getattr(half, name), getattr(byte, name))
+
+
+def test_verify_names_base_objects_by_crop_mode(request_: CacheRequest, world: Path) -> None:
+    cache_teacher(request_)
+    checked = verify_and_report(request_.out, world, crop_modes="all", device="cpu")
+    assert [each.mode for each in checked.zero_shot] == [
+        "squash, as cached", "squash", "clip_center", "pad_square", "context_square",
+    ]  # fmt: skip
+    cached, again, *_ = checked.zero_shot
+    assert (cached.num_objects, cached.num_names) == (70, 2)
+    assert cached.top5 == 1.0  # of two names
+    assert again.top1 == pytest.approx(cached.top1, abs=1.5 / 70)
+    base, novel = checked.recall
+    assert base.num_objects == 70
+    assert novel.num_objects == 35
+    # The cached figure, by hand.
+    reader = open_cache(request_.out)
+    metadata, names = reader.text()
+    assert metadata["is_base"] == [True, True, False]
+    right = []
+    for number in reader.image_ids.tolist():
+        rows = reader.rows(number)
+        best = (rows.gt_embeddings @ names[:2].T).argmax(1)
+        right += [
+            (3, 5)[label] == wanted
+            for label, wanted in zip(best, rows.gt_category_ids, strict=True)
+        ]
+    assert cached.top1 == pytest.approx(np.mean(right))
+    with pytest.raises(UsageError, match="--crop-modes"):
+        verify_and_report(request_.out, world, crop_modes="round")
+
+
+def test_the_times_of_every_stage_are_measured(request_: CacheRequest, tmp_path: Path) -> None:
+    price = price_cache(request_)
+    assert not request_.out.exists()
+    fit, shards, text = price.stages
+    assert fit.seconds is None
+    assert fit.amount == "nothing to train"
+    assert shards.seconds > 0
+    # Three proposals an image at two scales, two base boxes at two, the picture itself.
+    assert f"about {NUM_IMAGES * 11:,} crops" in shards.amount
+    assert text.seconds > 0
+    assert "8 images of two shards and 16 of their crops" in price.calibration
+    trained = replace(
+        request_, proposals="fit", experiment="trial", fit_epochs=2,
+        overrides=("data.image_size=64", "student.backbone.weights=random"),
+    )  # fmt: skip
+    price = price_cache(trained)
+    assert price.stages[0].seconds > 0
+    assert f"{price.fit_iterations} training steps" in price.stages[0].amount
+    absent = replace(request_, teacher="ViT-B-32-quickgelu:openai")
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr("pipeline.calibrate.load_teacher", _unreachable)
+        price = price_cache(absent)
+    assert price.calibration == "not measured: no network"
+    assert all(stage["seconds"] is None for stage in price.as_json()["stages"])
+
+
+def _unreachable(*_: object, **__: object) -> None:
+    raise DataError("no network")

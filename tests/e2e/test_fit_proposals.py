@@ -1,5 +1,7 @@
 """`--proposals fit` by itself: it learns, resumes bitwise, is reused."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +10,9 @@ import pytest
 import torch
 
 from dkdetr.data.splits import Split, load_split
-from dkdetr.errors import MismatchError, UsageError
-from pipeline import fit
+from dkdetr.errors import MismatchError, PreemptedError, UsageError
 from pipeline.fit import fit_plan, fit_proposals
+from pipeline.fit_training import NetworkTraining
 from pipeline.proposal_network import load_network
 from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
 from pipeline.proposals import ProposalRule, SourceImage, apply_rule
@@ -44,29 +46,25 @@ def _fit(request: CacheRequest) -> tuple[Path, Split]:
     split = load_split(request.split, request.data_root)
     images = check_images(split, decode=False)
     request.out.mkdir(exist_ok=True)
-    return fit_proposals(request, split, images, CPU, lambda _: None), split
+    return fit_proposals(request, split, images, lambda _: None), split
 
 
-def test_resume_is_bitwise_and_a_finished_network_is_reused(
-    request_: CacheRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [1, 3, 5])  # the first, an epoch's last, the last but one
+def test_a_training_stopped_at_any_step_ends_in_the_same_bits(
+    request_: CacheRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     path, _ = _fit(request_)
     whole, facts = load_network(path)
     assert facts["seen"]["iterations"] == 6
     written = path.stat().st_mtime_ns
-    _fit(request_)
+    _fit(request_)  # the finished one is reused
     assert path.stat().st_mtime_ns == written
 
     stopped = replace(request_, out=tmp_path / "stopped")
-    keep = fit._keep
-
-    def keep_and_stop(*args: object) -> None:
-        keep(*args)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fit, "_keep", keep_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    _terminate_at(step, monkeypatch)
+    with pytest.raises(PreemptedError, match=f"at step {step} of 6") as caught:
         _fit(stopped)
+    assert caught.value.exit_code == 75
     monkeypatch.undo()
     assert not (stopped.out / "proposals/network.safetensors").exists()
     resumed, _ = load_network(_fit(stopped)[0])
@@ -75,12 +73,41 @@ def test_resume_is_bitwise_and_a_finished_network_is_reused(
     assert not (stopped.out / "proposals/fit_state.safetensors").exists()
 
 
+def _terminate_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGTERM in the middle of a step of the training."""
+    calls = iter(range(1, 100))
+    take_step = NetworkTraining._step
+
+    def take_step_and_terminate(*args: object) -> torch.Tensor:
+        loss = take_step(*args)  # type: ignore[arg-type]
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(NetworkTraining, "_step", take_step_and_terminate)
+
+
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_no_epochs_are_refused_not_taken_for_the_default(
+    request_: CacheRequest, epochs: int
+) -> None:
+    with pytest.raises(UsageError, match=f"--fit-epochs {epochs}"):
+        replace(request_, fit_epochs=epochs)
+
+
+def test_only_proposals_wants_something_to_train(request_: CacheRequest) -> None:
+    with pytest.raises(UsageError, match="--only-proposals"):
+        replace(request_, only_proposals=True, proposals="fit:elsewhere")
+
+
 def test_another_split_uses_a_network_by_the_cache_it_lies_in(request_: CacheRequest) -> None:
-    path, _ = _fit(request_)
-    prepared = prepare_source(parse_proposals(f"fit:{request_.out}"), Path("unused"))
+    path, split = _fit(request_)
+    prepared = prepare_source(parse_proposals(f"fit:{request_.out}"), Path("unused"), split)
     source = open_source(prepared, CPU, batch_size=2)
     assert source.identity["source"] == "fit"
-    assert source.seen["novel_boxes"].startswith("none")
+    assert source.seen.saw_novel_boxes is False
+    assert "person" in source.seen.names
+    assert "cat" not in source.seen.names
     assert prepared.endswith(str(path))
 
 

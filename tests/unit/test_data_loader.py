@@ -65,17 +65,23 @@ def cached_rows(split: Split, image) -> ImageRows:
     )
 
 
-def write_cache(path: Path, split: Split, *, quarantined=(), images=None, seal=True) -> Path:
+def write_cache(
+    path: Path, split: Split, *, quarantined=(), images=None, seal=True, flipped=False
+) -> Path:
     images = split.images if images is None else images
     plan = make_plan(
         [image.image_id for image in images],
-        max_regions=12, embed_dim=DIM, max_gt=8, storage="fp16", batch_layout={},
+        max_regions=12, embed_dim=DIM, max_gt=8, storage="fp16", batch_layout={}, flipped=flipped,
     )  # fmt: skip
     with create_or_resume(path, parts=PARTS, plan=plan, provenance={}) as writer:
         for shard in range(plan.num_shards):
             ids = set(plan.shard_image_ids(shard))
             mine = [image for image in images if image.image_id in ids]
             rows = [cached_rows(split, i) for i in mine if i.image_id not in quarantined]
+            if flipped:
+                rows = [
+                    dataclasses.replace(r, flipped_embeddings=-r.region_embeddings) for r in rows
+                ]
             bad = {i.image_id: "truncated" for i in mine if i.image_id in quarantined}
             writer.commit_shard(shard, rows, quarantined=bad)
         if seal:
@@ -235,6 +241,20 @@ def test_novel_annotations_have_no_say(world, tmp_path):
     theirs = make_training_loader(other, noisy, config(), cache_path=cache_path)
     assert_same(list(ours), list(theirs))
     np.testing.assert_array_equal(vocabulary.base().embeddings, noisy.base().embeddings)
+
+
+def test_a_mirrored_view_learns_from_mirrored_crops(world, tmp_path):
+    _, split, _ = world
+    both = write_cache(tmp_path / "both", split, flipped=True)
+    # Of these, the view decides which of the two vectors a region has: here they are opposites.
+    for probability, sign in ((0.0, 1), (1.0, -1)):
+        settings = config(flip_probability=probability)
+        plain = run(world, settings=settings, start_epoch=1)
+        ours = run(world, settings=settings, start_epoch=1, cache_path=both)
+        assert any(batch.regions.valid.any() for batch in plain)
+        for one, two in zip(plain, ours, strict=True):
+            assert torch.equal(one.regions.boxes_cxcywh, two.regions.boxes_cxcywh)
+            assert torch.equal(sign * one.regions.embeddings, two.regions.embeddings)
 
 
 def test_quarantined_images_are_left_out(world, tmp_path):

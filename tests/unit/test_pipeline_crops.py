@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.crops import CropRule, combine_scales, crop_windows, cut_crops, embed_stream
+from pipeline.crops import CropRule, combine_crops, crop_windows, embed_stream
+from pipeline.resampling import Look, cut_windows
 
 
 def test_windows_round_outward_and_grow_about_the_centre() -> None:
@@ -54,7 +55,7 @@ def test_squash_agrees_with_pillow() -> None:
     windows = np.array([[0, 0, 90, 60], [5, 7, 12, 50], [40, 10, 80, 20]])
     # On noise the two differ where values between the two passes leave 0..255.
     pixels = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
-    crops = cut_crops(pixels, windows, (32, 32))
+    crops = cut_windows(pixels, windows, Look((32, 32)))
     for crop, window in zip(crops, windows.tolist(), strict=True):
         expected = (
             Image.fromarray(picture).crop(tuple(window)).resize((32, 32), Image.Resampling.BICUBIC)
@@ -67,15 +68,15 @@ def test_clip_center_shows_the_central_square() -> None:
     picture = torch.zeros(3, 20, 80, dtype=torch.uint8)
     picture[:, :, 30:50] = 200
     window = np.array([[0, 0, 80, 20]])
-    centre = cut_crops(picture, window, (20, 20), mode="clip_center")
-    squashed = cut_crops(picture, window, (20, 20))
+    centre = cut_windows(picture, window, Look((20, 20), "clip_center"))
+    squashed = cut_windows(picture, window, Look((20, 20)))
     assert (centre == 200).all()
     assert not (squashed == 200).all()
 
 
 def test_combined_scales_are_unit_and_between() -> None:
     pair = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]], dtype=np.float32)
-    combined = combine_scales(pair)
+    combined = combine_crops(pair)
     np.testing.assert_allclose(combined, [[0.5**0.5, 0.5**0.5], [0, 1]], atol=1e-6)
 
 
@@ -100,3 +101,19 @@ def test_stream_gives_every_stack_its_rows_in_full_batches(sizes: list[int]) -> 
     assert len(seen) == -(-sum(sizes) // 8)
     for row, stack in zip(rows, stacks, strict=True):
         assert row[:, 0].tolist() == stack[:, 0, 0, 0].tolist()
+
+
+def test_a_context_square_has_eight_times_the_area_and_lies_in_the_picture() -> None:
+    rule = CropRule("context_square", (1.0, 0.5))
+    boxes = np.array([[40, 40, 50, 60], [0, 0, 10, 20], [10, 10, 90, 90]], dtype=np.float32)
+    windows = crop_windows(boxes, rule, height=100, width=120)
+    # sqrt(8 x 10 x 20) = 40 about (45, 50); half of it at scale 0.5.
+    assert windows[0].tolist() == [[25, 30, 65, 70], [35, 40, 55, 60]]
+    assert windows[1, 0].tolist() == [0, 0, 40, 40]  # moved into the picture
+    assert windows[2, 0].tolist() == [0, 0, 120, 100]  # no greater than the picture
+
+
+def test_sum_weighs_a_crop_by_its_length_and_mean_does_not() -> None:
+    features = np.array([[[3.0, 0.0], [0.0, 4.0]]], dtype=np.float32)
+    np.testing.assert_allclose(combine_crops(features, "sum"), [[0.6, 0.8]], atol=1e-6)
+    np.testing.assert_allclose(combine_crops(features, "mean"), [[0.5**0.5] * 2], atol=1e-6)

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dkdetr.config import BackboneConfig, DetectionLossConfig, StudentConfig
-from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.errors import CorruptArtefactError, UsageError
 from dkdetr.structures import EncoderOutput, Targets
 from dkdetr.student.build import build_trunk
-from pipeline.fit import proposal_loss
+from pipeline.fit_training import proposal_loss
 from pipeline.proposal_network import NetworkProposals, load_network, save_network
 from pipeline.proposal_sources import parse_proposals
-from pipeline.proposals import (
-    FileProposals,
-    ProposalRule,
-    Proposals,
-    SourceImage,
-    apply_rule,
-    pack_results,
-)
+from pipeline.proposals import ProposalRule, Proposals, SourceImage, apply_rule
 
 SMALL = StudentConfig(
     backbone=BackboneConfig(
@@ -63,50 +55,6 @@ def test_rule_keeps_its_promises_for_any_boxes(boxes: np.ndarray, seed: int) -> 
     assert ((kept.boxes_xyxy[:, 2:] - kept.boxes_xyxy[:, :2]) >= 3).all()
 
 
-def test_results_file_round_trips_by_image(tmp_path: Path) -> None:
-    records = [
-        {"image_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": 1},
-        {"image_id": 4, "bbox": [0, 0, 5, 5], "score": 0.25},
-        {"image_id": 9, "bbox": [2, 2, 6, 6], "score": 0.75},
-    ]
-    (tmp_path / "r.json").write_text(json.dumps(records))
-    packed = pack_results(tmp_path / "r.json", tmp_path / "packed")
-    assert packed == pack_results(tmp_path / "r.json", tmp_path / "packed")
-    source = FileProposals(packed)
-    picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    four, nine, none = source.propose([SourceImage(number, picture) for number in (4, 9, 5)])
-    assert four.boxes_xyxy.tolist() == [[0, 0, 5, 5]]
-    assert nine.boxes_xyxy.tolist() == [[1, 2, 4, 6], [2, 2, 8, 8]]
-    assert nine.objectness.tolist() == [0.5, 0.75]
-    assert len(none.boxes_xyxy) == 0
-    assert source.image_ids == {4, 9}
-    records[0]["score"] = 0.6
-    (tmp_path / "r.json").write_text(json.dumps(records))
-    other = FileProposals(pack_results(tmp_path / "r.json", tmp_path / "packed"))
-    assert other.identity != source.identity
-    packed.write_bytes(b"nonsense")
-    with pytest.raises(CorruptArtefactError):
-        FileProposals(packed)
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"image_id": 1, "bbox": [1, 2, 3], "score": 0.5},
-        {"image_id": "1", "bbox": [1, 2, 3, 4], "score": 0.5},
-        {"image_id": 1, "bbox": [1, 2, -3, 4], "score": 0.5},
-        {"image_id": 1, "bbox": [1, 2, 3, "4"], "score": 0.5},
-        {"image_id": 1, "bbox": [1, 2, 3, 4]},
-        [1, 2],
-    ],
-)
-def test_bad_records_are_named(record: object, tmp_path: Path) -> None:
-    good = {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
-    (tmp_path / "r.json").write_text(json.dumps([good, good, record]))
-    with pytest.raises(DataError, match="first: /2"):
-        pack_results(tmp_path / "r.json", tmp_path)
-
-
 def test_forms_of_the_option() -> None:
     assert parse_proposals("fit").path == ""
     assert parse_proposals("fit:cache/lvis").path == "cache/lvis"
@@ -124,7 +72,9 @@ def test_network_gives_boxes_in_pixels_and_its_file_gives_it_back(tmp_path: Path
     loaded, facts = load_network(path)
     assert facts["image_size"] == 64
     sources = [
-        NetworkProposals(each, image_size=64, batch_size=3, source="fit", seen={})
+        NetworkProposals(
+            each, image_size=64, batch_size=3, source="fit", names=("cat",), details={}
+        )
         for each in (trunk, loaded)
     ]
     assert sources[0].identity == sources[1].identity
@@ -159,7 +109,7 @@ def test_an_object_teaches_one_token_and_the_others_are_background() -> None:
     boxes = [[0.5, 0.5, 0.3, 0.4], [0.5, 0.5, 0.4, 0.4], [0.9, 0.9, 0.1, 0.1]]
     encoder = _encoder(boxes, [0.0, 0.0, 0.0])
     target = Targets(torch.tensor([7]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))
-    loss = proposal_loss(encoder, [target], DetectionLossConfig())
+    loss = proposal_loss(encoder, [target], DetectionLossConfig(), num_objects=torch.tensor(1.0))
     # Focal at p = 1/2: alpha 1/4 log 2 for the object's token, 3/4 1/4 log 2 for each other.
     focal = (0.25 + 2 * 0.75) * 0.25 * float(np.log(2))
     assert loss.item() == pytest.approx(2 * focal, abs=1e-5)
@@ -170,6 +120,7 @@ def test_an_object_teaches_one_token_and_the_others_are_background() -> None:
 def test_a_picture_without_objects_still_has_a_loss_with_a_gradient() -> None:
     encoder = _encoder([[0.5, 0.5, 0.4, 0.4]], [0.0])
     empty = Targets(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))
-    proposal_loss(encoder, [empty], DetectionLossConfig()).backward()
+    none = torch.tensor(0.0)
+    proposal_loss(encoder, [empty], DetectionLossConfig(), num_objects=none).backward()
     assert encoder.objectness_logits.grad is not None
     assert encoder.boxes_cxcywh.grad is not None

@@ -1,6 +1,8 @@
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -11,9 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from dkdetr.structures import RegionEncoder, TextEncoder
+from pipeline import resampling, teacher_model
 from pipeline import teacher as teacher_module
 from pipeline.canary import canary_embeddings, check_canary, pack_canary, unpack_canary
+from pipeline.crops import CropRule, parse_crop_rule
 from pipeline.teacher import load_teacher
+from pipeline.teacher_model import Teacher
+from pipeline.teacher_source import parse_teacher_spec
 
 TINY = {
     "embed_dim": 16,
@@ -187,16 +193,143 @@ def test_canary_survives_packing_and_sees_the_wrong_activation(
     assert caught.value.exit_code == 4
 
 
-def test_canary_sees_swapped_channels(weights: Path) -> None:
-    teacher = load_teacher(f"tiny-clip:{weights}")
+class _Swapped:
+    """A teacher of which one thing is wrong."""
+
+    def __init__(self, teacher: Teacher, **wrong: Any) -> None:
+        self.encode_texts = teacher.encode_texts
+        self._teacher, self._wrong = teacher, wrong
+
+    def encode_regions(self, image: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
+        if self._wrong.get("bgr"):
+            image = image[..., ::-1].copy()
+        patch = {key: value for key, value in self._wrong.items() if key != "bgr"}
+        before = {key: getattr(self._teacher, key) for key in patch}
+        try:
+            vars(self._teacher).update(patch)
+            return self._teacher.encode_regions(image, boxes_xyxy)
+        finally:
+            vars(self._teacher).update(before)
+
+
+def test_canary_catches_every_swap_of_a_learned_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher("pictograms")
     packed = pack_canary(canary_embeddings(teacher))
+    assert check_canary(packed, _Swapped(teacher), where="it") > 0.99999
+    how, scale = teacher.preprocessing, teacher._scale
+    swaps = {
+        "channels": {"bgr": True},
+        "bilinear": {"preprocessing": replace(how, interpolation="bilinear")},
+        "no normalisation": {
+            "_scale": torch.full_like(scale, 1 / 255), "_shift": torch.zeros_like(scale)
+        },
+        "SigLIP's normalisation": {
+            "_scale": torch.full_like(scale, 2 / 255), "_shift": torch.ones_like(scale)
+        },
+    }  # fmt: skip
+    for name, wrong in swaps.items():
+        with pytest.raises(MismatchError, match="canary cosine"):
+            check_canary(packed, _Swapped(teacher, **wrong), where=name)
+    resize = resampling.kernels.resize_image
+    monkeypatch.setattr(
+        resampling.kernels, "resize_image",
+        lambda *given, antialias: resize(*given, antialias=False),
+    )  # fmt: skip
+    with pytest.raises(MismatchError, match="canary cosine"):
+        check_canary(packed, teacher, where="no antialiasing")
+    monkeypatch.undo()
+    # The accelerator's way of resampling is no swap.
+    monkeypatch.setattr(
+        teacher_model, "cut_windows",
+        lambda *given: resampling.cut_by_matrices(*given, dtype=torch.float16),
+    )  # fmt: skip
+    assert check_canary(packed, teacher, where="it") > 0.9999
 
-    class Swapped:
-        encode_texts = staticmethod(teacher.encode_texts)
 
-        @staticmethod
-        def encode_regions(image: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
-            return teacher.encode_regions(image[..., ::-1].copy(), boxes_xyxy)
+SIGLIP = {
+    "embed_dim": 192,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 224, "timm_model_name": "vit_tiny_patch16_224",
+        "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none",
+    },
+    "text_cfg": {
+        "context_length": 20, "vocab_size": 49408, "width": 192, "heads": 2, "layers": 1,
+        "tokenizer_kwargs": {"clean": "canonicalize"}, "no_causal_mask": True, "proj_bias": True,
+        "pool_type": "last", "norm_kwargs": {"eps": 1e-06},
+    },
+}  # fmt: skip
+EVA = {
+    "embed_dim": 48,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 224, "timm_model_name": "eva02_tiny_patch14_224",
+        "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None,
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 1,
+    },
+}  # fmt: skip
+FAMILIES = {
+    "siglip": (SIGLIP, {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash",
+                        "interpolation": "bicubic"}, "squash"),
+    "eva": (EVA, {"mean": list(open_clip.OPENAI_DATASET_MEAN),
+                  "std": list(open_clip.OPENAI_DATASET_STD), "resize_mode": "shortest"},
+            "clip_center"),
+}  # fmt: skip
 
-    with pytest.raises(MismatchError):
-        check_canary(packed, Swapped(), where="a cache")
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_embed_as_open_clip_has_them(family: str, tmp_path: Path) -> None:
+    config, preprocess, placement = FAMILIES[family]
+    described = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    (tmp_path / f"tiny-{family}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"tiny-{family}.json")
+    torch.manual_seed(1)
+    weights = open_clip.create_model(f"tiny-{family}").state_dict()
+    (tmp_path / f"tiny-{family}.json").unlink()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        tmp_path / "open_clip_model.safetensors",
+    )
+    teacher = load_teacher(f"my-{family}:{tmp_path}")
+    assert teacher.preprocessing.placement == placement
+    assert teacher.activation == "gelu"
+    assert teacher.parts()["image_size_hw"] == [224, 224]
+    assert teacher.text_parts()["context_length"] == config["text_cfg"]["context_length"]
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    coarse = np.random.default_rng(1).integers(0, 255, (9, 14, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((300, 190), Image.Resampling.BICUBIC)
+    with torch.no_grad():
+        wanted = model.eval().encode_image(transform(picture)[None], normalize=True).numpy()
+        tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["A Cat, asleep."])
+        words = model.encode_text(tokens, normalize=True).numpy()
+    whole = np.array([[0, 0, 300, 190]], dtype=np.float32)
+    ours = teacher.encode_regions(np.array(picture), whole, CropRule("native", (1.0,)))
+    assert (ours * wanted).sum() > 0.9999
+    np.testing.assert_allclose(teacher.encode_texts(["A Cat, asleep."]), words, atol=1e-5)
+    packed = pack_canary(canary_embeddings(teacher))
+    assert check_canary(packed, teacher, where="it") > 0.99999
+
+
+def test_a_family_without_quickgelu_is_never_taken_for_openais(tmp_path: Path) -> None:
+    folder = tmp_path / "openai-and-others"
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "siglip.safetensors")
+    source = parse_teacher_spec(f"ViT-B-16-SigLIP:{folder / 'siglip.safetensors'}")
+    teacher_module._check_activation(source, open_clip.get_model_config("ViT-B-16-SigLIP"))
+
+
+def test_words_of_a_crop_rule() -> None:
+    assert parse_crop_rule("squash") == CropRule()
+    assert parse_crop_rule("vild") == CropRule("clip_center", (1.0, 1.5), "sum")
+    assert parse_crop_rule("native", "1.0", "mean", "avg").views == "avg"
+    wrong = [("round",), ("squash", "1,a"), ("squash", "0"), ("squash", "1,1"), ("squash", ""),
+             ("squash", "nan"), ("squash", "1", "max"), ("squash", "1", None, "flip"),
+             ("vild", "1", "mean")]  # fmt: skip
+    for words in wrong:
+        with pytest.raises(UsageError, match="--"):
+            parse_crop_rule(*words)

@@ -1,0 +1,212 @@
+"""How long a cache will take: every stage tried on a few images of two shards, nothing written."""
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache.plan import Plan
+from dkdetr.data.image_files import UnreadableImageError, read_image
+from dkdetr.data.prompts import fill_prompt, prompt_set
+from dkdetr.data.splits import Split, load_split
+from dkdetr.engine.distributed import Ranks, pick_device
+from dkdetr.engine.interruption import StopFlag
+from dkdetr.errors import DataError
+from dkdetr.student.build import build_trunk
+from pipeline.fit import fit_plan
+from pipeline.fit_training import NetworkTraining, StateFile
+from pipeline.price import CachePrice, StagePrice, plan_cache, price_of, require_room
+from pipeline.proposal_network import NetworkProposals
+from pipeline.proposal_sources import (
+    NETWORK_FILE,
+    ProposalSpec,
+    open_source,
+    parse_proposals,
+    prepare_source,
+)
+from pipeline.proposals import ProposalRule, ProposalSource, SourceImage, apply_rule
+from pipeline.request import CacheRequest
+from pipeline.shard_worker import READ_THREADS, PendingImage, crops_of
+from pipeline.teacher import load_teacher, teacher_embed_dim
+from pipeline.teacher_model import Teacher
+
+_IMAGES_A_SHARD = 4
+_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class _ShardRates:
+    """Seconds that an image of the sample took, and how many crops it gave, in the mean."""
+
+    read: float
+    propose: float
+    cut: float
+    encode_crop: float
+    crops: float
+    num_images: int
+
+    @property
+    def per_image(self) -> float:
+        """Returns an image's seconds in a worker, which reads ahead in threads meanwhile."""
+        busy = self.propose + self.cut + self.crops * self.encode_crop
+        return max(self.read / READ_THREADS, busy)
+
+
+def price_cache(request: CacheRequest) -> CachePrice:
+    """Returns what a cache would cost, in crops, bytes and time; writes nothing.
+
+    Where the teacher's weights are not at hand the times are left out, and the price says so.
+
+    Raises:
+        DiskFullError: there is not enough room.
+        DkdetrError: unknown split, teacher or proposals; missing images.
+    """
+    spec = parse_proposals(request.proposals)
+    embed_dim = teacher_embed_dim(request.teacher)
+    spec.require()
+    split = load_split(request.split, request.data_root)
+    split.require_images()
+    price = price_of(request, split, spec, embed_dim)
+    require_room(request, price)
+    device = pick_device(request.device)
+    try:
+        teacher = load_teacher(request.teacher, device, precision=request.precision)
+    except DataError as error:
+        return replace(price, calibration=f"not measured: {error}")
+    fit_seconds = _time_fit(request, split, device) if price.fit_iterations else 0.0
+    rates = _time_shards(request, split, spec, teacher)
+    workers = max(1, request.executor.workers)
+    crops = min(price.max_crops, ceil(rates.crops * price.num_images))
+    where = "a worker" if request.executor.scheduler else f"{workers} worker(s)"
+    fit, _, text = price.work()
+    stages = (
+        replace(fit, seconds=fit_seconds * price.fit_iterations) if price.fit_iterations else fit,
+        StagePrice(
+            "shards",
+            f"about {crops:,} crops (at most {price.max_crops:,}) in {price.num_shards} shards, "
+            f"{where}",
+            rates.per_image * price.num_images / workers,
+        ),
+        replace(text, seconds=_time_text(request, split, teacher) * price.num_texts),
+    )
+    calibration = (
+        f"measured here on {rates.num_images} images of two shards and "
+        f"{_crop_batch(request, teacher)} of their crops, {device}; without the neighbour lists"
+    )
+    return replace(price, stages=stages, calibration=calibration)
+
+
+def _crop_batch(request: CacheRequest, teacher: Teacher) -> int:
+    return request.crop_batch or (256 if teacher.device.type == "cuda" else 64)
+
+
+def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> float:
+    """Returns the seconds of a training step with its loader processes at work."""
+    config = fit_plan(request, split).config
+    here = replace(config, data=replace(config.data, workers=0))
+    alone = Ranks(rank=0, world_size=1, device=device)
+    nowhere = StateFile(request.out / "nowhere", "")
+    load, step = NetworkTraining(here, split, nowhere, alone, StopFlag()).time_step()
+    workers = config.data.workers
+    return max(step, load / workers) if workers else load + step
+
+
+def _time_shards(
+    request: CacheRequest, split: Split, spec: ProposalSpec, teacher: Teacher
+) -> _ShardRates:
+    plan = plan_cache(split, request, teacher.embed_dim, crop_batch=0)
+    started = time.monotonic()
+    pictures = _sample(split, plan)
+    read = (time.monotonic() - started) / len(pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        source = _source(request, split, spec, teacher.device, Path(folder))
+    source.propose(pictures[: request.image_batch])
+    started = time.monotonic()
+    found = source.propose(pictures)
+    propose = (time.monotonic() - started) / len(pictures)
+    rule, kept = teacher.resolve(request.crops), ProposalRule(keep=request.keep)
+    started = time.monotonic()
+    crops: list[torch.Tensor] = []
+    image_of = {image.image_id: image for image in split.images}
+    for picture, raw in zip(pictures, found, strict=True):
+        height, width = picture.pixels.shape[:2]
+        pending = PendingImage(
+            image_of[picture.image_id],
+            apply_rule(raw, kept, height=height, width=width),
+            split.base_boxes(picture.image_id),
+        )
+        crops.append(crops_of(picture, pending, teacher, rule))
+    _finish(teacher.device)
+    cut = (time.monotonic() - started) / len(pictures)
+    counts = [len(stack) for stack in crops]
+    batch = _fill_batch(torch.cat(crops), _crop_batch(request, teacher))
+    teacher.crop_features(batch)
+    started = time.monotonic()
+    teacher.crop_features(batch)
+    encode = (time.monotonic() - started) / len(batch)
+    return _ShardRates(read, propose, cut, encode, float(np.mean(counts)), len(pictures))
+
+
+def _sample(split: Split, plan: Plan) -> list[SourceImage]:
+    """Returns the first readable images of the first shard and of one in the middle."""
+    image_of = {image.image_id: image for image in split.images}
+    found: list[SourceImage] = []
+    for shard in sorted({0, plan.num_shards // 2}):
+        wanted = len(found) + _IMAGES_A_SHARD
+        for image_id in plan.shard_image_ids(shard):
+            if len(found) == wanted:
+                break
+            image = image_of[image_id]
+            try:
+                pixels = read_image(
+                    split.image_path(image), expected_hw=(image.height, image.width)
+                )
+            except UnreadableImageError:
+                continue
+            found.append(SourceImage(image_id, pixels))
+    if not found:
+        raise DataError(f"{split.name}: no image of the first shards can be read")
+    return found
+
+
+def _source(
+    request: CacheRequest, split: Split, spec: ProposalSpec, device: torch.device, folder: Path
+) -> ProposalSource:
+    """Returns the proposals' source; an untrained network, as fast, stands for one to train."""
+    if spec.trains and (request.out / NETWORK_FILE).is_file():
+        spec = ProposalSpec("fit", str(request.out))
+    if not spec.trains:
+        prepared = prepare_source(spec, folder, split)
+        return open_source(prepared, device, batch_size=request.image_batch)
+    config = fit_plan(request, split).config
+    return NetworkProposals(
+        build_trunk(config.student, load_weights=False).to(device),
+        image_size=config.data.image_size,
+        batch_size=request.image_batch,
+        source="fit",
+        names=(),
+        details={},
+    )
+
+
+def _fill_batch(crops: torch.Tensor, size: int) -> torch.Tensor:
+    return crops.repeat(ceil(size / len(crops)), 1, 1, 1)[:size]
+
+
+def _time_text(request: CacheRequest, split: Split, teacher: Teacher) -> float:
+    templates = prompt_set(request.prompts).templates
+    names = [category.name for category in split.categories]
+    texts = [fill_prompt(template, name) for template in templates for name in names][:_TEXTS]
+    teacher.encode_texts(texts[:1])
+    started = time.monotonic()
+    teacher.encode_texts(texts)
+    return (time.monotonic() - started) / len(texts)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -42,7 +42,7 @@ faults-stage-one: $(INSTALLED)
 bench: $(INSTALLED)
 	for what in $(sort $(basename $(notdir $(filter-out %/machine.py,$(wildcard tests/benchmarks/*.py))))); do \
 		echo; echo "== $$what"; \
-		OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/benchmarks/$$what.py || exit 1; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.$$what || exit 1; \
 	done
 
 $(INSTALLED): pyproject.toml

@@ -675,25 +675,26 @@ def ablate_command(
     verbose: Verbose = False,
 ) -> None:
     """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
-    from cache.location import cache_path
-    from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
+    with _prepared(offline=False):
+        from cache.location import cache_path
+        from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
-    chosen = tuple(name for name in (rows or "").split(",") if name)
-    request = AblateRequest(
-        cache=cache_path(cache),
-        table=table,
-        experiment=experiment,
-        overrides=overrides or (),
-        seeds=seeds,
-        rows=chosen,
-        jobs=jobs,
-        split=split,
-        out=out,
-        data_root=data_root,
-        device=device,
-    )
-    program = (sys.executable, "-c", "from cli import main; main()")
-    summary = price_ablation(request) if dry_run else ablate(request, program)
+        chosen = tuple(name for name in (rows or "").split(",") if name)
+        request = AblateRequest(
+            cache=cache_path(cache),
+            table=table,
+            experiment=experiment,
+            overrides=overrides or (),
+            seeds=seeds,
+            rows=chosen,
+            jobs=jobs,
+            split=split,
+            out=out,
+            data_root=data_root,
+            device=device,
+        )
+        program = (sys.executable, "-c", "from cli import main; main()")
+        summary = price_ablation(request) if dry_run else ablate(request, program)
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
     summary.raise_failures()

@@ -1,6 +1,5 @@
 """`ablate`, `report` and `eval --agreement` as typed, on a few pictures and a sealed cache."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -20,9 +19,6 @@ SETTINGS = (
 ROWS = ("baseline", "both_no_auxiliary")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("dkdetr.engine.burn_in") is None, reason="needs `train --from`"
-)
 def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
     train = write_coco_folder(tmp_path, "train2017", num_images=12, seed=1)
     val = write_coco_folder(tmp_path, "val2017", num_images=4, seed=2)

@@ -106,7 +106,10 @@ def teacher_side(config: ExperimentConfig, teacher: FakeTeacher) -> TeacherSide:
 
 
 def step_of(name: str, *, all_base: bool = False) -> OptionStep:
-    config = option_config(name, all_base=all_base)
+    return step_under(option_config(name, all_base=all_base))
+
+
+def step_under(config: ExperimentConfig) -> OptionStep:
     student, teacher = tiny_student(config).train(), FakeTeacher()
     step = TrainingStep(
         student,

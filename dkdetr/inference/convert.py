@@ -110,8 +110,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - foreign
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise CorruptArtefactError(f"'{path}' is no checkpoint: {reason}") from error
+        reason = str(error).partition("\n")[0]
+        raise CorruptArtefactError(
+            f"'{path}' is no checkpoint that can be read without running its code "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]

@@ -111,7 +111,11 @@ def nms_keep(
     return keep
 
 
-def inverse_sigmoid(x: Float[Tensor, "*shape"], *, eps: float = 1e-5) -> Float[Tensor, "*shape"]:
-    """Returns log(x / (1 - x)) for x in [0, 1], finite at both ends; wants float32 or wider."""
+def inverse_sigmoid(x: Float[Tensor, "*shape"], *, eps: float = 1e-6) -> Float[Tensor, "*shape"]:
+    """Returns log(x / (1 - x)) for x in [0, 1], finite at both ends; wants float32 or wider.
+
+    `eps` bounds what comes back from the ends: a thousandth of a pixel at 1024 pixels. Deformable
+    DETR's 1e-5 would be a hundredth.
+    """
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

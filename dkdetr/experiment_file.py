@@ -75,6 +75,9 @@ def config_from_dict(table: Mapping[str, Any]) -> ExperimentConfig:
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise ConfigError(f"unknown setting '{path}'{_nearest_keys(path)}") from None
+        if first["type"] == "value_error":  # of a table that contradicts itself
+            sentence = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"settings of '{path}': {sentence}") from None
         raise ConfigError(f"setting '{path}': {first['msg']}, got {first['input']!r}") from None
     problem = range_problem(config, flatten(asdict(config)))
     if problem is not None:

@@ -26,8 +26,8 @@ from dkdetr.student.detector import DKDETR
 
 _FORMAT = "dkdetr-student-1"
 _TEXT = "vocabulary.embeddings"
-# What only training uses, or counts batches: a student speaks without it.
-_DISPENSABLE = ("kd_", "num_batches_tracked")
+TRAINING_ONLY = ("kd_", "denoising_content.")
+"""How the names of tensors begin that only training uses: a student speaks without them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,11 @@ def build_from_file(path: Path, file: StudentFile, *, text_dim: int) -> DKDETR:
     """
     student = build_student(file.config, text_dim=text_dim, load_weights=False)
     missing = load_into(path, file, student)
-    lost = [name for name in missing if not any(mark in name for mark in _DISPENSABLE)]
+    lost = [
+        name
+        for name in missing
+        if not name.startswith(TRAINING_ONLY) and not name.endswith(".num_batches_tracked")
+    ]
     if lost:
         raise MismatchError(
             f"'{path}' lacks {len(lost)} of the student's tensors, first '{lost[0]}': it can start "
@@ -127,7 +131,7 @@ def load_into(path: Path, file: StudentFile, student: DKDETR) -> tuple[str, ...]
     """
     wanted = student.state_dict()
     foreign = [
-        name for name in file.tensors if name not in wanted and not name.startswith(_DISPENSABLE[0])
+        name for name in file.tensors if name not in wanted and not name.startswith(TRAINING_ONLY)
     ]
     if foreign:
         raise MismatchError(

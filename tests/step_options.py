@@ -25,7 +25,7 @@ from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.pairing import TeacherSide
 from dkdetr.engine.step import StepResult, TrainingStep
 from dkdetr.experiment_file import config_from_dict, config_to_dict
-from dkdetr.structures import OriginalImage, TeacherRegions, TrainingBatch
+from dkdetr.structures import OriginalImage, Targets, TeacherRegions, TrainingBatch
 from dkdetr.student.detector import DKDETR
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fed": {"loss_class": "fed"},
     "denoising": {"denoising": 2},
     "everything extra": {"denoising": 1, "hybrid_queries": 6},
+    "masks": {"mask_head": True},
 }
 
 
@@ -86,10 +87,10 @@ class OptionStep:
 def option_config(name: str, *, all_base: bool = False) -> ExperimentConfig:
     kd = {"regions_per_image": 4, "candidates_per_image": 6, "align_iou": 0.01, **OPTIONS[name]}
     loss_class = kd.pop("loss_class", "focal")
-    denoising = kd.pop("denoising", 0)
+    student = {key: kd.pop(key) for key in ("denoising", "mask_head") if key in kd}
     # Own anchors of an untrained student overlap everything a little.
     kd["selection"] = {"max_base_iou": 0.0 if all_base else 0.9, "min_side": 1.0}
-    table = config_to_dict(tiny_config(denoising=denoising))
+    table = config_to_dict(tiny_config(**student))
     table |= {"kd": kd, "detection": {"loss_class": loss_class, "fed_classes": 3}}
     table["optim"] = {"lr": 1e-3, "weight_decay": 0.01}
     return config_from_dict(table)
@@ -105,7 +106,10 @@ def teacher_side(config: ExperimentConfig, teacher: FakeTeacher) -> TeacherSide:
 
 
 def step_of(name: str, *, all_base: bool = False) -> OptionStep:
-    config = option_config(name, all_base=all_base)
+    return step_under(option_config(name, all_base=all_base))
+
+
+def step_under(config: ExperimentConfig) -> OptionStep:
     student, teacher = tiny_student(config).train(), FakeTeacher()
     step = TrainingStep(
         student,
@@ -139,4 +143,19 @@ def training_batch(
     if kd.enabled and kd.alignment == "online":
         pixels = np.zeros((64, 96, 3), np.uint8)
         originals = (OriginalImage(pixels, (96.0, 64.0), (0.0, 0.0)),) * 2
-    return TrainingBatch(image_batch(seed=seed), targets(counts), regions, originals)
+    images, wanted = image_batch(seed=seed), targets(counts)
+    if config.student.mask_head:
+        pairs = zip(wanted, images.image_sizes_hw.tolist(), strict=True)
+        wanted = tuple(
+            masked(target, (h, w), config.student.mask_stride) for target, (h, w) in pairs
+        )
+    return TrainingBatch(images, wanted, regions, originals)
+
+
+def masked(target: Targets, image_hw: tuple[int, int], stride: float) -> Targets:
+    """The same objects with masks that fill their boxes, in a padded view of 128 pixels."""
+    pixels = (torch.arange(int(128 / stride)) + 0.5) * stride
+    centre_x, centre_y, width, height = target.boxes_cxcywh.unbind(-1)
+    rows = (pixels / image_hw[0] - centre_y[:, None]).abs() < height[:, None] / 2
+    columns = (pixels / image_hw[1] - centre_x[:, None]).abs() < width[:, None] / 2
+    return replace(target, masks=rows[:, :, None] & columns[:, None, :])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache.location import CachePath
 from cache.store import CacheReader
-from dkdetr.boxes import cxcywh_to_xyxy
+from dkdetr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.class_frequencies import images_per_base_class
 from dkdetr.data.splits import Split
@@ -99,11 +99,13 @@ def embed_own_anchors(
     """Returns the teacher's embeddings of boxes of the views, cut from the original images.
 
     The teacher sees the picture upright and at full resolution, whatever the augmentation, as it
-    does where a cache is made. Empty places get zeros.
+    does where a cache is made; of a box that reaches beyond the view it sees what the view shows.
+    Empty places get zeros.
     """
     rows: list[np.ndarray] = []
     for original, boxes, filled in zip(originals, boxes_cxcywh, valid, strict=True):
-        boxes_xyxy = boxes_in_original(boxes[filled].detach().double().cpu(), original)
+        seen = cxcywh_to_xyxy(boxes[filled].detach().double().cpu()).clamp(0, 1)
+        boxes_xyxy = boxes_in_original(xyxy_to_cxcywh(seen), original)
         rows.append(encoder.encode_regions(original.pixels, boxes_xyxy.numpy()))
     embeddings = torch.zeros(*valid.shape, rows[0].shape[1], device=valid.device)
     embeddings[valid] = torch.from_numpy(np.concatenate(rows)).to(valid.device)

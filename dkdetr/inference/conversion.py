@@ -12,12 +12,19 @@ from torch import Tensor
 from dkdetr.data.vocabulary import load_vocabulary
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import load_experiment
-from dkdetr.inference.convert import ConversionReport, Protocol, read_tensors, take_over
+from dkdetr.inference.convert import (
+    UNKNOWN,
+    ConversionReport,
+    Protocol,
+    read_tensors,
+    take_over,
+)
 from dkdetr.inference.foreign_names import join_attention, pivot_name, recognise
 from dkdetr.student.build import build_student
 from dkdetr.student_file import StudentFile, save_student_file
 
 _CLIP_DIM = 512
+_MOST_UNKNOWN = 20
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,10 @@ class FileConversion:
     settings: Mapping[str, Any]
 
     def lines(self) -> list[str]:
-        """Returns the report for people, every reason with its count and an example."""
+        """Returns the report for people: every reason with its count and an example.
+
+        Unknown tensors are named, for nobody has decided that they may be left.
+        """
         report = self.report
         lines = [f"layout: {report.layout}", f"used: {len(report.used)} tensors"]
         lines += [f"setting from the file: {key} = {value}" for key, value in self.settings.items()]
@@ -36,6 +46,10 @@ class FileConversion:
         for reason, count in reasons.most_common():
             example = next(key for key, why in report.ignored.items() if _kind(why) == reason)
             lines.append(f"ignored: {count} ({reason}), e.g. {example}")
+        unknown = [key for key, why in report.ignored.items() if why == UNKNOWN]
+        lines += [f"unknown: {key}" for key in unknown[:_MOST_UNKNOWN]]
+        if len(unknown) > _MOST_UNKNOWN:
+            lines.append(f"unknown: {len(unknown) - _MOST_UNKNOWN} more (--json FILE has them all)")
         parts = Counter(".".join(name.split(".")[:2]) for name in report.missing)
         lines += [f"keeps its start: {part} ({count} tensors)" for part, count in parts.items()]
         return lines + [f"warning: {warning}" for warning in report.warnings]

@@ -27,8 +27,10 @@ _BOXES_SEEN: Mapping[Layout, str] = {
     "transformers": "COCO boxes of all 80 classes",
 }
 # What a student may keep of its own start: no other project has it.
-_OURS_ALONE = r"kd_content|classifiers\..+|.+\.num_batches_tracked"
+_OURS_ALONE = r"kd_.+|denoising_content\..+|classifiers\..+|.+\.num_batches_tracked"
 _MASKS = "mask_head."
+UNKNOWN = "unknown"
+"""Why a tensor was left that no release of its layout is known to hold."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - foreign
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise CorruptArtefactError(f"'{path}' is no checkpoint: {reason}") from error
+        reason = str(error).partition("\n")[0]
+        raise CorruptArtefactError(
+            f"'{path}' is no checkpoint that can be read without running its code "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
@@ -181,7 +186,7 @@ def _why_unknown(key: str) -> str:
         return "a text bank, no weights: it is imported as a vocabulary"
     if re.match(r"(?:backbone\.)?fc\.", key):
         return "ImageNet's classifier"
-    return "unknown"
+    return UNKNOWN
 
 
 def _our_name(name: str, student: DKDETR) -> tuple[str, slice | None]:

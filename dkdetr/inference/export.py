@@ -11,14 +11,17 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.experiment_file import config_hash
 from dkdetr.student.detector import DKDETR
-from dkdetr.student_file import StudentFile, save_student_file
+from dkdetr.student_file import TRAINING_ONLY, StudentFile, save_student_file
 
 # What a card and a file may say of a run: no path, no host, no command line.
 _TOLD = (
     "experiment", "cache_fingerprint", "teacher", "teacher_spec", "random_teacher", "train_split",
     "averaged", "torch", "saw_boxes_of",
 )  # fmt: skip
-_SHOWN_SCORES = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AP50_novel", "AP50_base", "AP50_all")
+_SHOWN_SCORES = (
+    "AP", "AP50", "AP75", "APr", "APc", "APf", "AP50_novel", "AP50_base", "AP50_all",
+    "segm.AP", "segm.APr", "segm.APc", "segm.APf",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ def export_student(
 ) -> Exported:
     """Returns the student file and its model card, NAME.safetensors and NAME.md.
 
-    The KD queries stay behind. `dkdetr eval`, `--set student.weights=FILE` and `dkdetr export` read
-    the file.
+    KD and denoising queries stay behind. `dkdetr eval`, `--set student.weights=FILE` and `dkdetr
+    export` read the file.
 
     Args:
         path: the file to write.
@@ -51,7 +54,7 @@ def export_student(
         provenance: of the run; what it says of places and machines is left out.
         scores: the run's folder of evaluations, whose numbers go on the card; need not exist.
     """
-    tensors = {k: v for k, v in student.state_dict().items() if not k.startswith("kd_")}
+    tensors = {k: v for k, v in student.state_dict().items() if not k.startswith(TRAINING_ONLY)}
     told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
     save_student_file(path, StudentFile(tensors, config, vocabulary, told))
     card = path.with_suffix(".md")
@@ -77,7 +80,8 @@ def _card(
         "---",
         f"# {path.stem}",
         "",
-        f"A DK-DETR student ({num_parameters / 1e6:.1f} million parameters, boxes) trained by "
+        f"A DK-DETR student ({num_parameters / 1e6:.1f} million parameters, "
+        f"{'boxes and masks' if config.student.mask_head else 'boxes'}) trained by "
         f"experiment `{config.name}` (settings {config_hash(config)}).",
         "",
         f"* Vocabulary: {len(vocabulary)} names, {base} of them base; other names need text "

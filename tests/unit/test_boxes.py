@@ -105,7 +105,7 @@ def test_nms_leaves_no_overlap_and_drops_nothing_for_free(
 
 def test_inverse_sigmoid_is_finite_and_inverts():
     ends = boxes.inverse_sigmoid(torch.tensor([0.0, 1.0, -3.0, 7.0]))
-    assert ends.tolist() == pytest.approx([math.log(1e-5), -math.log(1e-5)] * 2, rel=1e-3)
+    assert ends.tolist() == pytest.approx([math.log(1e-6), -math.log(1e-6)] * 2, rel=1e-3)
     inside = torch.linspace(1e-4, 1 - 1e-4, 1001)
     torch.testing.assert_close(boxes.inverse_sigmoid(inside).sigmoid(), inside, rtol=0, atol=1e-6)
 

@@ -133,6 +133,17 @@ def test_a_box_finds_its_way_back_to_the_original(flip: bool):
     torch.testing.assert_close(boxes_in_original(view, original), boxes)
 
 
+def test_the_teacher_sees_no_more_than_the_view_shows():
+    """An anchor that reaches beyond the view is cut at its edges, flipped or not."""
+    boxes = torch.tensor([[[0.9, 0.5, 0.4, 1.2], [0.5, 0.5, 0.2, 0.2]]])
+    for flip, expected in ((False, [62.0, 20, 80, 60]), (True, [20.0, 20, 38, 60])):
+        geometry = ViewGeometry((100, 100), (100, 100), 20, 20, (40, 60), flip)
+        original = OriginalImage(np.zeros((100, 100, 3), np.uint8), *geometry.to_original())
+        teacher = FakeTeacher()
+        embed_own_anchors(teacher, [original], boxes, torch.tensor([[True, False]]))
+        np.testing.assert_allclose(teacher.asked[0], [expected], atol=1e-4)
+
+
 def test_the_teacher_sees_filled_places_only():
     teacher = FakeTeacher()
     originals = [OriginalImage(np.zeros((9, 9, 3), np.uint8), (9.0, 9.0), (0.0, 0.0))] * 2
@@ -148,7 +159,10 @@ def test_the_teacher_sees_filled_places_only():
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ({"auxiliary_queries": False, "alignment": "hybrid"}, "auxiliary_queries = true"),
+        (
+            {"auxiliary_queries": False, "alignment": "hybrid"},
+            "^settings of 'kd': alignment.*= true$",
+        ),
         ({"auxiliary_queries": False, "content": "slots"}, "auxiliary_queries = true"),
         ({"rkd": {"gather": True, "relations": ["image"]}}, "rkd.relations"),
         ({"rkd": {"relations": []}}, "kd.rkd.relations"),

@@ -79,6 +79,37 @@ def test_a_released_student_with_its_vocabulary_can_be_scored(
     assert subject.folder == tmp_path / "student"
 
 
+def test_what_only_training_uses_need_not_be_in_a_checkpoint(
+    tmp_path: Path, monkeypatch, capsys, opera: Path
+):
+    """Options that give our student parts which no other project has do not make it foreign."""
+    write_vocabulary(tmp_path / "bank.vocab")
+    out = tmp_path / "student.safetensors"
+    code = run_convert(
+        monkeypatch, opera, out, "--vocab", tmp_path / "bank.vocab", "--set", "student.denoising=2",
+        "--set", "kd.skd.loss=siglip_bias",
+    )  # fmt: skip
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "keeps its start: kd_calibration.log_scale (1 tensors)" in printed
+    assert "keeps its start: denoising_content.weight (1 tensors)" in printed
+    subject = load_subject(out)
+    assert subject.student.denoising_content is not None
+
+
+def test_unknown_tensors_are_named(tmp_path: Path, monkeypatch, capsys):
+    source = tmp_path / "theirs.pth"
+    state = as_opera(scramble(make_student(neck_bias=False), 2))
+    extra = {f"bbox_head.kd_queries.{number:02}": torch.zeros(1) for number in range(22)}
+    torch.save({"state_dict": {**state, **extra}}, source)
+    assert run_convert(monkeypatch, source, tmp_path / "o.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "ignored: 22 (unknown)" in printed
+    assert "unknown: bbox_head.kd_queries.19\n" in printed
+    assert "kd_queries.20" not in printed
+    assert "unknown: 2 more (--json FILE has them all)" in printed
+
+
 def test_a_plain_detector_is_a_start_without_classifiers(tmp_path: Path, monkeypatch, capsys):
     source = tmp_path / "detr.pth"
     torch.save({"model": as_original(scramble(make_student(neck_bias=True), 1))}, source)

@@ -74,6 +74,17 @@ def test_a_prediction_is_the_evaluations_detection(detector: DKDETR):
     assert (found.boxes_xyxy[:, 2] <= 90).all()
 
 
+def test_a_student_with_masks_predicts_the_boxes_of_one_without(detector: DKDETR):
+    segmenter = tiny_student(tiny_config(mask_head=True))
+    segmenter.load_state_dict(detector.student.state_dict(), strict=False)
+    image = picture(0)
+    with_masks = DKDETR(segmenter, small_views(), vocabulary())
+    options = {"threshold": 0.0, "nms_iou": 0.5}
+    (found,), (expected,) = (each.predict(image, **options) for each in (with_masks, detector))
+    assert len(found) > 0
+    np.testing.assert_array_equal(found.boxes_xyxy, expected.boxes_xyxy)
+
+
 def test_every_form_of_a_picture_gives_the_same(detector: DKDETR, tmp_path: Path):
     image = picture(1)
     Image.fromarray(image).save(tmp_path / "p.png")

@@ -103,6 +103,16 @@ def test_a_file_without_classifiers_starts_a_training_but_is_not_scored(
         assert torch.equal(tensor, before[name] if name in kept else file.tensors[name]), name
 
 
+def test_denoising_may_be_there_or_not(tmp_path: Path, file: StudentFile):
+    path = tmp_path / "s.safetensors"
+    cleaning = replace(file.config, student=replace(file.config.student, denoising=2))
+    without = {k: v for k, v in file.tensors.items() if not k.startswith("kd_")}
+    build_from_file(path, replace(file, config=cleaning, tensors=without), text_dim=TEXT_DIM)
+    with_it = build_student(cleaning, text_dim=TEXT_DIM).state_dict()
+    student = build_student(file.config, text_dim=TEXT_DIM)
+    assert load_into(path, replace(file, tensors=with_it), student) == ()
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path: Path, file: StudentFile):
     path = tmp_path / "s.safetensors"
     student = build_student(file.config, text_dim=TEXT_DIM)

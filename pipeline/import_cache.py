@@ -2,13 +2,14 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import xxhash
+from pydantic import TypeAdapter, ValidationError
 
 from cache.plan import make_plan
 from cache.rows import ImageRows
@@ -286,11 +287,34 @@ def _read_boxes(spec: str, split: Split) -> dict[int, tuple[np.ndarray, np.ndarr
     return read_boxes(Path(path), options, split)
 
 
+def recorded_import(record: Any, where: Path) -> ImportRequest:
+    """Returns the request that a cache's provenance kept.
+
+    Raises:
+        UsageError: there is none, or not one of this version.
+    """
+    try:
+        return TypeAdapter(ImportRequest).validate_python(record)
+    except ValidationError:
+        raise UsageError(
+            f"the provenance of {where} does not say from where it was imported: import it anew "
+            "into another folder"
+        ) from None
+
+
 def _provenance(request: ImportRequest) -> dict[str, Any]:
+    placed = replace(
+        request,
+        source=request.source.resolve(),
+        text_bank=request.text_bank.resolve(),
+        image_source=request.image_source.resolve() if request.image_source else None,
+        data_root=request.data_root.resolve(),
+    )
     return {
         "imported": request.layout,
         "source": str(request.source.resolve()),
         "command": request.command,
+        "request": TypeAdapter(ImportRequest).dump_python(placed, mode="json"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "split": request.split,

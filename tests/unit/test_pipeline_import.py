@@ -15,6 +15,7 @@ from cache.verify import verify_cache
 from dkdetr.data.splits import load_split
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from pipeline.import_cache import ImportRequest, import_cache
+from pipeline.repair import repair_cache
 from pipeline.text_bank import read_text_bank
 from tests.unit.data_world import coco_document, write_world
 
@@ -222,6 +223,21 @@ def test_boxes_of_mmdets_pickled_list_give_the_same_cache(world, tmp_path):
     request = _request(world, "detpro", source, tmp_path / "w", boxes=f"{wrong}?order=image_id")
     with pytest.raises(DataError, match="not of one run, or not in one order"):
         import_cache(request)
+
+
+def test_a_damaged_import_is_imported_again_to_the_same_bytes(world, tmp_path):
+    source = _write(tmp_path / "foreign", "hdovd")
+    cache = tmp_path / "c"
+    summary = import_cache(_request(world, "hdovd", source, cache, data_root=world[0]))
+    file = cache / "data.zarr/region_embeddings/c/0/0/0"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 8
+    file.write_bytes(whole)
+    assert not verify_cache(cache).good
+    repaired = repair_cache(cache)
+    assert repaired.repaired == ("shard 000000",)
+    assert repaired.merkle_root == summary.merkle_root
+    assert verify_cache(cache).good
 
 
 def _bank(num, dim=DIM):

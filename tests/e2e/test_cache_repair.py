@@ -23,11 +23,10 @@ from pipeline.neighbor_stage import add_neighbors, ensure_neighbors, recorded_se
 from pipeline.repair import repair_cache
 from pipeline.request import recorded_request
 from tests.cache_samples import committed_bytes
-from tests.e2e.test_cache_teacher import request_, teacher_spec, world  # noqa: F401  fixtures
 
 
 @pytest.fixture
-def cache(request_):  # noqa: F811  a fixture
+def cache(request_):
     cache_teacher(replace(request_, storage="int8"))
     return request_.out
 
@@ -99,7 +98,7 @@ def test_damaged_lists_alone_are_built_again_as_they_were(cache, monkeypatch):
     assert recorded_settings(cache) == made_with
 
 
-def test_a_cache_with_flipped_views_is_repaired_and_exported(request_):  # noqa: F811  a fixture
+def test_a_cache_with_flipped_views_is_repaired_and_exported(request_):
     crops = CropRule(views="orig,flip")
     cache_teacher(replace(request_, crops=crops, neighbors=True))
     cache = request_.out
@@ -124,7 +123,7 @@ def test_a_cache_with_flipped_views_is_repaired_and_exported(request_):  # noqa:
     assert f"dkdetr cache export CACHE {export}" in result.output
 
 
-def test_changed_pictures_are_no_repair(cache, request_, tmp_path):  # noqa: F811  a fixture
+def test_changed_pictures_are_no_repair(cache, request_, tmp_path):
     shutil.copytree(cache, tmp_path / "copy")
     (cache / "manifest/000001.json").unlink()
     _, images, _ = request_.split.split(":")

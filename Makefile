@@ -24,9 +24,11 @@ check: $(INSTALLED)
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
-# The long fault tests on the cache and its inputs; tests/faults/README.md lists them.
+# Every fault of the cache and its inputs, short and long; tests/faults/README.md lists them.
 faults-cache: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_cache_*.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(addprefix tests/faults/test_,\
+		cache_kills.py cache_faults.py cache_writers_and_disks.py \
+		hostile_files.py teacher_canary_faults.py)
 
 # Fifty cuts, fifty SIGTERMs, a hundred kills inside a save, ranks that die, losses that break.
 faults-train: $(INSTALLED)

@@ -332,7 +332,11 @@ def cache_import(
         Path, typer.Option(help="The names' embeddings: .npy, .pt; either way round")
     ],
     boxes: Annotated[
-        Path | None, typer.Option(help="Proposals of detpro and hdovd, as COCO results json")
+        str | None,
+        typer.Option(
+            help="Proposals of detpro and hdovd, in their embeddings' order: a COCO results json "
+            "or mmdet's LIST.pkl?order=image_id|annotations"
+        ),
     ] = None,
     image_source: Annotated[Path | None, typer.Option(help="OADP's `globals`")] = None,
     background: Annotated[

@@ -26,7 +26,7 @@ from cache.layout import (
 from cache.location import local_folder
 from cache.lock import Lease
 from cache.manifest import MANIFEST_FOLDER, ShardManifest, manifest_file
-from cache.neighbor_lists import NEIGHBORS_MANIFEST, load_neighbors
+from cache.neighbor_lists import load_neighbors
 from cache.spec import CacheError, CorruptCacheError
 
 
@@ -96,6 +96,8 @@ def find_damage(
 def uncommit(damage: Damage) -> None:
     """Removes what is damaged, so that stage 1 makes it anew; what is whole stays committed.
 
+    Neighbour lists stay where they are: who builds them anew replaces them.
+
     Raises:
         CacheLockedError: another process writes the cache.
     """
@@ -110,8 +112,6 @@ def uncommit(damage: Damage) -> None:
             (path / name).unlink(missing_ok=True)
         for shard in damage.shards:
             (path / manifest_file(shard)).unlink(missing_ok=True)
-        if damage.neighbors:
-            (path / NEIGHBORS_MANIFEST).unlink(missing_ok=True)
         for folder in (path, path / MANIFEST_FOLDER):
             if folder.is_dir():
                 sync_folder(folder)

@@ -50,7 +50,7 @@ def parse_file_options(text: str) -> tuple[str, FileOptions]:
         key, _, value = pair.partition("=")
         if value not in choices.get(key, ()):
             raise UsageError(
-                f"--proposals file:{text}: '{pair}' is none of order=image_id, order=annotations, "
+                f"proposals '{text}': '{pair}' is none of order=image_id, order=annotations, "
                 "novel=seen, novel=unseen"
             )
         given[key] = value
@@ -139,25 +139,14 @@ def pack_file(path: Path, options: FileOptions, split: Split, folder: Path) -> P
         DataError: missing, malformed or of another split; names the first 20 bad records.
         CorruptArtefactError: a pickle that holds more than lists of arrays.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"proposals '{path}': {error.strerror or error}") from None
+    data = _load(path, options)
     digest = xxhash.xxh3_128(data).hexdigest()
-    pickled = path.suffix in _PICKLES
-    if pickled and not options.order:
-        raise UsageError(
-            f"proposals '{path}': a pickled list does not say which picture an entry belongs to; "
-            f"state the order: --proposals 'file:{path}?order=image_id' (sorted ids) or "
-            "'?order=annotations' (as the annotation file lists its pictures)"
-        )
-    if options.order and not pickled:
-        raise UsageError(f"proposals '{path}': a results json names its images; drop '?order='")
-    state = "/".join((digest, options.order, options.novel, _ids_hash(split) if pickled else ""))
+    ids = _ids_hash(split) if options.order else ""
+    state = "/".join((digest, options.order, options.novel, ids))
     packed = folder / f"file-{xxhash.xxh3_64_hexdigest(state.encode())}.npz"
     if packed.is_file():
         return packed
-    rows = _read_lists(data, path, options.order, split) if pickled else _read_json(data, path)
+    rows = _read(data, path, options, split)
     order = np.argsort(rows.image_ids, kind="stable")
     unique, first = np.unique(rows.image_ids[order], return_index=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +165,43 @@ def pack_file(path: Path, options: FileOptions, split: Split, folder: Path) -> P
     )
     temporary.replace(packed)
     return packed
+
+
+def read_boxes(
+    path: Path, options: FileOptions, split: Split
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Returns boxes xyxy and scores of each image id, in the file's own order; as `pack_file`."""
+    rows = _read(_load(path, options), path, options, split)
+    order = np.argsort(rows.image_ids, kind="stable")
+    unique, first = np.unique(rows.image_ids[order], return_index=True)
+    boxes, scores = rows.boxes_xyxy.astype(np.float32), rows.scores.astype(np.float32)
+    return {
+        int(image_id): (boxes[places], scores[places])
+        for image_id, places in zip(unique, np.split(order, first[1:]), strict=True)
+    }
+
+
+def _load(path: Path, options: FileOptions) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"proposals '{path}': {error.strerror or error}") from None
+    pickled = path.suffix in _PICKLES
+    if pickled and not options.order:
+        raise UsageError(
+            f"proposals '{path}': a pickled list does not say which picture an entry belongs to; "
+            f"state the order behind its name: '{path}?order=image_id' (sorted ids) or "
+            f"'{path}?order=annotations' (as the annotation file lists its pictures)"
+        )
+    if options.order and not pickled:
+        raise UsageError(f"proposals '{path}': a results json names its images; drop '?order='")
+    return data
+
+
+def _read(data: bytes, path: Path, options: FileOptions, split: Split) -> _Rows:
+    if options.order:
+        return _read_lists(data, path, options.order, split)
+    return _read_json(data, path)
 
 
 def _ids_hash(split: Split) -> str:
@@ -237,7 +263,7 @@ def _read_lists(data: bytes, path: Path, order: str, split: Split) -> _Rows:
         other = _ORDERS[order == _ORDERS[0]]
         fits = not _outside(_owners(len(entries), other, in_file, split, where), tables, split)
         hint = (
-            f"in the order '{other}' all boxes fit: --proposals 'file:{path}?order={other}'"
+            f"in the order '{other}' all boxes fit: '{path}?order={other}'"
             if fits
             else "they do not fit in the other order either: the list belongs to other pictures"
         )

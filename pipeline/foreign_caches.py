@@ -13,10 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 import xxhash
 
-from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.errors import CorruptArtefactError, DataError
 from pipeline.foreign_tensors import load_pth, unit_rows
 
 ForeignFormat = Literal["detpro", "oadp", "hdovd"]
@@ -128,37 +127,6 @@ def read_image(files: PthFiles, stem: str, layout: ForeignFormat) -> ForeignImag
         None if truth is None else _vectors(truth, where),
         None if whole is None else _vectors(np.reshape(whole, (1, -1)), where)[0],
     )
-
-
-def read_boxes(path: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Returns boxes xyxy and scores of each image id, in the order of a COCO results json.
-
-    The order counts: it is the order of the foreign cache's embeddings.
-
-    Raises:
-        UsageError: a pickle. DataError: missing or malformed.
-    """
-    if path.suffix in {".pkl", ".pickle"}:
-        raise UsageError(
-            f"'{path}' is a pickle, which can run any code; write it as a COCO results json in the "
-            "same order: [{image_id, bbox: [x, y, w, h], score}, ...]"
-        )
-    try:
-        records = orjson.loads(path.read_bytes())
-        grouped: dict[int, list[list[float]]] = {}
-        for record in records:
-            left, top, width, height = (float(side) for side in record["bbox"])
-            row = [left, top, left + width, top + height, float(record["score"])]
-            grouped.setdefault(int(record["image_id"]), []).append(row)
-        tables = {image_id: np.array(rows, np.float64) for image_id, rows in grouped.items()}
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no COCO results json: {error}") from None
-    return {
-        image_id: (table[:, :4].astype(np.float32), table[:, 4].astype(np.float32))
-        for image_id, table in tables.items()
-    }
 
 
 def _table(loaded: Any, keys: tuple[str, ...], where: str) -> Mapping[str, Any]:

@@ -2,13 +2,14 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import xxhash
+from pydantic import TypeAdapter, ValidationError
 
 from cache.plan import make_plan
 from cache.rows import ImageRows
@@ -19,13 +20,13 @@ from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.splits import Split, load_split
 from dkdetr.errors import DataError, UsageError
 from dkdetr.progress import progress
+from pipeline.file_proposals import parse_file_options, read_boxes
 from pipeline.fingerprint import split_parts
 from pipeline.foreign_caches import (
     NEEDS_BOXES,
     ForeignFormat,
     ForeignImage,
     PthFiles,
-    read_boxes,
     read_image,
 )
 from pipeline.foreign_tensors import unit_rows
@@ -47,8 +48,9 @@ class ImportRequest:
     text_bank: Path
     """Embeddings of the split's names, of the same teacher."""
     background: Background | None = None
-    boxes: Path | None = None
-    """Proposals of detpro and hdovd, in the order of their embeddings."""
+    boxes: str | None = None
+    """Proposals of detpro and hdovd, in the order of their embeddings: a COCO results json, or
+    mmdet's LIST.pkl?order=image_id|annotations."""
     image_source: Path | None = None
     """Embeddings of whole images, one .pth each (OADP's `globals`)."""
     use_gt: bool = True
@@ -63,7 +65,8 @@ class ImportRequest:
     def __post_init__(self) -> None:
         if (self.layout in NEEDS_BOXES) != (self.boxes is not None):
             raise UsageError(
-                f"{self.layout} keeps its boxes apart: name them with --boxes RESULTS.json"
+                f"{self.layout} keeps its boxes apart: name them with --boxes RESULTS.json, "
+                "or LIST.pkl?order=image_id"
                 if self.boxes is None
                 else f"{self.layout} has its own boxes: leave --boxes out"
             )
@@ -162,7 +165,7 @@ class _Source:
         self._request, self._split = request, split
         self._files = PthFiles(request.source)
         self._wholes = PthFiles(request.image_source) if request.image_source else None
-        self._boxes = read_boxes(request.boxes) if request.boxes else None
+        self._boxes = _read_boxes(request.boxes, split) if request.boxes else None
         present = [image for image in split.images if image in self]
         self.num_absent = len(split.images) - len(present)
         if 2 * self.num_absent > len(split.images):
@@ -275,11 +278,43 @@ class _Source:
         return whole
 
 
+def _read_boxes(spec: str, split: Split) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    path, options = parse_file_options(spec)
+    if options.novel:
+        raise UsageError(
+            f"--boxes {spec}: an imported cache counts as having seen novel names; drop 'novel='"
+        )
+    return read_boxes(Path(path), options, split)
+
+
+def recorded_import(record: Any, where: Path) -> ImportRequest:
+    """Returns the request that a cache's provenance kept.
+
+    Raises:
+        UsageError: there is none, or not one of this version.
+    """
+    try:
+        return TypeAdapter(ImportRequest).validate_python(record)
+    except ValidationError:
+        raise UsageError(
+            f"the provenance of {where} does not say from where it was imported: import it anew "
+            "into another folder"
+        ) from None
+
+
 def _provenance(request: ImportRequest) -> dict[str, Any]:
+    placed = replace(
+        request,
+        source=request.source.resolve(),
+        text_bank=request.text_bank.resolve(),
+        image_source=request.image_source.resolve() if request.image_source else None,
+        data_root=request.data_root.resolve(),
+    )
     return {
         "imported": request.layout,
         "source": str(request.source.resolve()),
         "command": request.command,
+        "request": TypeAdapter(ImportRequest).dump_python(placed, mode="json"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "split": request.split,

@@ -1,10 +1,11 @@
 """What `dkdetr cache info` and `dkdetr cache verify` say about a cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from cache.exported import is_export
 from cache.layout import PLAN_FILE, load_plan
 from cache.location import CachePath
 from cache.neighbor_lists import load_parameters
@@ -37,7 +38,7 @@ class CacheDescription:
         info = self.info
         random = "  RANDOM WEIGHTS: for trials only" if info.random_teacher else ""
         provenance = [
-            f"  {key}: {value}"
+            f"  {key}: {_words(value)}"
             for key, value in info.provenance.items()
             if key not in ("canary", "request")
         ]
@@ -46,7 +47,9 @@ class CacheDescription:
             f"split      {info.split}: {info.num_images:,} images, "
             f"{len(self.quarantined)} set aside",
             f"regions    {info.num_regions:,}, at most {info.max_regions} an image, "
-            f"{info.embed_dim} dimensions, {info.parts['storage']}",
+            f"{info.embed_dim} dimensions, {_words(info.parts['storage'])}",
+            f"crops      {_words(info.parts['crops'])}",
+            f"proposals  {_words(info.parts['proposals'])}",
             "storage    turns a region's embedding by 1 - cosine = {:.1e} in the mean, {:.1e} at "
             "most (measured when written)".format(*self.storage_error),
             f"teacher    {info.teacher}{random}",
@@ -78,6 +81,16 @@ class CacheDescription:
         }
 
 
+def _words(value: Any) -> str:
+    """Returns plain data in one line as a person reads it: `mode squash, scales 1.0 1.5`."""
+    if isinstance(value, Mapping):
+        table = cast("Mapping[str, Any]", value)
+        return ", ".join(f"{key} {_words(entry)}" for key, entry in table.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(_words(entry) for entry in cast("Sequence[Any]", value))
+    return str(value)
+
+
 @dataclass(frozen=True)
 class CheckedCache:
     """The result of reading all of a cache, and its proposals' recall where it can be told."""
@@ -87,6 +100,8 @@ class CheckedCache:
     zero_shot: tuple[ZeroShot, ...]
     no_recall: str
     """Why there is no recall; empty where there is."""
+    next_command: str
+    """What mends it, if anything is wrong."""
 
     def lines(self) -> list[str]:
         """Returns the result as a person reads it."""
@@ -118,8 +133,8 @@ class CheckedCache:
         """Raises CorruptCacheError if there is any problem."""
         if self.report.problems:
             raise CorruptCacheError(
-                f"{len(self.report.problems)} problems in {self.report.path}; "
-                f"next: dkdetr cache repair {self.report.path}"
+                f"{self.report.path} has {len(self.report.problems)} problem(s), listed above; "
+                f"next: {self.next_command}"
             )
 
 
@@ -161,11 +176,12 @@ def verify_and_report(
         DkdetrError: modes are asked for, and the teacher or the split is not at hand.
     """
     modes = parse_modes(crop_modes)
+    mends = f"dkdetr cache {'export CACHE' if is_export(path) else 'repair'} {path}"
     num_shards = load_plan(path).num_shards if (path / PLAN_FILE).is_file() else 0
     with progress("verify", num_shards) as advance:
         report = verify_cache(path, on_shard=lambda done, _total: advance(done, ""))
     if report.problems or not report.sealed:
-        return CheckedCache(report, (), (), "the cache is not whole")
+        return CheckedCache(report, (), (), "the cache is not whole", mends)
     reader = open_cache(path)
     cached = cached_accuracy(reader)
     zero_shot = (cached,) if cached else ()
@@ -174,7 +190,7 @@ def verify_and_report(
     except DkdetrError as error:
         if modes:
             raise
-        return CheckedCache(report, (), zero_shot, str(error))
+        return CheckedCache(report, (), zero_shot, str(error), mends)
     if modes:
         zero_shot += accuracy_by_mode(reader, split, modes, device)
-    return CheckedCache(report, cache_recall(reader, split), zero_shot, "")
+    return CheckedCache(report, cache_recall(reader, split), zero_shot, "", mends)

@@ -53,13 +53,23 @@ def add_neighbors(path: Path) -> tuple[str, ...]:
         PreemptedError: SIGTERM came; the cache is sealed, and the same command builds the lists.
     """
     try:
-        ensure_neighbors(path, NeighborSettings())
+        ensure_neighbors(path, recorded_settings(path))
     except CacheError as error:
         return (
             f"no neighbour lists: {error}; the cache is whole without them; "
             f"dkdetr cache neighbors {path}",
         )
     return ()
+
+
+def recorded_settings(path: Path) -> NeighborSettings:
+    """Returns how the lists that are there were made, be they whole or not; else the defaults."""
+    try:
+        recorded = load_parameters(path) or {}
+    except CorruptCacheError:
+        recorded = {}
+    names = NeighborSettings().recorded()
+    return NeighborSettings(**{name: recorded[name] for name in names if name in recorded})
 
 
 def ensure_neighbors(

@@ -100,8 +100,8 @@ def price_of(request: CacheRequest, split: Split, spec: ProposalSpec, embed_dim:
     num_base_boxes = len(split.base_table.category_ids)
     bytes_a_vector = plan.embed_dim * (1 if request.storage == "int8" else 2) + 4
     a_region = bytes_a_vector * (2 if plan.flipped else 1) + 4 * 4 + 4 + 4
-    a_truth = plan.embed_dim * 2 + 4 * 4 + 8
-    an_image = plan.max_regions * a_region + plan.max_gt * a_truth + plan.embed_dim * 2 + 64
+    an_image = plan.max_regions * a_region + plan.embed_dim * 2 + 64
+    a_truth = plan.embed_dim * 2 + 4 * 4 + 8  # without padding: as many as there are
     parent = next(folder for folder in (request.out, *request.out.parents) if folder.exists())
     trains = spec.trains and not (request.out / NETWORK_FILE).is_file()
     fitted: FitPlan | None = fit_plan(request, split) if trains else None
@@ -116,7 +116,7 @@ def price_of(request: CacheRequest, split: Split, spec: ProposalSpec, embed_dim:
         num_shards=plan.num_shards,
         embed_dim=plan.embed_dim,
         num_texts=len(split.categories) * len(templates),
-        bytes_needed=plan.num_images * an_image,
+        bytes_needed=plan.num_images * an_image + num_base_boxes * a_truth,
         bytes_free=shutil.disk_usage(parent).free,
         fit_iterations=fitted.num_iterations if fitted else 0,
         fit_batch_size=fitted.config.data.batch_size if fitted else 0,

@@ -7,11 +7,11 @@ from typing import Any
 
 from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, load_plan, load_provenance
-from cache.neighbors import NeighborSettings
 from cache.spec import CacheError, CorruptCacheError
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor
-from pipeline.neighbor_stage import ensure_neighbors
+from pipeline.import_cache import ImportRequest, import_cache, recorded_import
+from pipeline.neighbor_stage import ensure_neighbors, recorded_settings
 from pipeline.request import CacheRequest, recorded_request
 
 
@@ -57,7 +57,7 @@ def repair_cache(
         shards: look at these alone; none: at every file.
         data_root: where the pictures lie now; None: where they lay.
         device: where the teacher runs.
-        workers: see `CacheRequest.executor`.
+        workers: see `CacheRequest.executor`; an import knows none.
         say: told in a line what is going on.
 
     Raises:
@@ -69,28 +69,43 @@ def repair_cache(
     if not damage.any:
         return RepairSummary(path, (), damage.old_root or "", same_bytes=True)
     say(f"damaged: {', '.join(damage.lines())}")
-    request = _request_of(path, damage)
-    if data_root is not None:
-        request = replace(request, data_root=data_root)
-    request = replace(request, out=path, device=device, executor=Executor(workers=workers))
-    uncommit(damage)
-    summary = cache_teacher(replace(request, neighbors=False), say)
-    finish_repair(damage, summary.merkle_root)
+    neighbors = recorded_settings(path)
+    root = damage.old_root
+    if damage.files or damage.shards:
+        request = _request_of(path, damage)
+        if data_root is not None:
+            request = replace(request, data_root=data_root)
+        request = replace(request, out=path)
+        if isinstance(request, CacheRequest):
+            request = replace(request, device=device, executor=Executor(workers=workers))
+        uncommit(damage)
+        root = _make_again(request, say)
+        finish_repair(damage, root)
     if damage.neighbors:
-        ensure_neighbors(path, NeighborSettings(), rebuild=True)
+        ensure_neighbors(path, neighbors)
     return RepairSummary(
-        path, tuple(damage.lines()), summary.merkle_root, same_bytes=damage.old_root is not None
+        path, tuple(damage.lines()), root or "", same_bytes=damage.old_root is not None
     )
 
 
-def _request_of(path: Path, damage: Damage) -> CacheRequest:
+def _make_again(request: CacheRequest | ImportRequest, say: Callable[[str], None]) -> str:
+    """Returns the root of the cache, sealed again."""
+    if isinstance(request, ImportRequest):
+        return import_cache(request, say).merkle_root
+    return cache_teacher(request, say).merkle_root
+
+
+def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:
     try:
-        record = load_provenance(path).get("request")
+        provenance = load_provenance(path)
     except (FileNotFoundError, CorruptCacheError):
         raise CorruptCacheError(
             f"{path / PROVENANCE_FILE} is lost, and with it how the cache was made; next: run its "
             f"own cache-teacher command again after deleting the files of {damage.lines()}"
         ) from None
+    record = provenance.get("request")
+    if "imported" in provenance:
+        return recorded_import(record, path)
     request = recorded_request(record, path)
     try:
         # `auto` is settled by the device; the cache knows what it was settled to.

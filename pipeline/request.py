@@ -1,7 +1,7 @@
 """What one `cache-teacher` command asks for, and what it answers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +66,8 @@ class CacheRequest:
 
 def request_record(request: CacheRequest) -> dict[str, Any]:
     """Returns the request as plain data, for the provenance: what `cache repair` runs again."""
-    return TypeAdapter(CacheRequest).dump_python(request, mode="json")
+    placed = replace(request, data_root=request.data_root.resolve())
+    return TypeAdapter(CacheRequest).dump_python(placed, mode="json")
 
 
 def recorded_request(record: Any, where: Path) -> CacheRequest:

@@ -1,6 +1,6 @@
 """Prints how long a generated LVIS train file takes to read, and the memory at its peak.
 
-python tests/benchmarks/annotations.py [--annotations 1300000] [--images 100000]
+python -m tests.benchmarks.annotations [--annotations 1300000] [--images 100000]
 """
 
 import argparse

@@ -7,7 +7,7 @@ three on the same pictures, boxes, teacher and device, in one run.
 On a CPU time is that of the process (without loader processes of the usual way), so that a busy
 machine changes little; on a GPU it is the clock's.
 
-python tests/benchmarks/cache_fill.py [--teacher MODEL:WEIGHTS] [--images 48] [--boxes 4]
+python -m tests.benchmarks.cache_fill [--teacher MODEL:WEIGHTS] [--images 48] [--boxes 4]
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How many images a second one process reads from a cache: python tests/benchmarks/cache_reader.py
+"""How many images a second one process reads from a cache: python -m tests.benchmarks.cache_reader
 
 Each way reads the same images in random order: what training asks for (an image's boxes and
 scores, and the embeddings of twenty of its regions), and everything there is. The files are in the

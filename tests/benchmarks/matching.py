@@ -1,6 +1,6 @@
 """Prints how long the encoder's matching takes, solved whole and on the candidate set.
 
-python tests/benchmarks/matching.py [--tokens 21760] [--targets 12 40]
+python -m tests.benchmarks.matching [--tokens 21760] [--targets 12 40]
 """
 
 import argparse

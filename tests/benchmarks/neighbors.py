@@ -1,6 +1,6 @@
 """Times the neighbour lists of a cache, exact and by inverted file, beside a bare flat search.
 
-python tests/benchmarks/neighbors.py [--images 3000] [--regions 20] [--width 128]
+python -m tests.benchmarks.neighbors [--images 3000] [--regions 20] [--width 128]
 """
 
 import argparse

@@ -4,7 +4,7 @@ Plans at their true sizes (LVIS, Objects365, a billion regions); whole caches of
 reduced width. One process a size; CPU-seconds (a busy machine changes them little) and anonymous
 memory above what the process began with.
 
-python tests/benchmarks/scale.py [--images 9000 18000 36000] [--regions 16] [--width 16]
+python -m tests.benchmarks.scale [--images 9000 18000 36000] [--regions 16] [--width 16]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Prints how long an LVIS-sized results file takes to score, from its files, and the memory.
 
-python tests/benchmarks/scoring.py [--images 1981] [--detections 300] [--classes 1203] [--official]
+python -m tests.benchmarks.scoring [--images 1981] [--detections 300] [--classes 1203] [--official]
 
 The whole of LVIS val is --images 19809. Each tool runs in a process of its own, reading included.
 """

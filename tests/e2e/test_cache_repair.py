@@ -3,10 +3,14 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from cache.export import export_cache
+from cache.layout import load_provenance
+from cache.neighbors import NeighborSettings
 from cache.spec import CorruptCacheError, StaleCacheError
 from cache.store import open_cache
 from cache.verify import verify_cache
@@ -14,14 +18,15 @@ from cli import app
 from dkdetr.errors import UsageError
 from pipeline import repair
 from pipeline.build import cache_teacher
+from pipeline.crops import CropRule
+from pipeline.neighbor_stage import add_neighbors, ensure_neighbors, recorded_settings
 from pipeline.repair import repair_cache
 from pipeline.request import recorded_request
 from tests.cache_samples import committed_bytes
-from tests.e2e.test_cache_teacher import request_, teacher_spec, world  # noqa: F401  fixtures
 
 
 @pytest.fixture
-def cache(request_):  # noqa: F811  a fixture
+def cache(request_):
     cache_teacher(replace(request_, storage="int8"))
     return request_.out
 
@@ -81,7 +86,44 @@ def test_the_command_line_repairs_one_shard_and_tells(cache):
     assert runner.invoke(app, ["cache", "verify", str(export)]).exit_code == 0
 
 
-def test_changed_pictures_are_no_repair(cache, request_, tmp_path):  # noqa: F811  a fixture
+def test_damaged_lists_alone_are_built_again_as_they_were(cache, monkeypatch):
+    made_with = NeighborSettings(per_image=3, k=2)
+    ensure_neighbors(cache, made_with)
+    before = (cache / "neighbors/sims.npy").read_bytes()
+    _flip(cache / "neighbors/sims.npy")
+    monkeypatch.setattr(repair, "cache_teacher", None)  # no teacher and no pictures are asked for
+    assert repair_cache(cache).repaired == ("neighbour lists",)
+    assert (cache / "neighbors/sims.npy").read_bytes() == before
+    assert add_neighbors(cache) == ()  # as stage 1 does when its command is run again
+    assert recorded_settings(cache) == made_with
+
+
+def test_a_cache_with_flipped_views_is_repaired_and_exported(request_):
+    crops = CropRule(views="orig,flip")
+    cache_teacher(replace(request_, crops=crops, neighbors=True))
+    cache = request_.out
+    before = committed_bytes(cache)
+    _flip(cache / "data.zarr/flipped_embeddings/c/1/0/0")
+    _flip(cache / "neighbors/sims.npy")
+    assert set(repair_cache(cache).repaired) == {"shard 000001", "neighbour lists"}
+    assert committed_bytes(cache) == before
+    assert recorded_request(load_provenance(cache)["request"], cache).neighbors
+    reader, export = open_cache(cache), cache.with_name("flips")
+    export_cache(reader, export)
+    copy = open_cache(export)
+    for image_id in reader.image_ids.tolist():
+        assert np.array_equal(
+            reader.rows(image_id).flipped_embeddings,
+            copy.rows(image_id).flipped_embeddings,
+            equal_nan=True,
+        )
+    _flip(next(iter(sorted((export / "mapped").glob("*.npy")))))
+    result = CliRunner().invoke(app, ["cache", "verify", str(export)])
+    assert result.exit_code == 5
+    assert f"dkdetr cache export CACHE {export}" in result.output
+
+
+def test_changed_pictures_are_no_repair(cache, request_, tmp_path):
     shutil.copytree(cache, tmp_path / "copy")
     (cache / "manifest/000001.json").unlink()
     _, images, _ = request_.split.split(":")

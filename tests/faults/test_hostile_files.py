@@ -27,11 +27,12 @@ from dkdetr.data.vocabulary import load_vocabulary
 from dkdetr.engine.checkpoint import load_checkpoint
 from dkdetr.errors import DkdetrError
 from dkdetr.inference.convert import read_tensors
-from pipeline.foreign_caches import PthFiles, read_boxes
+from pipeline.file_proposals import FileOptions, read_boxes
+from pipeline.foreign_caches import PthFiles
 from pipeline.foreign_tensors import load_matrix, load_pth
 from pipeline.teacher import load_teacher
 from tests.cache_samples import write_sample_cache
-from tests.unit.data_world import coco_document, write_images
+from tests.unit.data_world import coco_document, write_images, write_world
 
 _REFUSALS = (DkdetrError, CacheError)
 
@@ -130,6 +131,14 @@ def _read_all(path):
     return reader.neighbors()
 
 
+_BY_IMAGE_ID = FileOptions(order="image_id")
+
+
+def _packed(path, options):
+    split = load_split(write_world(path.parent / "world", coco_document()), path.parent)
+    return read_boxes(path, options, split)
+
+
 _ARTEFACTS = {
     "weights to convert": (_torch_file, "w.pth", read_tensors),
     "weights as a bare pickle": (_plain_pickle, "w.pt", read_tensors),
@@ -140,7 +149,8 @@ _ARTEFACTS = {
     "legacy tar as .pt": (_tar_as_pt, "old.pt", load_matrix),
     "imported .pth in a zip": (_zip_of_pth, "all.zip", lambda path: PthFiles(path).load("1")),
     "imported .pth": (_torch_file, "1.pth", lambda path: load_pth(path.read_bytes(), "x")),
-    "proposals": (_plain_pickle, "p.json", read_boxes),
+    "proposals": (_plain_pickle, "p.json", lambda path: _packed(path, FileOptions())),
+    "pickled proposals": (_plain_pickle, "p.pkl", lambda path: _packed(path, _BY_IMAGE_ID)),
     "teacher's folder": (_teacher_folder, "t", lambda path: load_teacher(f"ViT-B-32:{path}")),
     "cache: text": (_cache_with_object_text, "c1", _read_all),
     "cache: codec": (_cache_with_pickle_codec, "c2", _read_all),

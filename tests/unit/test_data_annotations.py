@@ -261,7 +261,7 @@ def test_real_coco_files_read_as_the_standard_library_reads_them(part):
 
 
 def test_reading_lvis_keeps_to_its_share_of_three_gigabytes():
-    # The whole of it: python tests/benchmarks/annotations.py.
+    # The whole of it: python -m tests.benchmarks.annotations.
     program = Path(__file__).parents[1] / "benchmarks/annotations.py"
     command = [sys.executable, program, "--annotations", "65000", "--images", "5000"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -85,7 +85,7 @@ def test_lists_are_built_once_and_again_when_settings_change(path, tmp_path):
     (bare / "neighbors" / "sims.npy").write_bytes(b"spoilt")
     assert ensure_neighbors(bare, NeighborSettings(k=2)).made
     assert add_neighbors(bare) == ()
-    assert load_parameters(bare)["k"] == 16
+    assert load_parameters(bare)["k"] == 2  # the settings that somebody chose are kept
 
 
 def test_a_build_that_fails_is_a_note_and_an_exit_code(tmp_path, monkeypatch):

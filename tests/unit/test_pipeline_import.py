@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle  # noqa: TID251  the lists that our reader reads are written with the real one
 import zipfile
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from cache.verify import verify_cache
 from dkdetr.data.splits import load_split
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from pipeline.import_cache import ImportRequest, import_cache
+from pipeline.repair import repair_cache
 from pipeline.text_bank import read_text_bank
 from tests.unit.data_world import coco_document, write_world
 
@@ -76,7 +78,7 @@ def _write(folder, layout, **changes):
 
 def _request(world, layout, source, out, **changes):
     root, split = world
-    boxes = None if layout == "oadp" else root / "boxes.json"
+    boxes = None if layout == "oadp" else str(root / "boxes.json")
     request = ImportRequest(
         layout=layout, source=source, split=split, out=out, text_bank=root / "bank.npy", boxes=boxes
     )
@@ -181,11 +183,61 @@ def test_absent_images_are_set_aside_and_a_foreign_split_is_refused(world, tmp_p
     with pytest.raises(UsageError, match="--boxes"):
         _request(world, "detpro", source, tmp_path / "e", boxes=None)
     with pytest.raises(UsageError, match="its own boxes"):
-        _request(world, "oadp", source, tmp_path / "e", boxes=tmp_path)
+        _request(world, "oadp", source, tmp_path / "e", boxes=str(tmp_path))
     whole = _write(tmp_path / "whole", "detpro")
-    pickled = _request(world, "detpro", whole, tmp_path / "e", boxes=tmp_path / "x.pkl")
-    with pytest.raises(UsageError, match="is a pickle"):
+    pickled = _request(world, "detpro", whole, tmp_path / "e", boxes=str(world[0] / "boxes.pkl"))
+    (world[0] / "boxes.pkl").write_bytes(b"any")
+    with pytest.raises(UsageError, match="state the order"):
         import_cache(pickled)
+    with pytest.raises(UsageError, match="drop 'novel='"):
+        import_cache(replace(pickled, boxes="x.pkl?order=image_id&novel=unseen"))
+
+
+def test_boxes_of_mmdets_pickled_list_give_the_same_cache(world, tmp_path):
+    root, split = world
+    order = [image.image_id for image in load_split(split, root).images]
+    document = json.loads(load_split(split, root).annotations_path.read_bytes())
+    listed = [image["id"] for image in document["images"]]
+    records = json.loads((root / "boxes.json").read_text())
+
+    def table(number):
+        own = [each for each in records if each["image_id"] == number]
+        rows = [
+            [x, y, x + width, y + height, each["score"]]
+            for each in own
+            for x, y, width, height in [each["bbox"]]
+        ]
+        return np.array(rows, dtype=np.float32).reshape(-1, 5)
+
+    source = _write(tmp_path / "foreign", "detpro")
+    summary = import_cache(_request(world, "detpro", source, tmp_path / "json"))
+    roots = set()
+    for name, ids in (("image_id", sorted(order)), ("annotations", listed)):
+        path = tmp_path / f"{name}.pkl"
+        path.write_bytes(pickle.dumps([table(number) for number in ids]))
+        request = _request(world, "detpro", source, tmp_path / name, boxes=f"{path}?order={name}")
+        roots.add(import_cache(request).merkle_root)
+    assert roots == {summary.merkle_root}
+    wrong = tmp_path / "wrong.pkl"
+    wrong.write_bytes(pickle.dumps([table(number) for number in sorted(order, reverse=True)]))
+    request = _request(world, "detpro", source, tmp_path / "w", boxes=f"{wrong}?order=image_id")
+    with pytest.raises(DataError, match="not of one run, or not in one order"):
+        import_cache(request)
+
+
+def test_a_damaged_import_is_imported_again_to_the_same_bytes(world, tmp_path):
+    source = _write(tmp_path / "foreign", "hdovd")
+    cache = tmp_path / "c"
+    summary = import_cache(_request(world, "hdovd", source, cache, data_root=world[0]))
+    file = cache / "data.zarr/region_embeddings/c/0/0/0"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 8
+    file.write_bytes(whole)
+    assert not verify_cache(cache).good
+    repaired = repair_cache(cache)
+    assert repaired.repaired == ("shard 000000",)
+    assert repaired.merkle_root == summary.merkle_root
+    assert verify_cache(cache).good
 
 
 def _bank(num, dim=DIM):

@@ -75,10 +75,9 @@ def test_other_errors_of_files_have_not() -> None:
 def test_the_diary_without_room_keeps_its_whole_lines(tmp_path) -> None:
     for step in range(SIZES):
         path = tmp_path / f"{step}.jsonl"
+        log = MetricLog(path, after_iteration=0)
         with files_up_to(10 + 40 * step), pytest.raises(OSError) as raised:
-            log = MetricLog(path, after_iteration=0)
-            for iteration in range(100):
-                log.write("train", iteration, {"total": 1.0})
+            _write_a_hundred(log)
         assert cli._exit_code(raised.value) == 6
         _close_without_room(log)
         log = MetricLog(path, after_iteration=99)
@@ -86,6 +85,11 @@ def test_the_diary_without_room_keeps_its_whole_lines(tmp_path) -> None:
         log.close()
         found = [record["iteration"] for record in read_metrics(path)]
         assert found == [*range(len(found) - 1), 100]
+
+
+def _write_a_hundred(log: MetricLog) -> None:
+    for iteration in range(100):
+        log.write("train", iteration, {"total": 1.0})
 
 
 def _close_without_room(log: MetricLog) -> None:

@@ -20,6 +20,7 @@ from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import build_vocabulary
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.errors import DataError, UsageError
 from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
@@ -45,9 +46,9 @@ from pipeline.shard_worker import ShardJob, ShardReport, ShardTools, embed_shard
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
-from pipeline.termination import sigterm_raises
 
 _RECALL_IMAGES = 2000
+_STOPPED = "stopped by SIGTERM; what was finished stands, and the same command goes on from there"
 
 Say = Callable[[str], None]
 
@@ -65,7 +66,9 @@ def run_stage_one(
             command goes on from there.
     """
     if is_first_rank():
-        with sigterm_raises():
+        # Everything is made whole beside its place and then moved there. `fit` asks a flag
+        # instead: its ranks must stop at the same step, and save it.
+        with end_on_sigterm(_STOPPED):
             return _first_rank(request, say)
     spec = _check_words(request)
     split = load_split(request.split, request.data_root)

@@ -128,7 +128,9 @@ class BatchStream(Generic[Batch]):
                     raise batch.error
                 yield batch
         finally:
-            atexit.unregister(last_word)
+            del batches  # ends the processes, unless a traceback that somebody keeps still holds it
+            if not any(child.is_alive() for child in mine):
+                atexit.unregister(last_word)
 
     def _wait_for(self, batches: Iterator[Any]) -> Any:
         """Returns the next batch, or None once `should_stop` says so."""

@@ -1,6 +1,7 @@
 """SIGTERM, the batch system's warning before it kills: as a flag, or as the end at once."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -44,19 +45,26 @@ def _remember(_signal: int, _frame: FrameType | None) -> None:
 
 
 class _Terminated(BaseException):
-    # No Exception: whoever takes an error for bad data must not take this.
-    pass
+    """SIGTERM came; no Exception, so that whoever takes an error for bad data does not take it."""
 
 
 @contextmanager
 def end_on_sigterm(message: str) -> Iterator[None]:
     """Ends the block at SIGTERM, wherever it is; only for work that leaves nothing half done.
 
+    For one long call after another, where a flag would be read too late. Does nothing outside the
+    main thread, where Python knows no signals.
+
     Raises:
         PreemptedError: SIGTERM came; with this message.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def end(_signal: int, _frame: FrameType | None) -> None:
+        # Once: a second one must not interrupt the cleaning up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, end)

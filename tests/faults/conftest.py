@@ -1,12 +1,15 @@
-"""A sealed cache to compare with, and a writer in a process of its own that can be killed."""
+"""A sealed cache to compare with, and writers in processes of their own that can be killed."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests.cache_samples import write_sample_cache
+from tests.e2e.commands import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -16,18 +19,19 @@ def clean(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def run_writer():
-    """Yields `run(path, fault="", kill_after_s=0.0)`, which returns how the writer ended."""
+@contextmanager
+def _trials(module: str, place: str) -> Iterator[Callable[..., int]]:
+    """Yields `run(path, fault="", kill_after_s=0.0)`: a trial in a fork of a warm process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.cache_killer"],
+        [sys.executable, "-m", module],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
     def run(path, fault="", kill_after_s=0.0) -> int:
-        trial = {"path": str(path), "fault": fault, "kill_after_s": kill_after_s}
+        trial = {place: str(path), "fault": fault, "kill_after_s": kill_after_s}
         process.stdin.write(json.dumps(trial) + "\n")
         process.stdin.flush()
         return int(process.stdout.readline())
@@ -36,3 +40,17 @@ def run_writer():
     process.stdin.close()
     process.stdout.close()
     assert process.wait(timeout=30) == 0
+
+
+@pytest.fixture(scope="module")
+def run_writer():
+    """A writer of the sample cache; the answer is how it ended."""
+    with _trials("tests.faults.cache_killer", "path") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def saver():
+    """Saves checkpoints one after another; the answer is the last iteration that was saved."""
+    with _trials("tests.faults.checkpoint_killer", "folder") as run:
+        yield run

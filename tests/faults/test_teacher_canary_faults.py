@@ -24,8 +24,8 @@ def _other_activation(teacher):
 
 
 def _blue_first(teacher):
-    encode = teacher.encode_crops
-    teacher.encode_crops = lambda crops: encode(crops.flip(1))
+    encode = teacher.crop_features
+    teacher.crop_features = lambda crops: encode(crops.flip(1))
 
 
 def _without_mean_and_std(teacher):

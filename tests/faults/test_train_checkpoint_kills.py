@@ -1,45 +1,18 @@
 """Kills inside a save: the newest complete checkpoint always loads, and there are always two."""
 
-import json
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from dkdetr.engine.checkpoint import load_checkpoint, load_latest
 from dkdetr.errors import CorruptArtefactError
-from tests.e2e.commands import ROOT
 
 POINTS = [
     f"checkpoint.{name}:{hit}"
     for name in ("before_data", "before_rename", "before_marker", "after_marker", "before_prune")
     for hit in (1, 3)
 ]
-
-
-@pytest.fixture(scope="module")
-def saver():
-    """Yields `run(folder, fault, kill_after_s)`: the last iteration whose save returned."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.checkpoint_killer"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(folder, fault="", kill_after_s=0.0) -> int:
-        trial = {"folder": str(folder), "fault": fault, "kill_after_s": kill_after_s}
-        process.stdin.write(json.dumps(trial) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
-
-    yield run
-    process.stdin.close()
-    process.stdout.close()
-    assert process.wait(timeout=30) == 0
 
 
 def whole_ones(folder) -> list[int]:

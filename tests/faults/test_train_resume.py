@@ -41,11 +41,11 @@ def interrupt(monkeypatch, how, step: int, part: int) -> None:
         now.update(step=iteration, part=-1)
         return real_call(self, group, epoch=epoch, iteration=iteration)
 
-    def forward(self, batch):
+    def forward(self, batch, *rest):
         now["part"] += 1
         if (now["step"], now["part"]) == (step, part):
             how()
-        return real_forward(self, batch)
+        return real_forward(self, batch, *rest)
 
     monkeypatch.setattr(TrainingStep, "__call__", call)
     monkeypatch.setattr(TrainingStep, "_forward", forward)

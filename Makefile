@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults faults-cache faults-stage-one faults-train bench clean
+.PHONY: demo test check unit faults faults-cache faults-stage-one faults-train distributed bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -39,6 +39,10 @@ faults: faults-cache faults-stage-one faults-train
 # Lost workers, failing ranks, SIGTERM while a cache is made.
 faults-stage-one: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults/test_stage_one_faults.py
+
+# Whatever takes several ranks, the cases too that the default run leaves out.
+distributed: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed
 
 # Small sizes, each table with machine, versions and date above it; one thread.
 bench: $(INSTALLED)

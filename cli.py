@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it, so that `dkdetr --help` is 
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -48,6 +49,8 @@ Overrides = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
 _OUT_OF_MEMORY = "OutOfMemoryError"
+# No space left, a quota that is used up, a limit on a file's size.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of several ranks, the one with an error of its own says so; the others end with it.
 _REPORTED_BY_ANOTHER, _LOST_ANOTHER = "PeerFailedError", "PeerLostError"
 
@@ -83,7 +86,7 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
 
 def _exit_code(error: Exception) -> int:
     """Returns the documented exit code of an error, 1 for one of our own mistakes."""
-    if isinstance(error, OSError) and error.errno == 28:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return 6
     if type(error).__name__ == _OUT_OF_MEMORY:
         return 9
@@ -95,8 +98,10 @@ def _sentence(error: Exception, code: int) -> str:
         return f"the disk is full: {error}; what was finished stands, the same command resumes"
     if code == 9:
         return (
-            f"the device is out of memory: {str(error).splitlines()[0]}; lower data.batch_size, "
-            "data.image_size or (training anew) eval.batch_size with --set"
+            f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
+            "compute.micro_batches=K (the same steps in K parts) or "
+            "compute.activation_checkpointing=true; training anew: a smaller data.image_size or "
+            "eval.batch_size"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
@@ -476,10 +481,11 @@ def train_command(
         summary = start_training(
             cache_path(cache), experiment, settings, run, data_root, device, options
         )
-    _say(
-        f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
-        f"next: dkdetr eval {summary.run}"
-    )
+    if not smoke:  # which has spoken, and left no run to score
+        _say(
+            f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
+            f"next: dkdetr eval {summary.run}"
+        )
     _report(vars(summary), json_out)
 
 

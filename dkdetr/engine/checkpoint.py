@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251  the class of torch's refusal, nothing is unpickled
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -94,7 +94,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     _marker_of(path).unlink(missing_ok=True)
     fault_point("checkpoint.before_data")
     with atomic_file(path) as file:
-        torch.save(state, file)
+        _save_tensors(state, file)
         fault_point("checkpoint.before_rename")
     fault_point("checkpoint.before_marker")
     marker = {
@@ -206,6 +206,38 @@ def load_student(checkpoint: Checkpoint, *, averaged: bool = False) -> DKDETR:
     student = build_student(checkpoint.config, text_dim=text_dim, load_weights=False)
     student.load_state_dict(dict(checkpoint.average if averaged else checkpoint.student))
     return student.eval()
+
+
+class _RememberingFile:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes | memoryview) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save_tensors(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """Writes a state as torch does, but lets a full disk say so.
+
+    When a write fails, torch's archive writer raises a RuntimeError about file positions instead.
+    """
+    remembering = _RememberingFile(file)
+    try:
+        torch.save(state, cast(IO[bytes], remembering))
+    except RuntimeError:
+        if remembering.error is None:
+            raise
+        raise remembering.error from None
 
 
 def _existing(file: Path) -> Path:

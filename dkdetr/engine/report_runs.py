@@ -44,10 +44,13 @@ def report_runs(request: ReportRequest) -> Path:
 
     Raises:
         UsageError: no run, or no split to report on.
-        DataError: a run was not scored on the split.
+        DataError: a run is not there, or was not scored on the split.
     """
     if not request.runs:
         raise UsageError("report wants a run that `dkdetr eval` scored, or a results json")
+    for path in request.runs:
+        if not path.exists():
+            raise DataError(f"no run folder or results file '{path}'")
     first = request.runs[0]
     name = request.split or validation_split(_provenance(first).get("split"))
     split = load_split(name, request.data_root)

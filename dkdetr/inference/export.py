@@ -56,6 +56,8 @@ def export_student(
     """
     tensors = {k: v for k, v in student.state_dict().items() if not k.startswith(TRAINING_ONLY)}
     told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
+    if "train_split" in told:
+        told["train_split"] = _without_folders(told["train_split"])
     save_student_file(path, StudentFile(tensors, config, vocabulary, told))
     card = path.with_suffix(".md")
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
@@ -108,6 +110,12 @@ def _card(
         lines.append("None were computed before this file was written.")
     lines += ["", "## Use", "", "```", f"dkdetr eval {path.name} --split SPLIT", "```", ""]
     return "\n".join(lines)
+
+
+def _without_folders(split: str) -> str:
+    """Returns a split's name with the last parts alone of the folders that one's own names hold."""
+    kind, *places = split.split(":")
+    return ":".join((kind, *(Path(place).name for place in places)))
 
 
 def _scores_of(folder: Path) -> dict[str, dict[str, float]]:

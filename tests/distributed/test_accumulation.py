@@ -48,7 +48,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_are_ranks(tmp_path, parts) -> None:
     """Dropout and batch relations included; four parts on two ranks exchange once a step."""
     out = tmp_path / "ranks.safetensors"

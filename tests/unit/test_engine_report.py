@@ -109,3 +109,5 @@ def test_what_was_not_scored_is_refused_with_the_next_command(world):
         report_runs(ReportRequest([run], split, None, root))
     with pytest.raises(UsageError):
         report_runs(ReportRequest([], split, None, root))
+    with pytest.raises(DataError, match="no run folder"):
+        report_runs(ReportRequest([root / "nothing"], None, None, root))

@@ -1,6 +1,7 @@
 """A shared student: the same outputs, no KD part, nothing of the machine, and a card."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +72,18 @@ def test_a_student_file_has_no_average(exported) -> None:
     _, _, written = exported
     with pytest.raises(UsageError, match="--ema"):
         load_subject(written.weights, averaged=True)
+
+
+def test_a_split_of_ones_own_is_named_without_its_folders(exported) -> None:
+    world, subject, _ = exported
+    split = f"ovcoco:{world.root}/pictures/train2017:{world.root}/train.json"
+    written = export_student(
+        world.root / "out" / "own.safetensors",
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        {"train_split": split},
+        scores=Path("nowhere"),
+    )
+    assert load_subject(written.weights).train_split == "ovcoco:train2017:train.json"
+    assert str(world.root) not in written.card.read_text()

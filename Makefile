@@ -28,7 +28,7 @@ unit: $(INSTALLED)
 faults-cache: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(addprefix tests/faults/test_,\
 		cache_kills.py cache_faults.py cache_writers_and_disks.py \
-		hostile_files.py teacher_canary_faults.py)
+		hostile_files.py hostile_annotations.py teacher_canary_faults.py)
 
 # Fifty cuts, fifty SIGTERMs, a hundred kills inside a save, ranks that die, losses that break.
 faults-train: $(INSTALLED)

@@ -18,6 +18,7 @@ from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -177,19 +178,31 @@ def _ask_workers(seconds: float) -> None:
     )
     for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR1)
+            if _listens(pid):
+                os.kill(pid, signal.SIGUSR1)
+
+
+def _listens(pid: int) -> bool:
+    """Returns False for a process that has not begun to answer SIGUSR1: it would die of it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:  # no Linux: a process that is silent for so long has begun
+        return True
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def _forkserver() -> BaseContext:
     """Returns the start method; its server imports torch once, for all loaders of the run.
 
     The server and its children are born with SIGTERM blocked: a batch system sends it to every
-    process of the job, and the main process still needs its batches to stop in good order.
+    process of the job, and the main process still needs its batches to stop in good order. The
+    signal that asks for stacks waits too, until there is somebody to answer it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     resource_tracker.ensure_running()  # its own start would unblock the signal again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         forkserver.ensure_running()
     finally:
@@ -201,7 +214,10 @@ def _prepare_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches every process of the terminal; the main one alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Again, for a server that somebody else had started before.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def _never() -> bool:

@@ -22,12 +22,26 @@ def slowly(key: int) -> int:
     return key
 
 
-def test_silence_is_broken_and_the_batch_still_comes(capfd) -> None:
-    stream = BatchStream(slowly, [4], workers=1, patience_s=1.0)
-    assert list(stream) == [4]
-    said = capfd.readouterr().err
-    assert "no batch for" in said
-    assert "in slowly" in said  # the loader process's own stack
+_SILENT = """
+from dkdetr.data.batch_stream import BatchStream
+from tests.unit.test_data_batch_stream import slowly
+
+if __name__ == "__main__":
+    assert list(BatchStream(slowly, [4], workers=1, patience_s=1.0)) == [4]
+"""
+
+
+def test_silence_is_broken_and_the_batch_still_comes(tmp_path) -> None:
+    """In a program of its own: the loader processes' stacks go to their server's stderr."""
+    script = tmp_path / "silent.py"
+    script.write_text(_SILENT)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=90, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no batch for" in done.stderr
+    assert "in slowly" in done.stderr  # the loader process's own stack
 
 
 def test_waiting_ends_when_asked_to_stop() -> None:

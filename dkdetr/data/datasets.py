@@ -15,6 +15,7 @@ from cache.regions import RegionSource
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.image_files import ImageFolder, read_image
+from dkdetr.data.picture_input import image_batch
 from dkdetr.data.region_selection import select_regions
 from dkdetr.data.samplers import SampleKey, derive_seed
 from dkdetr.data.segmentations import SegmentationTable, read_segmentations, render_masks
@@ -22,7 +23,6 @@ from dkdetr.data.splits import Split
 from dkdetr.data.transforms import (
     ViewGeometry,
     draw_geometry,
-    evaluation_geometry,
     render_view,
     visible_boxes,
 )
@@ -240,13 +240,13 @@ class EvaluationBatches:
 
     def __call__(self, indices: Sequence[int]) -> ImageBatch:
         """Returns the images at `indices`."""
-        views: list[_View] = []
-        for index in indices:
-            image = self._images[index]
-            original_hw = (image.height, image.width)
-            geometry = evaluation_geometry(original_hw, image_size=self._image_size)
-            views.append(_load_view(self._folder, image, geometry, self._image_size))
-        return _collate_views(views)
+        images = [self._images[index] for index in indices]
+        pixels = [
+            read_image(self._folder.path(image.file_name), expected_hw=(image.height, image.width))
+            for image in images
+        ]
+        ids = [image.image_id for image in images]
+        return image_batch(pixels, ids, image_size=self._image_size)
 
 
 def _load_view(

@@ -172,6 +172,16 @@ def cache_teacher_command(
     views: Annotated[
         str, typer.Option(help="orig; orig,flip (mirrored crops too, twice the room); avg")
     ] = "orig",
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="Whose code computes the teacher's images: open_clip, fused, compiled (fused, "
+            "through torch.compile) or auto (fused on a GPU, if it is a plain ViT)"
+        ),
+    ] = "auto",
+    decoder: Annotated[
+        str, typer.Option(help="pillow, or torchvision (JPEGs by nvJPEG on a GPU)")
+    ] = "pillow",
     prompts: Annotated[
         str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
     ] = "vild63",
@@ -214,6 +224,8 @@ def cache_teacher_command(
         keep=keep,
         storage=_one_of("--storage", storage, ("fp16", "int8")),
         crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
+        encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
+        decoder=_one_of("--decoder", decoder, ("pillow", "torchvision")),
         prompts=prompts,
         executor=executor_of(workers, scheduler),
         device=device,

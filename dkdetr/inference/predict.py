@@ -15,6 +15,7 @@ from dkdetr.data.picture_input import Picture, image_batch, rgb_pixels
 from dkdetr.data.prompts import prompt_set, readable_name
 from dkdetr.data.vocabulary import Vocabulary, build_vocabulary
 from dkdetr.errors import MismatchError, UsageError
+from dkdetr.evaluation.compiled import compile_for_inference
 from dkdetr.evaluation.detect import Precision, detect
 from dkdetr.evaluation.postprocess import Detections
 from dkdetr.inference.hub import fetch_student_file
@@ -36,6 +37,7 @@ class DKDETR:
         text_encoder: the text tower of its teacher, for bare words; None: vocabularies only.
         device: where it runs.
         precision: see `dkdetr.evaluation.detect.autocast`.
+        compiled: see `dkdetr.evaluation.compiled`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class DKDETR:
         text_encoder: TextEncoder | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "auto",
+        compiled: bool = False,
     ) -> None:
         self.student = student.to(device).eval()
         self.config = config
@@ -54,6 +57,8 @@ class DKDETR:
         self._text_encoder = text_encoder
         self._device = torch.device(device)
         self._precision: Precision = precision
+        if compiled:
+            compile_for_inference(self.student, self._device)
 
     @classmethod
     def from_pretrained(
@@ -62,6 +67,8 @@ class DKDETR:
         *,
         device: torch.device | str = "cpu",
         text_encoder: TextEncoder | None = None,
+        precision: Precision = "auto",
+        compiled: bool = False,
     ) -> Self:
         """Returns the student of a student file, or of a model repository on the Hugging Face hub.
 
@@ -70,6 +77,8 @@ class DKDETR:
                 folder that holds `model.safetensors`, or `owner/name`.
             device: where it runs.
             text_encoder: see the class.
+            precision: see the class.
+            compiled: see the class.
 
         Raises:
             DataError: there is no such file or repository.
@@ -81,7 +90,15 @@ class DKDETR:
         if file.vocabulary is None:
             raise MismatchError(f"'{path}' brings no vocabulary, so nobody knows its text space")
         student = build_from_file(path, file, text_dim=file.vocabulary.embed_dim)
-        return cls(student, file.config, file.vocabulary, text_encoder=text_encoder, device=device)
+        return cls(
+            student,
+            file.config,
+            file.vocabulary,
+            text_encoder=text_encoder,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+        )
 
     def predict(
         self,

@@ -38,7 +38,7 @@ class ResolvedConfig:
 
 
 _ADAPTER = TypeAdapter(ExperimentConfig)
-_HOW_NOT_WHAT = ("compute.", "data.workers", "checkpoint_every_s")
+_HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s")
 
 
 def shipped_experiments() -> list[str]:

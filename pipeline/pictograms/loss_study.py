@@ -63,13 +63,14 @@ class Material:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row: weights of the losses (0: off), SKD's kind and bias, the classifier's first bias."""
+    """A row: weights of the losses (0: off), SKD's kind, bias and temperature."""
 
     name: str
     skd: str = "bce"
     skd_weight: float = 0.0
     skd_bias: float = 0.0
     rkd_weight: float = 0.0
+    temperature: float = _TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,10 @@ def _distilled(recipe: Recipe, features: Tensor, taught: Tensor, valid: Tensor) 
         if recipe.skd == "l1":
             loss = semantic_l1_loss(features, taught, valid)
         elif recipe.skd == "infonce":
-            loss = semantic_infonce_loss(features, taught, valid, temperature=_TEMPERATURE)
+            loss = semantic_infonce_loss(features, taught, valid, temperature=recipe.temperature)
         else:
             loss = semantic_bce_loss(
-                features, taught, valid, scale=1 / _TEMPERATURE, bias=recipe.skd_bias
+                features, taught, valid, scale=1 / recipe.temperature, bias=recipe.skd_bias
             )
         total = total + recipe.skd_weight * loss
     if recipe.rkd_weight:
@@ -272,19 +273,22 @@ def _padded(rows: Tensor, places: int) -> Tensor:
 
 
 def recipes(skd_bias: float) -> list[Recipe]:
-    """Returns the rows: every loss over the same factors of its weight, five steps of about 3."""
+    """Returns the rows: every loss over the same factors of its weight, five steps of about 3.
+
+    `sharp` is BCE at a temperature of .02 (bias in proportion), where it still pulls at features
+    that are already half turned to their embeddings.
+    """
     rows = [Recipe("none")]
     steps = (0.03, 0.1, 0.3, 1.0, 3.0)
-    rows += [Recipe("bce", "bce", w, 0.0) for w in steps]
+    for name, kind in (("bce", "bce"), ("l1", "l1"), ("infonce", "infonce")):
+        rows += [Recipe(name, kind, w) for w in steps]
     if skd_bias:
-        rows += [Recipe(f"bce{skd_bias:+g}", "bce", w, skd_bias) for w in steps]
-    rows += [Recipe("l1", "l1", w) for w in steps]
-    rows += [Recipe("infonce", "infonce", w) for w in steps]
+        rows += [Recipe("bce_biased", "bce", w, skd_bias) for w in steps]
+    rows += [Recipe("sharp", "bce", w, 2.5 * skd_bias, temperature=0.02) for w in steps]
     rows += [Recipe("rkd", rkd_weight=10 * w) for w in steps]
-    rows += [
-        Recipe("bce+rkd", "bce", w, skd_bias, 10 * v) for w in (0.1, 0.3, 1.0) for v in (0.3, 1.0)
-    ]
-    rows += [Recipe("l1+rkd", "l1", w, 0.0, 10 * v) for w in (0.3, 1.0) for v in (0.3, 1.0)]
+    pairs = [(w, 10 * v) for w in (0.3, 1.0) for v in (0.3, 1.0)]
+    rows += [Recipe("bce+rkd", "bce", w, skd_bias, v) for w, v in pairs]
+    rows += [Recipe("l1+rkd", "l1", w, 0.0, v) for w, v in pairs]
     return rows
 
 
@@ -295,6 +299,7 @@ def main() -> None:
     parser.add_argument("--val", required=True)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--spaces", default="plain,cone")
+    parser.add_argument("--losses", help="only these: none,bce,bce_biased,...")
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
@@ -307,6 +312,8 @@ def main() -> None:
     for space, turned in spaces(material, words.spaces.split(",")):
         bias = 0.0 if space == "cone" else -4.0
         for recipe in recipes(bias):
+            if words.losses and recipe.name not in words.losses.split(","):
+                continue
             began = time.process_time()
             scores = [
                 learn(turned, recipe, seed=seed, steps=words.steps, bias_init=bias)

@@ -878,7 +878,7 @@ def data_check(
 @_command(data_app, "prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="pictograms, lvis or ovcoco")],
-    size: Annotated[str, typer.Option(help="tiny, small or full")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, small, full or full70")] = "tiny",
     protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
     seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
     data_root: DataRoot = Path("data"),

@@ -615,6 +615,7 @@ def predict_command(
     every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
     draw: Annotated[bool, typer.Option(help="Write annotated pictures")] = True,
+    masks: Annotated[bool, typer.Option(help="Masks too, if the student has a mask head")] = True,
     out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
     teacher: Annotated[
         str | None, typer.Option(help="The text tower for words; default: the run's teacher")
@@ -623,7 +624,10 @@ def predict_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Find what words name in pictures: boxes, names and scores."""
+    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks.
+
+    Example: dkdetr predict photos/ -c "cat, traffic cone" --class-threshold cat=0.5 --nms 0.7
+    """
     from dkdetr.inference.picture_sources import find_sources, open_pictures
     from dkdetr.inference.prediction_files import predict_to_folder
     from pipeline.open_vocabulary import load_detector
@@ -640,6 +644,7 @@ def predict_command(
         thresholds=_scores_by_name(class_thresholds or ()),
         nms_iou=nms,
         batch_size=batch_size,
+        masks=masks,
     )
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)

@@ -55,7 +55,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,track,video]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video]"
 	touch $(INSTALLED)
 
 clean:

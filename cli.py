@@ -131,15 +131,73 @@ def _report(result: dict[str, Any], destination: str | None) -> None:
 @_command(app, "demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes")] = Path("demo-out"),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Then show what it made on a local page")
+    ] = False,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline on the embedded data set; ends with a table and a page."""
-    from pipeline.demo import run_demo
+    from pipeline.demo import demo_page, run_demo
 
+    run_server = _server() if serve else None
     summary = run_demo(out, device=device, say=_say)
     _report(vars(summary), json_out)
+    if run_server is not None:
+        run_server(demo_page(out, device))
+
+
+@_command(app, "serve")
+def serve_command(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Runs, checkpoints or student files: the first one's student looks at pictures, "
+            "the curves are of all; default: the newest run"
+        ),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="A cache to browse")] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="A vocabulary file instead of the student's own names")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
+    host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8537,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Show a local page: drop a picture, type words; a cache and a run's curves. Ctrl-C ends it."""
+    run_server = _server(host, port)
+    from pipeline.served_page import PageRequest, open_page
+
+    request = PageRequest(
+        runs=tuple(runs or ()),
+        cache=cache,
+        vocabulary=vocab,
+        teacher=teacher,
+        pictures=pictures,
+        data_root=data_root,
+        device=device,
+    )
+    run_server(open_page(request))
+
+
+def _server(host: str = "127.0.0.1", port: int = 8537) -> Callable[[Any], None]:
+    """Returns what serves a page's parts, before anything long is begun without the extra."""
+    from dkdetr.errors import UsageError
+
+    try:
+        from dkdetr.inference.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise UsageError("the local page wants an extra: pip install 'dkdetr[serve]'") from None
+    return functools.partial(serve, host=host, port=port, say=_say)
 
 
 @_command(app, "cache-teacher")

@@ -66,10 +66,12 @@ function boxOf(each, size) {
   return group;
 }
 
-// A label's plate can only be measured once its text stands in the picture.
-function underlay(group, name, size) {
+// A label's plate can only be measured once its text stands in the picture; it stays inside it.
+function underlay(group, name, size, width) {
   const text = group.querySelector("text");
   const wide = text.getBBox().width;
+  const left = Math.min(Number(text.getAttribute("x")), width - wide - size * 0.3);
+  text.setAttribute("x", Math.max(left, size * 0.3));
   const plate = { x: Number(text.getAttribute("x")) - size * 0.3, y: Number(text.getAttribute("y")) - size, width: wide + size * 0.6, height: size * 1.3, fill: colour(name), rx: size * 0.15 };
   group.insertBefore(draw("rect", plate), text);
 }
@@ -87,7 +89,7 @@ function redraw() {
   for (const each of [...kept].reverse()) {
     const group = boxOf(each, size);
     view.append(group);
-    underlay(group, each.name, size);
+    underlay(group, each.name, size, width);
     const patch = make("i");
     patch.style.background = colour(each.name);
     const row = make("li", { tabindex: "0" }, patch, make("span", {}, each.name), make("b", {}, each.score.toFixed(2)));

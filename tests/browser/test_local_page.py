@@ -72,7 +72,9 @@ def assert_nothing_broke(browser: WebDriver, port: int) -> None:
         event = json.loads(entry["message"])["message"]
         if event["method"] == "Network.requestWillBeSent":
             address = event["params"]["request"]["url"]
-            assert address.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:", "chrome:")), address
+            assert address.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:", "chrome:")), (
+                address
+            )
 
 
 def text(browser: WebDriver, element: str) -> str:

@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults faults-cache faults-stage-one faults-train distributed bench clean
+.PHONY: demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -23,6 +23,10 @@ check: $(INSTALLED)
 
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+# The local page in headless Chromium; wants the programs chromium and chromedriver.
+browser: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 # Every fault of the cache and its inputs, short and long; tests/faults/README.md lists them.
 faults-cache: $(INSTALLED)

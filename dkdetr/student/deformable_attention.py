@@ -43,6 +43,14 @@ def deformable_attention(
     return reference_attention(value, spatial_shapes, sampling_locations, attention_weights)
 
 
+def map_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
+    """Returns (width, height) of each level, filled on the device: a copy would be waited for."""
+    sides = [
+        like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
+    ]
+    return torch.stack(sides).view(-1, 2)
+
+
 class MultiScaleDeformableAttention(nn.Module):
     """Attention that looks at a few learned places around a reference point on each level."""
 
@@ -99,8 +107,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.to(reference_points.dtype)
         centres = reference_points[:, :, None, :, None, :2]
         if reference_points.shape[-1] == 2:
-            sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes])
-            locations = centres + offsets / sizes[None, None, None, :, None, :]
+            locations = centres + offsets / map_sizes(spatial_shapes, offsets)[:, None]
         else:
             half_sizes = reference_points[:, :, None, :, None, 2:] * 0.5
             locations = centres + offsets / P * half_sizes

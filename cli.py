@@ -602,7 +602,7 @@ def predict_command(
         Path | None, typer.Option(help="A run, a checkpoint or a student file; default: newest run")
     ] = None,
     words: Annotated[
-        str | None, typer.Option("--classes", "-c", help='What to look for: "cat, traffic cone"')
+        str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')
     ] = None,
     vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
     threshold: Annotated[float, typer.Option(help="Least score")] = 0.3,
@@ -853,22 +853,62 @@ def doctor_command(
 
 @_command(vocab_app, "build")
 def vocab_build(
-    names: Annotated[Path, typer.Argument(help="A name a line, or: name, synonym, ...")],
+    names: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a line of it: name, synonym, ...; or lvis, coco, objects365, voc, as "
+            "published, lvis-clean and so on, put right"
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
     teacher: Annotated[
         str, typer.Option(help="Whose text tower: as for cache-teacher")
     ] = "ViT-B-32-quickgelu:openai",
-    prompts: Annotated[str, typer.Option(help="vild63, clip7 or single")] = "vild63",
+    prompts: Annotated[
+        str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
+    ] = "vild63",
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Embed names once; eval, predict and convert then need no CLIP."""
+    """Embed names once; eval, predict and convert then need no CLIP.
+
+    Example: dkdetr vocab build tools.txt -o tools.vocab
+    """
     from pipeline.open_vocabulary import build_vocabulary_file
 
     built = build_vocabulary_file(names, out, teacher, prompts, device)
     _tell(built.lines(), json_out)
     _report(built.as_json(), json_out)
+
+
+@_command(vocab_app, "import")
+def vocab_import(
+    bank: Annotated[Path, typer.Argument(help="Another project's text bank: .npy, .pt or .pth")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
+    names: Annotated[
+        str, typer.Option(help="Of its rows, in their order: a file, or a list as for build")
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="What embedded it, as `vocab show` prints it of your student's")
+    ],
+    background: Annotated[
+        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Numbers a name, of a square bank")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Take over a bank of text embeddings, either way round, normalised or not.
+
+    Example: dkdetr vocab import lvis_v1_clip_a+cname.npy --names lvis --teacher ... -o lvis.vocab
+    """
+    from pipeline.open_vocabulary import import_vocabulary_file
+
+    row: Any = _one_of("--background", background, ("first", "last")) if background else None
+    described = import_vocabulary_file(bank, names, out, teacher, row, width)
+    _tell(described.lines(), json_out)
+    _report(described.as_json(), json_out)
 
 
 @_command(vocab_app, "show")

@@ -12,7 +12,7 @@ from typing import Any
 from dkdetr.errors import UsageError
 from dkdetr.experiment_file import load_experiment
 from dkdetr.student.backbone import fetch_imagenet_weights, imagenet_folder
-from pipeline.bundle import BundleFile, Manifest, install_bundle, write_bundle
+from pipeline.bundle import BundleFile, install_bundle, write_bundle
 from pipeline.teacher import fetch_teacher, url_weights_folder
 
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".tiktoken"}
@@ -71,9 +71,11 @@ def fetch(
             weights = fetch_imagenet_weights()
             files.append(BundleFile(f"torch/{weights.name}", weights))
     manifest = write_bundle(bundle, files, made_for) if bundle else None
-    names = tuple(sorted(each.name for each in files))
+    files.sort(key=lambda each: each.name)
     new = tuple(each.name for each in files if each.source not in before)
-    return Fetched(names, new, manifest.total_bytes if manifest else 0, bundle)
+    return Fetched(
+        tuple(each.name for each in files), new, manifest.total_bytes if manifest else 0, bundle
+    )
 
 
 def install(bundle: Path) -> Fetched:
@@ -83,7 +85,7 @@ def install(bundle: Path) -> Fetched:
         DkdetrError: see `install_bundle`.
     """
     manifest, new = install_bundle(bundle, places())
-    return Fetched(tuple(sorted(manifest.sizes)), new, _bytes_of(manifest), None)
+    return Fetched(tuple(sorted(manifest.sizes)), new, manifest.total_bytes, None)
 
 
 def places() -> dict[str, Path]:
@@ -95,10 +97,6 @@ def places() -> dict[str, Path]:
         "clip": url_weights_folder(),
         "torch": imagenet_folder(),
     }
-
-
-def _bytes_of(manifest: Manifest) -> int:
-    return manifest.total_bytes
 
 
 def _teacher_files(spec: str) -> list[BundleFile]:
@@ -121,11 +119,10 @@ def _teacher_files(spec: str) -> list[BundleFile]:
 
 def _reference_of(weights: Path) -> list[Path]:
     """Returns the file that says which revision a repository's `main` is, if it is from a hub."""
-    if "snapshots" not in weights.parts:
+    repository = next((each.parent for each in weights.parents if each.name == "snapshots"), None)
+    if repository is None or not (repository / "refs" / "main").is_file():
         return []
-    reference = weights.parents[len(weights.parts) - weights.parts.index("snapshots") - 1]
-    reference = reference / "refs" / "main"
-    return [reference] if reference.is_file() else []
+    return [repository / "refs" / "main"]
 
 
 def _name(path: Path) -> str:

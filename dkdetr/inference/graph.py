@@ -36,6 +36,10 @@ class StudentGraph(nn.Module):
         text_embeddings: baked in; None: they are an input.
     """
 
+    mean: Tensor
+    std: Tensor
+    baked: Tensor | None
+
     def __init__(
         self, student: DKDETR, text_embeddings: Float[Tensor, "num_classes text_dim"] | None = None
     ) -> None:

@@ -75,9 +75,7 @@ def machine(served, tmp_path, monkeypatch):
         home = tmp_path / name
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
-        hub = str(home / "hub")
-        for module in (constants, open_clip.pretrained.hf_hub_download.__globals__["constants"]):
-            monkeypatch.setattr(module, "HF_HUB_CACHE", hub)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         return home
 
     return move

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,23 +17,117 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+_FIRST = ("predict", "cache-teacher", "train", "eval", "doctor")
+_EXIT_CODES = """\b
+Exit codes:
+  0   done
+  1   a check failed, or a mistake of ours (-v shows where)
+  2   usage: unknown split, setting or option, missing extra
+  3   data missing, malformed, or leaking novel boxes
+  4   cache unsealed or made of something else; run of another experiment
+  5   a file is damaged
+  6   disk full; what was finished stands
+  7   another process is writing this cache
+  8   the loss is not finite; the last checkpoint stands
+  9   out of device memory
+  75  stopped by SIGTERM; the same command goes on
+  130 Ctrl-C          141 the reader of the output went away
+"""
+_EXAMPLES: dict[str, tuple[str, ...]] = {
+    "predict": (
+        'dkdetr predict photos/ --model runs/mine -c "cat, traffic cone"',
+        "dkdetr predict photos/ -c @coco --class-threshold cat=0.5 --nms 0.7",
+        "dkdetr predict clip.mp4 --model student.safetensors --vocab tools.vocab --every 10",
+    ),
+    "cache-teacher": (
+        "dkdetr cache-teacher --split lvis_train --dry-run",
+        "dkdetr cache-teacher --split ovcoco:images:train.json --out cache/mine",
+    ),
+    "train": (
+        "dkdetr train --cache cache/lvis",
+        "dkdetr train --cache cache/mine --experiment trial --set optim.lr=2e-4",
+        "torchrun --nproc-per-node 8 --no-python -- dkdetr train --cache cache/lvis",
+    ),
+    "eval": (
+        "dkdetr eval",
+        "dkdetr eval runs/mine --split coco_val",
+        "dkdetr eval --predictions results.json --split lvis_val",
+    ),
+    "doctor": ("dkdetr doctor",),
+    "demo": ("dkdetr demo --serve",),
+    "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
+    "ablate": ("dkdetr ablate --cache cache/lvis --table 5 --seeds 3 --dry-run",),
+    "report": ("dkdetr report runs/baseline runs/mine",),
+    "export": (
+        "dkdetr export runs/mine --out student.safetensors",
+        "dkdetr export runs/mine --format onnx --vocab tools.vocab",
+    ),
+    "convert": ("dkdetr convert r50_deformable_detr.pth start.safetensors",),
+    "cache info": ("dkdetr cache info cache/lvis",),
+    "cache verify": ("dkdetr cache verify cache/lvis --crop-modes all",),
+    "cache repair": ("dkdetr cache repair cache/lvis",),
+    "cache diff": ("dkdetr cache diff cache/one cache/other",),
+    "cache export": ("dkdetr cache export cache/lvis exported/lvis",),
+    "cache import": (
+        "dkdetr cache import hdovd features.zip --split lvis_train --out cache/hdovd "
+        "--text-bank bank.npy --boxes boxes.json",
+    ),
+    "cache neighbors": ("dkdetr cache neighbors cache/lvis --image 139 --box 4",),
+    "cache browse": ("dkdetr cache browse cache/lvis --images 17,42,",),
+    "vocab build": (
+        "dkdetr vocab build names.txt -o tools.vocab",
+        "dkdetr vocab build objects365-clean -o objects365.vocab --prompts vild63,clip7",
+    ),
+    "vocab import": (
+        "dkdetr vocab import bank.npy --names lvis --teacher 'their CLIP' -o theirs.vocab",
+    ),
+    "vocab show": ("dkdetr vocab show tools.vocab",),
+    "data list": ("dkdetr data list",),
+    "data check": ("dkdetr data check lvis_train",),
+    "data prepare": ("dkdetr data prepare pictograms --size tiny",),
+    "config check": ("dkdetr config check mine.toml",),
+    "fetch": ("dkdetr fetch --bundle b.tar", "dkdetr fetch --from-bundle b.tar"),
+    "config show": ("dkdetr config show lvis_r50_70e --set optim.epochs=36",),
+}
+
+
+class _VerbsFirst(TyperGroup):
+    """The five commands that most people want, then the others in the order they stand here."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """Returns the names as `--help` lists them."""
+        names = super().list_commands(ctx)
+        return [*_FIRST, *(name for name in names if name not in _FIRST)]
+
 
 app = typer.Typer(
     name="dkdetr",
+    cls=_VerbsFirst,
+    epilog=_EXIT_CODES,
     help="Open-vocabulary detection by distilling CLIP into Deformable DETR, with CLIP out of the "
     "training loop: cache-teacher, then train, then eval.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cache_app = typer.Typer(help="Look at a teacher cache and check it.", no_args_is_help=True)
-data_app = typer.Typer(help="Data sets: what is known, what is there.", no_args_is_help=True)
-config_app = typer.Typer(help="Experiments and their settings.", no_args_is_help=True)
-vocab_app = typer.Typer(help="Vocabularies: names and their embeddings.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
-app.add_typer(vocab_app, name="vocab")
-app.add_typer(data_app, name="data")
-app.add_typer(config_app, name="config")
+cache_app = typer.Typer(
+    name="cache", help="Look at a teacher cache and check it.", no_args_is_help=True
+)
+data_app = typer.Typer(
+    name="data", help="Data sets: what is known, what is there.", no_args_is_help=True
+)
+config_app = typer.Typer(
+    name="config", help="Experiments and their settings.", no_args_is_help=True
+)
+vocab_app = typer.Typer(
+    name="vocab", help="Vocabularies: names and their embeddings.", no_args_is_help=True
+)
+app.add_typer(cache_app)
+app.add_typer(vocab_app)
+app.add_typer(data_app)
+app.add_typer(config_app)
 
 DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="DKDETR_DATA", help="Folder of coco/ lvis/ ...")
@@ -70,11 +165,16 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
             try:
                 _forbid_network(offline)
                 function(*args, **kwargs)
+                sys.stdout.flush()
             except KeyboardInterrupt:
                 _say("stopped")
                 raise typer.Exit(130) from None
             except typer.Exit:
                 raise
+            except BrokenPipeError:
+                if not _reader_is_gone():
+                    raise
+                raise typer.Exit(141) from None
             except Exception as error:  # noqa: BLE001  the border: every error becomes a message
                 code = _exit_code(error)
                 if kwargs.get("verbose"):
@@ -88,7 +188,10 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                 raise typer.Exit(code) from None
 
         _add_option(guarded, "offline", Offline)
-        return group.command(name)(guarded)
+        full = name if group is app else f"{group.info.name} {name}"
+        lines = [f"  {example}" for example in _EXAMPLES.get(full, ())]
+        epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
+        return group.command(name, epilog=epilog)(guarded)
 
     return register
 
@@ -115,6 +218,16 @@ def _report_error(sentence: str, code: int, destination: str | None) -> None:
         return
     with contextlib.suppress(OSError):  # the error itself is told already
         _report({"error": {"code": code, "message": sentence}}, destination)
+
+
+def _reader_is_gone() -> bool:
+    """Returns True if nobody reads stdout any more (`| head`), which then leads nowhere."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _exit_code(error: Exception) -> int:
@@ -165,15 +278,73 @@ def _report(result: dict[str, Any], destination: str | None) -> None:
 @_command(app, "demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes")] = Path("demo-out"),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Then show what it made on a local page")
+    ] = False,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline on the embedded data set; ends with a table and a page."""
-    from pipeline.demo import run_demo
+    from pipeline.demo import demo_page, run_demo
 
+    run_server = _server() if serve else None
     summary = run_demo(out, device=device, say=_say)
     _report(vars(summary), json_out)
+    if run_server is not None:
+        run_server(demo_page(out, device))
+
+
+@_command(app, "serve")
+def serve_command(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Runs, checkpoints or student files: the first one's student looks at pictures, "
+            "the curves are of all; default: the newest run"
+        ),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="A cache to browse")] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="A vocabulary file instead of the student's own names")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
+    host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8537,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Show a local page: drop a picture, type words; a cache and a run's curves. Ctrl-C ends it."""
+    run_server = _server(host, port)
+    from pipeline.served_page import PageRequest, open_page
+
+    request = PageRequest(
+        runs=tuple(runs or ()),
+        cache=cache,
+        vocabulary=vocab,
+        teacher=teacher,
+        pictures=pictures,
+        data_root=data_root,
+        device=device,
+    )
+    run_server(open_page(request))
+
+
+def _server(host: str = "127.0.0.1", port: int = 8537) -> Callable[[Any], None]:
+    """Returns what serves a page's parts, before anything long is begun without the extra."""
+    from dkdetr.errors import UsageError
+
+    try:
+        from dkdetr.inference.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise UsageError("the local page wants an extra: pip install 'dkdetr[serve]'") from None
+    return functools.partial(serve, host=host, port=port, say=_say)
 
 
 @_command(app, "cache-teacher")
@@ -655,10 +826,7 @@ def predict_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks.
-
-    Example: dkdetr predict photos/ -c "cat, traffic cone" --class-threshold cat=0.5 --nms 0.7
-    """
+    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
     from dkdetr.inference.picture_sources import find_sources, open_pictures
     from dkdetr.inference.prediction_files import predict_to_folder
     from pipeline.open_vocabulary import load_detector
@@ -945,10 +1113,7 @@ def vocab_build(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Embed names once; eval, predict and convert then need no CLIP.
-
-    Example: dkdetr vocab build tools.txt -o tools.vocab
-    """
+    """Embed names once; eval, predict and convert then need no CLIP."""
     from pipeline.open_vocabulary import build_vocabulary_file
 
     built = build_vocabulary_file(names, out, teacher, prompts, device)
@@ -973,10 +1138,7 @@ def vocab_import(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Take over a bank of text embeddings, either way round, normalised or not.
-
-    Example: dkdetr vocab import lvis_v1_clip_a+cname.npy --names lvis --teacher ... -o lvis.vocab
-    """
+    """Take over a bank of text embeddings, either way round, normalised or not."""
     from pipeline.open_vocabulary import import_vocabulary_file
 
     row: Any = _one_of("--background", background, ("first", "last")) if background else None
@@ -1031,7 +1193,7 @@ def data_check(
 @_command(data_app, "prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="pictograms, lvis or ovcoco")],
-    size: Annotated[str, typer.Option(help="tiny, small or full")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, small, full or full70")] = "tiny",
     protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
     seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
     data_root: DataRoot = Path("data"),

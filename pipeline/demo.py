@@ -123,6 +123,23 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     return DemoSummary(page=page, metrics=metrics, seconds=seconds)
 
 
+def demo_page(out: Path, device: str) -> Any:
+    """Returns the parts of the local page (`dkdetr.inference.serve`) on what a demo made."""
+    from pipeline.served_page import PageRequest, open_page
+
+    runs = tuple(out / "runs" / row.name for row in reversed(_ROWS))
+    return open_page(
+        PageRequest(
+            runs=runs,
+            cache=out / "cache",
+            pictures=out / "data" / "pictograms" / "tiny" / "images" / "val",
+            report=out / "report.html",
+            data_root=out / "data",
+            device=device,
+        )
+    )
+
+
 def _num_workers(device: str) -> int:
     """Processes that embed: two where only the CPU can, none beside this one with a GPU."""
     on_cpu = pick_device(device).type == "cpu"

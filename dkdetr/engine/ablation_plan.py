@@ -139,7 +139,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         raise UsageError("--seeds wants 1 or more")
     seeds = tuple(base.seed + number for number in range(request.seeds))
     names = _folder_names(experiment, request.overrides, own, [row.run for row in table.rows])
-    out = request.out or Path("runs") / f"ablate-{base.name}-{config_hash(base)}"
+    out = request.out or Path("runs") / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
     steps = _steps_per_epoch(request, base, info.split)
     maker = _RunMaker(request, experiment, out, split, base, steps)

@@ -6,11 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dkdetr.student.deformable_attention import (
-    MultiScaleDeformableAttention,
-    SpatialShapes,
-    level_sizes,
-)
+from dkdetr.student.attention_reference import SpatialShapes
+from dkdetr.student.deformable_attention import MultiScaleDeformableAttention, level_sizes
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
 class _VerbsFirst(TyperGroup):
     """The five commands that most people want, then the others in the order they stand here."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Returns the names as `--help` lists them."""
         names = super().list_commands(ctx)
         return [*_FIRST, *(name for name in names if name not in _FIRST)]

@@ -22,7 +22,7 @@ check: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile
 
 # The local page in headless Chromium; wants the programs chromium and chromedriver.
 browser: $(INSTALLED)
@@ -59,7 +59,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video,export]"
 	touch $(INSTALLED)
 
 clean:

@@ -131,6 +131,7 @@ Overrides = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
+_EXPORT_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torchscript": ".pt"}
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -777,6 +778,7 @@ def predict_command(
     every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
     draw: Annotated[bool, typer.Option(help="Write annotated pictures")] = True,
+    masks: Annotated[bool, typer.Option(help="Masks too, if the student has a mask head")] = True,
     out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
     teacher: Annotated[
         str | None, typer.Option(help="The text tower for words; default: the run's teacher")
@@ -785,7 +787,10 @@ def predict_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Find what words name in pictures: boxes, names and scores."""
+    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks.
+
+    Example: dkdetr predict photos/ -c "cat, traffic cone" --class-threshold cat=0.5 --nms 0.7
+    """
     from dkdetr.inference.picture_sources import find_sources, open_pictures
     from dkdetr.inference.prediction_files import predict_to_folder
     from pipeline.open_vocabulary import load_detector
@@ -802,6 +807,7 @@ def predict_command(
         thresholds=_scores_by_name(class_thresholds or ()),
         nms_iou=nms,
         batch_size=batch_size,
+        masks=masks,
     )
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
@@ -899,21 +905,38 @@ def report_command(
 @_command(app, "export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="A run folder, checkpoint or student file")],
-    out: Annotated[Path | None, typer.Option(help="Default: the run's name.safetensors")] = None,
-    form: Annotated[str, typer.Option("--format", help="safetensors")] = "safetensors",
+    out: Annotated[
+        Path | None, typer.Option(help="Default: the run's name, .safetensors, .onnx or .pt")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx or torchscript")
+    ] = "safetensors",
+    bake: Annotated[
+        bool,
+        typer.Option("--bake", help="Graphs: fix the run's own names, which are else an input"),
+    ] = False,
+    vocab: Annotated[Path | None, typer.Option(help="Graphs: fix the names of this file")] = None,
     ema: Annotated[
         bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
     ] = False,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run's student alone, for sharing, with a model card beside it."""
+    """Write a run's student alone: for sharing, with a model card, or as a graph that others run.
+
+    A graph takes pixels, a padding mask and text embeddings, any number of each, and gives scores
+    and boxes; the largest difference to PyTorch is printed.
+    """
     from dkdetr.engine.subject import load_subject
     from dkdetr.inference.export import export_student
 
-    _one_of("--format", form, ("safetensors",))
+    _one_of("--format", form, tuple(_EXPORT_SUFFIXES))
     subject = load_subject(run, averaged=ema)
-    path = out or Path(f"{subject.folder.name}{'-ema' if ema else ''}.safetensors")
+    name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
+    path = out or Path(name)
+    if form != "safetensors" or bake or vocab:
+        _export_graph(path, form, subject, vocab, json_out, bake=bake)
+        return
     written = export_student(
         path,
         subject.student,
@@ -924,6 +947,22 @@ def export_command(
     )
     _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
     _report(vars(written), json_out)
+
+
+def _export_graph(
+    path: Path, form: Any, subject: Any, vocab: Path | None, json_out: str | None, *, bake: bool
+) -> None:
+    from dkdetr.data.vocabulary import load_vocabulary
+    from dkdetr.errors import UsageError
+    from dkdetr.inference.export_graph import export_graph
+
+    if form == "safetensors" or (bake and vocab):
+        raise UsageError("--bake or --vocab (one of them) fix the names of onnx and torchscript")
+    own = subject.vocabulary
+    baked = load_vocabulary(vocab) if vocab else own if bake else None
+    written = export_graph(path, form, subject.student, subject.config, own, baked=baked)
+    _tell(written.lines(), json_out)
+    _report(written.as_json(), json_out)
 
 
 @_command(app, "convert")
@@ -1041,7 +1080,7 @@ def data_check(
 @_command(data_app, "prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="pictograms, lvis or ovcoco")],
-    size: Annotated[str, typer.Option(help="tiny, small or full")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, small, full or full70")] = "tiny",
     protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
     seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
     data_root: DataRoot = Path("data"),

@@ -53,6 +53,27 @@ class ImageBatch(_Movable):
 
 
 @dataclass(frozen=True)
+class DecodedImages(_Movable):
+    """Images as they were decoded, and the views that a device is to make of them.
+
+    `pixels` holds the rows of RGB of one image after the other, without padding. A view is its
+    image resized to `resized_sizes_hw`, cut at `corners_yx`, mirrored where `flipped`, and padded
+    to `view_side`; the sizes are those of `ImageBatch`. `decoded_hw` repeats the images' sizes on
+    the CPU, so that nobody has to ask a device for them.
+    """
+
+    pixels: UInt8[Tensor, "num_bytes"]
+    resized_sizes_hw: Int[Tensor, "batch 2"]
+    corners_yx: Int[Tensor, "batch 2"]
+    flipped: Bool[Tensor, "batch"]
+    image_sizes_hw: Int[Tensor, "batch 2"]
+    original_sizes_hw: Int[Tensor, "batch 2"]
+    decoded_hw: tuple[tuple[int, int], ...]
+    image_ids: tuple[int, ...]
+    view_side: int
+
+
+@dataclass(frozen=True)
 class Targets(_Movable):
     """The base-category ground truth of one image: labels index the vocabulary's base rows.
 
@@ -101,6 +122,19 @@ class TrainingBatch(_Movable):
     targets: tuple[Targets, ...]
     regions: TeacherRegions | None
     originals: tuple[OriginalImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodedBatch(_Movable):
+    """A `TrainingBatch` whose views are still to be made (`dkdetr.data.device_views`)."""
+
+    images: DecodedImages
+    targets: tuple[Targets, ...]
+    regions: TeacherRegions | None
+    originals: tuple[OriginalImage, ...] = ()
+
+
+LoadedBatch = TrainingBatch | DecodedBatch
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as kernels
 
-Interpolation = Literal["bicubic", "bilinear"]
+from dkdetr.resampling import Interpolation, axis_weights
+
 Placement = Literal["squash", "clip_center", "pad_square"]
 
 _MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
-_SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 _WINDOWS_AT_ONCE = 64
 
 
@@ -147,11 +147,8 @@ def _weights(
     length: int,
     taps: int,
     interpolation: Interpolation,
-) -> tuple[Float[Tensor, "num_windows taps length"], Tensor]:
+) -> tuple[Float[Tensor, "num_windows taps length"], Bool[Tensor, "num_windows taps"]]:
     """Returns each output pixel's weights over a whole side of the picture, and which are seen.
-
-    Pillow's rule: the kernel is as wide as an output pixel where that is wider than an input one,
-    is cut off at the window's ends, and its weights sum to 1.
 
     Args:
         axis: begin and end of each window, its resampled size, and the first output pixel in it.
@@ -159,26 +156,14 @@ def _weights(
         taps: output pixels.
         interpolation: which kernel.
     """
-    begin, end, size, offset = (column.view(-1, 1, 1) for column in axis.unbind(1))
-    place = torch.arange(taps, device=axis.device).view(1, -1, 1) + offset
-    seen = (place >= 0) & (place < size)
-    step = (end - begin) / size
-    centre = begin + (place + 0.5) * step
-    pixel = torch.arange(length, device=axis.device).view(1, 1, -1) + 0.5
-    distance = ((pixel - centre) / step.clamp(min=1)).abs()
-    inside = (pixel > begin) & (pixel < end) & (distance < _SUPPORT[interpolation]) & seen
-    raw = torch.where(inside, _kernel(distance, interpolation), 0)
-    return raw / raw.sum(dim=2, keepdim=True).where(seen, 1), seen.squeeze(2)
+    begin, end, size, offset = axis.unbind(1)
+    place = torch.arange(taps, device=axis.device) + offset[:, None]
+    seen = (place >= 0) & (place < size[:, None])
+    weights = axis_weights(
+        begin, end, size, place, seen, length=length, interpolation=interpolation
+    )
+    return weights, seen
 
 
 def _on(device: torch.device, *columns: np.ndarray) -> Float[Tensor, "num_windows num_columns"]:
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(device)
-
-
-def _kernel(distance: Tensor, interpolation: Interpolation) -> Tensor:
-    if interpolation == "bilinear":
-        return 1 - distance
-    a = -0.5  # Pillow's and torchvision's with antialiasing (Keys 1981)
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = (((distance - 5) * distance + 8) * distance - 4) * a
-    return torch.where(distance < 1, near, far)

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from dkdetr.resampling import Interpolation
 from pipeline.crops import CropRule, combine_crops, crop_windows
-from pipeline.resampling import Interpolation, Look, Placement, cut_windows, resampling_on
+from pipeline.resampling import Look, Placement, cut_windows, resampling_on
 from pipeline.teacher_source import TeacherSource
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

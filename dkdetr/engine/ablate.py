@@ -41,10 +41,12 @@ from dkdetr.engine.ablation_results import (
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.jobs import STOPPED, Job, Jobs, Outcome
-from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.metric_log import in_brief, read_metrics
 from dkdetr.errors import DkdetrError, PreemptedError
 from dkdetr.evaluation.protocols import OVERALL_KEYS
 from dkdetr.progress import progress
+
+_KEPT_LINES = 8
 
 
 class RowFailedError(DkdetrError):
@@ -209,6 +211,7 @@ def _record(plan: AblationPlan, run: PlannedRun) -> None:
         "steps": run.steps,
         "seconds_per_step": seconds_per_step(run),
         "commands": [f"dkdetr {shlex.join(words)}" for words in run.commands],
+        "log": in_brief(read_metrics(run.folder / "metrics.jsonl"), _KEPT_LINES),
     }
     write_text(run.folder / ROW_FILE, json.dumps(record, indent=2) + "\n")
 

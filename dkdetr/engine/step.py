@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from dkdetr.config import ExperimentConfig
+from dkdetr.data.device_views import on_device
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.nonfinite import diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
@@ -27,7 +28,13 @@ from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_r
 from dkdetr.losses.denoising import make_denoising
 from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.losses.federated import draw_classes
-from dkdetr.structures import DenoisingQueries, InstanceMasks, StudentOutput, TrainingBatch
+from dkdetr.structures import (
+    DenoisingQueries,
+    InstanceMasks,
+    LoadedBatch,
+    StudentOutput,
+    TrainingBatch,
+)
 
 MAX_OVERFLOWS = 10
 """Steps in a row that the fp16 scaler may skip."""
@@ -97,7 +104,7 @@ class TrainingStep:
         self._precision = precision
         self._dumps = dumps
 
-    def __call__(self, group: Sequence[TrainingBatch], *, epoch: int, iteration: int) -> StepResult:
+    def __call__(self, group: Sequence[LoadedBatch], *, epoch: int, iteration: int) -> StepResult:
         """Returns the figures of one step on a group of micro-batches; the weights have moved.
 
         Raises:
@@ -141,10 +148,10 @@ class TrainingStep:
         self._overflows_in_row = int(state["overflows_in_row"])
 
     def _backward(
-        self, batch: TrainingBatch, moment: "_Moment", counts: Tensor, *, share: float
+        self, loaded: LoadedBatch, moment: "_Moment", counts: Tensor, *, share: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds a micro-batch's share to the gradients; returns its loss parts and statistics."""
-        batch = batch.to(self._ranks.device)
+        batch = on_device(loaded, self._ranks.device)
         denoising = self._make_denoising(batch, moment)
         output = self._forward(batch, moment.epoch, denoising)
         pairs = None
@@ -228,7 +235,7 @@ class TrainingStep:
             return self.student.no_sync()
         return contextlib.nullcontext()
 
-    def _mean_counts(self, group: Sequence[TrainingBatch]) -> Tensor:
+    def _mean_counts(self, group: Sequence[LoadedBatch]) -> Tensor:
         """Returns boxes and offered regions: means over all ranks' parts, counted on the CPU."""
         cpu = torch.device("cpu")
         boxes = sum(count_boxes(batch.targets, cpu).item() for batch in group)
@@ -261,7 +268,7 @@ class TrainingStep:
 
     def _give_up(
         self,
-        group: Sequence[TrainingBatch],
+        group: Sequence[LoadedBatch],
         parts: Sequence[Mapping[str, Tensor]],
         epoch: int,
         iteration: int,

@@ -31,7 +31,7 @@ from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
 from dkdetr.progress import progress
-from dkdetr.structures import TrainingBatch
+from dkdetr.structures import LoadedBatch
 
 _LOG_EVERY = 20
 
@@ -129,7 +129,7 @@ class _Run:
         self.state.restore(request.start_from)
         self._stop_early()
         limit = request.image_limit
-        self.loader: BatchStream[TrainingBatch] = make_training_loader(
+        self.loader: BatchStream[LoadedBatch] = make_training_loader(
             split,
             self.vocabulary,
             config,
@@ -198,7 +198,7 @@ class _Run:
         if state.progress.iteration < total:
             self._stop()
 
-    def _groups(self, total: int) -> Iterator[tuple[list[TrainingBatch], float]]:
+    def _groups(self, total: int) -> Iterator[tuple[list[LoadedBatch], float]]:
         """Yields each batch's micro-batches with the seconds that training waited for them."""
         groups = iter(_timed(self.loader, self.config.compute.micro_batches))
         while self.state.progress.iteration < total:
@@ -283,7 +283,7 @@ class _Run:
         for tracker in trackers:
             tracker.write(iteration, values)
 
-    def _draw(self, group: Sequence[TrainingBatch]) -> None:
+    def _draw(self, group: Sequence[LoadedBatch]) -> None:
         every, iteration = self.request.watch.pictures_every, self.state.progress.iteration
         if every > 0 and iteration % every == 0 and self.ranks.is_first:
             draw_samples(
@@ -297,10 +297,10 @@ class _Run:
 
 
 def _timed(
-    loader: BatchStream[TrainingBatch], parts: int
-) -> Iterator[tuple[list[TrainingBatch], float]]:
+    loader: BatchStream[LoadedBatch], parts: int
+) -> Iterator[tuple[list[LoadedBatch], float]]:
     asked = time.monotonic()
-    group: list[TrainingBatch] = []
+    group: list[LoadedBatch] = []
     for batch in loader:
         group.append(batch)
         if len(group) == parts:

@@ -1,7 +1,7 @@
 """The inference loop: pictures in, detections out; it knows nothing of scoring."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -25,11 +25,13 @@ def detect(
     max_detections: int,
     precision: Precision = "fp32",
     with_masks: bool = False,
+    keep: Callable[[Detections], Detections] | None = None,
 ) -> Iterator[tuple[int, Detections]]:
     """Yields (image id, detections) of every image of `batches`, in their order, on the CPU.
 
     The student is in evaluation mode while this runs and is then put back as it was. Labels of
-    detections index the rows of `text_embeddings`. Masks are drawn only where they are asked for.
+    detections index the rows of `text_embeddings`. Masks are drawn only where they are asked for,
+    and of what `keep` leaves of an image's detections, if it is given.
     """
     was_training = student.training
     student.eval()
@@ -50,6 +52,8 @@ def detect(
             for place, image_id in enumerate(batch.image_ids):
                 with torch.inference_mode():
                     detections = found[place]
+                    if keep is not None:
+                        detections = keep(_on_cpu(detections))
                     if with_masks:
                         detections = _with_masks(detections, output, images, place)
                 yield image_id, _on_cpu(detections)
@@ -93,7 +97,7 @@ def _with_masks(
     drawn = mask_rles(
         output.masks,
         place,
-        detections.queries,
+        detections.queries.to(images.pixels.device),
         image_hw=(height, width),
         original_hw=(original_height, original_width),
     )

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dkdetr.student.deformable_attention import MultiScaleDeformableAttention, SpatialShapes
+from dkdetr.student.attention_reference import SpatialShapes
+from dkdetr.student.deformable_attention import MultiScaleDeformableAttention, level_sizes
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def token_centres(grid: TokenGrid) -> Float[Tensor, "batch num_tokens 2"]:
         x = torch.arange(0.5, width, dtype=ratios.dtype, device=ratios.device)
         y_grid, x_grid = torch.meshgrid(y, x, indexing="ij")
         places = torch.stack((x_grid, y_grid), dim=-1).flatten(0, 1)
-        size = ratios[:, level] * ratios.new_tensor((width, height))
+        size = ratios[:, level] * level_sizes([(height, width)], ratios)[0]
         per_level.append(places / size[:, None])
     return torch.cat(per_level, dim=1)
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that `dkdetr --help` is 
 import contextlib
 import errno
 import functools
+import inspect
 import json
 import os
 import select
@@ -37,6 +38,7 @@ Exit codes:
 _EXAMPLES: dict[str, tuple[str, ...]] = {
     "predict": (
         'dkdetr predict photos/ --model runs/mine -c "cat, traffic cone"',
+        "dkdetr predict photos/ -c @coco --class-threshold cat=0.5 --nms 0.7",
         "dkdetr predict clip.mp4 --model student.safetensors --vocab tools.vocab --every 10",
     ),
     "cache-teacher": (
@@ -58,7 +60,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
     "ablate": ("dkdetr ablate --cache cache/lvis --table 5 --seeds 3 --dry-run",),
     "report": ("dkdetr report runs/baseline runs/mine",),
-    "export": ("dkdetr export runs/mine --out student.safetensors",),
+    "export": (
+        "dkdetr export runs/mine --out student.safetensors",
+        "dkdetr export runs/mine --format onnx --vocab tools.vocab",
+    ),
     "convert": ("dkdetr convert r50_deformable_detr.pth start.safetensors",),
     "cache info": ("dkdetr cache info cache/lvis",),
     "cache verify": ("dkdetr cache verify cache/lvis --crop-modes all",),
@@ -71,11 +76,19 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "cache neighbors": ("dkdetr cache neighbors cache/lvis --image 139 --box 4",),
     "cache browse": ("dkdetr cache browse cache/lvis --images 17,42,",),
-    "vocab build": ("dkdetr vocab build names.txt -o tools.vocab",),
+    "vocab build": (
+        "dkdetr vocab build names.txt -o tools.vocab",
+        "dkdetr vocab build objects365-clean -o objects365.vocab --prompts vild63,clip7",
+    ),
+    "vocab import": (
+        "dkdetr vocab import bank.npy --names lvis --teacher 'their CLIP' -o theirs.vocab",
+    ),
     "vocab show": ("dkdetr vocab show tools.vocab",),
     "data list": ("dkdetr data list",),
     "data check": ("dkdetr data check lvis_train",),
     "data prepare": ("dkdetr data prepare pictograms --size tiny",),
+    "config check": ("dkdetr config check mine.toml",),
+    "fetch": ("dkdetr fetch --bundle b.tar", "dkdetr fetch --from-bundle b.tar"),
     "config show": ("dkdetr config show lvis_r50_70e --set optim.epochs=36",),
 }
 
@@ -123,6 +136,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout")
 ]
+Offline = Annotated[bool, typer.Option("--offline", help="Make no network call")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -132,6 +146,8 @@ Overrides = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
 _EXPORT_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torchscript": ".pt"}
+_answered: list[str | None] = []
+"""Where this command has put its result: one answer a command."""
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -144,8 +160,10 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
 
     def register(function: Callable[..., None]) -> Any:
         @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> None:
+        def guarded(*args: Any, offline: bool = False, **kwargs: Any) -> None:
+            _answered.clear()
             try:
+                _forbid_network(offline)
                 function(*args, **kwargs)
                 sys.stdout.flush()
             except KeyboardInterrupt:
@@ -166,14 +184,40 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                     _say(str(error))
                 elif kind != _REPORTED_BY_ANOTHER:
                     _say(f"error [{code}]: {_sentence(error, code)}")
+                    _report_error(_sentence(error, code), code, kwargs.get("json_out"))
                 raise typer.Exit(code) from None
 
+        _add_option(guarded, "offline", Offline)
         full = name if group is app else f"{group.info.name} {name}"
         lines = [f"  {example}" for example in _EXAMPLES.get(full, ())]
         epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
         return group.command(name, epilog=epilog)(guarded)
 
     return register
+
+
+def _add_option(command: Any, name: str, annotation: Any) -> None:
+    """Gives a command an option that its body does not see; off by default."""
+    signature = inspect.signature(command)
+    option = inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+    )
+    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    command.__annotations__ = {**command.__annotations__, name: annotation}
+
+
+def _forbid_network(offline: bool) -> None:
+    from dkdetr.offline import go_offline, is_offline
+
+    if offline or is_offline():
+        go_offline()
+
+
+def _report_error(sentence: str, code: int, destination: str | None) -> None:
+    if _answered:  # a report of what is wrong stands there
+        return
+    with contextlib.suppress(OSError):  # the error itself is told already
+        _report({"error": {"code": code, "message": sentence}}, destination)
 
 
 def _reader_is_gone() -> bool:
@@ -222,6 +266,7 @@ def _tell(lines: Sequence[str], json_out: str | None) -> None:
 
 
 def _report(result: dict[str, Any], destination: str | None) -> None:
+    _answered.append(destination)
     if destination == "-":
         print(json.dumps(result, indent=2, default=str))
     elif destination is not None:
@@ -480,6 +525,7 @@ def cache_export(
     path: Annotated[str, typer.Argument(help="A sealed cache")],
     out: Annotated[Path, typer.Argument(help="A folder for the export")],
     file_format: Annotated[str, typer.Option("--format", help="npy: files to be mapped")] = "npy",
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Copy a cache to flat, mapped files without padding; `train --cache` takes the copy too."""
@@ -489,6 +535,7 @@ def cache_export(
     _one_of("--format", file_format, ("npy",))
     made = export_cache(open_cache(path), out)
     _say(f"{out} {'is ready' if made else 'was ready'}; next: dkdetr train --cache {out}")
+    _report({"out": str(out), "made": made}, json_out)
 
 
 @_command(cache_app, "import")
@@ -606,7 +653,6 @@ def train_command(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Deterministic algorithms only; slower")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Make no network call")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Event files in RUN/tensorboard too")
     ] = False,
@@ -629,7 +675,7 @@ def train_command(
     parts. K parts equal K ranks; batch relations (kd.rkd) and batch-norm statistics stay those of
     a part. SIGTERM saves and ends with code 75.
     """
-    with _prepared(offline=offline):
+    with _prepared():
         from cache.location import cache_path
         from dkdetr.engine.start import StartOptions, start_training
 
@@ -654,13 +700,10 @@ def train_command(
 
 
 @contextlib.contextmanager
-def _prepared(*, offline: bool) -> Iterator[None]:
-    """Holds SIGTERM as a flag, from before the seconds of imports on; forbids the network."""
+def _prepared() -> Iterator[None]:
+    """Holds SIGTERM as a flag, from before the seconds of imports on."""
     from dkdetr.engine.interruption import stop_on_sigterm
-    from dkdetr.offline import go_offline
 
-    if offline:
-        go_offline()
     with stop_on_sigterm():
         yield
 
@@ -765,7 +808,7 @@ def predict_command(
         Path | None, typer.Option(help="A run, a checkpoint or a student file; default: newest run")
     ] = None,
     words: Annotated[
-        str | None, typer.Option("--classes", "-c", help='What to look for: "cat, traffic cone"')
+        str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')
     ] = None,
     vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
     threshold: Annotated[float, typer.Option(help="Least score")] = 0.3,
@@ -787,10 +830,7 @@ def predict_command(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks.
-
-    Example: dkdetr predict photos/ -c "cat, traffic cone" --class-threshold cat=0.5 --nms 0.7
-    """
+    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
     from dkdetr.inference.picture_sources import find_sources, open_pictures
     from dkdetr.inference.prediction_files import predict_to_folder
     from pipeline.open_vocabulary import load_detector
@@ -854,7 +894,7 @@ def ablate_command(
     verbose: Verbose = False,
 ) -> None:
     """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
-    with _prepared(offline=False):
+    with _prepared():
         from cache.location import cache_path
         from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
@@ -997,6 +1037,49 @@ def convert_command(
     _report(report.to_json(), json_out)
 
 
+@_command(app, "fetch")
+def fetch_command(
+    bundle: Annotated[
+        Path | None, typer.Option(help="Write it all into this tar, with sha256 hashes")
+    ] = None,
+    from_bundle: Annotated[
+        Path | None, typer.Option(help="Put what this tar holds where the libraries look")
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="As for cache-teacher")
+    ] = "ViT-B-32-quickgelu:openai",
+    experiment: Annotated[
+        str, typer.Option(help="Whose backbone: a shipped name or a TOML file")
+    ] = "lvis_r50_70e",
+    only: Annotated[str | None, typer.Option(help="teacher or backbone")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Get weights and tokenizers once; carry them to machines without a network.
+
+    Here: dkdetr fetch --bundle b.tar. There: dkdetr fetch --from-bundle b.tar, and from then on
+    every command with --offline.
+    """
+    from dkdetr.errors import UsageError
+    from pipeline.fetch import fetch, install
+
+    if bundle and from_bundle:
+        raise UsageError("--bundle writes one, --from-bundle reads one: give one of them")
+    wanted: Any = _one_of("--only", only, ("teacher", "backbone")) if only else None
+    fetched = (
+        install(from_bundle)
+        if from_bundle
+        else fetch(
+            None if wanted == "backbone" else teacher,
+            None if wanted == "teacher" else experiment,
+            bundle,
+            _say,
+        )
+    )
+    _tell(fetched.lines(), json_out)
+    _report(fetched.as_json(), json_out)
+
+
 @_command(app, "doctor")
 def doctor_command(
     data_root: DataRoot = Path("data"),
@@ -1016,12 +1099,20 @@ def doctor_command(
 
 @_command(vocab_app, "build")
 def vocab_build(
-    names: Annotated[Path, typer.Argument(help="A name a line, or: name, synonym, ...")],
+    names: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a line of it: name, synonym, ...; or lvis, coco, objects365, voc, as "
+            "published, lvis-clean and so on, put right"
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
     teacher: Annotated[
         str, typer.Option(help="Whose text tower: as for cache-teacher")
     ] = "ViT-B-32-quickgelu:openai",
-    prompts: Annotated[str, typer.Option(help="vild63, clip7 or single")] = "vild63",
+    prompts: Annotated[
+        str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
+    ] = "vild63",
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1032,6 +1123,32 @@ def vocab_build(
     built = build_vocabulary_file(names, out, teacher, prompts, device)
     _tell(built.lines(), json_out)
     _report(built.as_json(), json_out)
+
+
+@_command(vocab_app, "import")
+def vocab_import(
+    bank: Annotated[Path, typer.Argument(help="Another project's text bank: .npy, .pt or .pth")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
+    names: Annotated[
+        str, typer.Option(help="Of its rows, in their order: a file, or a list as for build")
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="What embedded it, as `vocab show` prints it of your student's")
+    ],
+    background: Annotated[
+        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Numbers a name, of a square bank")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Take over a bank of text embeddings, either way round, normalised or not."""
+    from pipeline.open_vocabulary import import_vocabulary_file
+
+    row: Any = _one_of("--background", background, ("first", "last")) if background else None
+    described = import_vocabulary_file(bank, names, out, teacher, row, width)
+    _tell(described.lines(), json_out)
+    _report(described.as_json(), json_out)
 
 
 @_command(vocab_app, "show")
@@ -1084,6 +1201,7 @@ def data_prepare(
     protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
     seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
     data_root: DataRoot = Path("data"),
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Make the embedded data set (needs [demo]), or the derived files of lvis or ovcoco."""
@@ -1091,13 +1209,15 @@ def data_prepare(
         from dkdetr.data.prepare import PREPARED, prepare_derived
 
         _one_of("data prepare", name, ("pictograms", *PREPARED))
-        for file in prepare_derived(name, data_root, _say):
-            _say(str(file))
+        files = [str(file) for file in prepare_derived(name, data_root, _say)]
+        _say("\n".join(files))
+        _report({"files": files}, json_out)
         return
     from pipeline.pictograms.dataset import prepare_pictograms
 
     folder = prepare_pictograms(data_root, size=size, protocol=protocol, seed=seed)
     _say(f"ready: {folder}")
+    _report({"folder": str(folder)}, json_out)
 
 
 @_command(config_app, "show")
@@ -1118,6 +1238,23 @@ def config_show(
     ]
     _tell([*lines, f"# hash {config_hash(resolved.config)}"], json_out)
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)
+
+
+@_command(config_app, "check")
+def config_check(
+    experiment: Annotated[str, typer.Argument(help="A TOML file, or a shipped name")],
+    overrides: Overrides = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Read an experiment as train does, every key, type and range; exit 2 names what is wrong."""
+    from dkdetr.experiment_file import config_hash, load_experiment
+
+    resolved = load_experiment(experiment, overrides or ())
+    told = {"name": resolved.config.name, "hash": config_hash(resolved.config)}
+    set_here = len(resolved.origins)
+    _tell([f"ok: {told['name']}, {set_here} settings given, hash {told['hash']}"], json_out)
+    _report({**told, "settings_given": set_here}, json_out)
 
 
 def _one_of(option: str, given: str, choices: tuple[str, ...]) -> Any:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,21 +135,20 @@ def _write_onnx(
     free |= {"scores": {0: "batch", 2: "num_classes"}, "boxes_xyxy": {0: "batch"}}
     if baked:
         free["scores"] = {0: "batch"}
-    buffer = io.BytesIO()
-    with _traced():
+    with _traced(), tempfile.TemporaryDirectory() as folder:
         # The exporter by torch.export takes minutes for the same graph (free sizes) and is no
         # better for it: shapes here are plain arithmetic.
         torch.onnx.export(
             graph,
             traced_with(graph, text_dim).arguments(baked=baked),
-            buffer,
+            Path(folder) / "graph.onnx",
             dynamo=False,
             opset_version=_OPSET,
             input_names=list(inputs),
             output_names=list(OUTPUTS),
             dynamic_axes=free,
         )
-    model = onnx.load_from_string(buffer.getvalue())
+        model = onnx.load(Path(folder) / "graph.onnx")
     for key, value in described.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
@@ -198,7 +198,7 @@ def _traced() -> Iterator[None]:
     other shapes than were traced.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
         warnings.simplefilter("ignore", category=FutureWarning)
         warnings.simplefilter("ignore", category=DeprecationWarning)
         yield

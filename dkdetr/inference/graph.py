@@ -19,6 +19,7 @@ from torch.nn import functional
 from dkdetr.boxes import cxcywh_to_xyxy
 from dkdetr.data.transforms import PIXEL_MEAN, PIXEL_STD
 from dkdetr.structures import ImageBatch
+from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
 from dkdetr.student.detector import DKDETR
 
 INPUTS = ("pixels", "padding_mask", "text_embeddings")
@@ -31,10 +32,14 @@ class StudentGraph(nn.Module):
     """Pixels, where they are padding, and text embeddings in; scores and boxes out.
 
     Args:
-        student: copied, put on the CPU, where the attention is plain PyTorch; without its mask
-            head, since masks are drawn for chosen queries alone.
+        student: copied and put on the CPU, with attention in plain PyTorch; without its mask head,
+            since masks are drawn for chosen queries alone.
         text_embeddings: baked in; None: they are an input.
     """
+
+    mean: Tensor
+    std: Tensor
+    baked: Tensor | None
 
     def __init__(
         self, student: DKDETR, text_embeddings: Float[Tensor, "num_classes text_dim"] | None = None
@@ -42,6 +47,9 @@ class StudentGraph(nn.Module):
         super().__init__()
         self.student = copy.deepcopy(student).cpu()
         self.student.mask_head = None
+        for part in self.student.modules():
+            if isinstance(part, MultiScaleDeformableAttention):
+                part.backend = "torch"
         self.requires_grad_(requires_grad=False)
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(PIXEL_STD)[:, None, None])

@@ -14,12 +14,12 @@ from dkdetr.data.annotations import Category
 from dkdetr.data.picture_input import Picture, image_batch, rgb_pixels
 from dkdetr.data.prompts import prompt_set, readable_name
 from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
+from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.evaluation.detect import Precision, detect
 from dkdetr.evaluation.postprocess import Detections
 from dkdetr.inference.hub import fetch_student_file
 from dkdetr.inference.prediction import Prediction
-from dkdetr.structures import TextEncoder
 from dkdetr.student.detector import DKDETR as Student
 from dkdetr.student_file import build_from_file, load_student_file
 

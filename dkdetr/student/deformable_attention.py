@@ -16,7 +16,7 @@ from dkdetr.student.attention_reference import SpatialShapes, reference_attentio
 
 def level_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
     """Returns the (width, height) of each level, of the type and device of `like`."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         # A list of numbers would be written down as a constant: other sizes would be wrong.
         sides = [side + like.new_zeros(()) for hw in spatial_shapes for side in reversed(hw)]
         return torch.stack(sides).view(-1, 2)

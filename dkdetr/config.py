@@ -302,6 +302,15 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpsConfig:
+    """Which code does what can be done in several ways. A run may be resumed with other values."""
+
+    __pydantic_config__ = _STRICT
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Of deformable attention; `auto`: the Triton kernel on GPUs that run it, else PyTorch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One experiment, whole. `name` is the experiment file's."""
 
@@ -316,4 +325,5 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -4,7 +4,6 @@ Boxes called `boxes_cxcywh` are normalised by the *un-padded* size of the networ
 `image_sizes_hw` of its batch), so that 1.0 is the picture's edge and padding has no say.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -234,33 +233,3 @@ class StudentOutput:
     hybrid: ExtraDetections | None = None
     denoised: ExtraDetections | None = None
     masks: InstanceMasks | None = None
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Turns words into unit vectors: the teacher's text tower, wherever it lives."""
-
-    @property
-    def identity(self) -> str:
-        """Names the model and its weights; equal identities give equal embeddings."""
-        ...
-
-    def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "num_texts embed_dim"]:
-        """Returns float32 vectors of unit norm, one a text."""
-        ...
-
-
-@runtime_checkable
-class RegionEncoder(Protocol):
-    """Turns parts of a picture into unit vectors: the teacher's image tower."""
-
-    @property
-    def identity(self) -> str:
-        """Names the model and its weights; equal identities give equal embeddings."""
-        ...
-
-    def encode_regions(
-        self, image: np.ndarray, boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
-    ) -> Float[np.ndarray, "num_boxes embed_dim"]:
-        """Returns float32 unit vectors of the boxes (pixels) of an RGB uint8 picture (h, w, 3)."""
-        ...

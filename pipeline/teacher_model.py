@@ -50,7 +50,7 @@ class Preprocessing:
 
 
 class Teacher:
-    """A frozen CLIP; implements `TextEncoder` and `RegionEncoder` of dkdetr.structures.
+    """A frozen CLIP; implements `TextEncoder` and `RegionEncoder` of dkdetr.encoders.
 
     Attributes:
         spec: what the user typed.

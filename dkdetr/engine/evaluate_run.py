@@ -14,7 +14,7 @@ from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import end_on_sigterm
-from dkdetr.engine.run_folder import newest_run
+from dkdetr.engine.run_folder import newest_run, portable_name
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.compiled import compile_for_inference
@@ -185,7 +185,7 @@ def _folder_name(split: str) -> str:
         return split
     kind, _, places = split.partition(":")
     digest = hashlib.sha256(places.encode()).hexdigest()[:6]
-    return f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}"
+    return portable_name(f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}")
 
 
 def _fitting_vocabulary(

@@ -154,9 +154,10 @@ class TrainingStep:
         self, loaded: LoadedBatch, moment: "_Moment", counts: Tensor, *, share: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds a micro-batch's share to the gradients; returns its loss parts and statistics."""
+        # What is drawn is drawn on the CPU, from what still lies there.
+        drawn, denoising = self._draw_classes(loaded, moment), self._make_denoising(loaded, moment)
         with marked("views"):
             batch = on_device(loaded, self._ranks.device)
-        denoising = self._make_denoising(batch, moment)
         output = self._forward(batch, moment.epoch, denoising)
         pairs = None
         try:
@@ -168,7 +169,7 @@ class TrainingStep:
                     batch.targets,
                     regions,
                     self._normalisers(counts, pairs),
-                    drawn_classes=self._draw_classes(batch, moment),
+                    drawn_classes=drawn,
                     denoising=denoising,
                 )
         except NonFiniteLossError:
@@ -212,20 +213,20 @@ class TrainingStep:
                 self._ranks.mean(torch.zeros((), device=self._ranks.device))
             raise
 
-    def _draw_classes(self, batch: TrainingBatch, moment: "_Moment") -> Tensor | None:
+    def _draw_classes(self, batch: LoadedBatch, moment: "_Moment") -> Tensor | None:
         weights = self._teacher.class_weights
         if weights is None:
             return None
         number = self._config.detection.fed_classes
         chance = torch.Generator().manual_seed(self._chance(moment, 1))
         drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
-        return drawn.to(self._ranks.device)
+        return drawn.to(self._ranks.device, non_blocking=True)
 
-    def _make_denoising(self, batch: TrainingBatch, moment: "_Moment") -> DenoisingQueries | None:
+    def _make_denoising(self, batch: LoadedBatch, moment: "_Moment") -> DenoisingQueries | None:
         student = self._config.student
         if student.denoising == 0:
             return None
-        return make_denoising(
+        denoising = make_denoising(
             batch.targets,
             len(self._text_embeddings),
             num_groups=student.denoising,
@@ -233,6 +234,7 @@ class TrainingStep:
             label_noise=student.denoising_label_noise,
             generator=torch.Generator().manual_seed(self._chance(moment, 2)),
         )
+        return denoising.to(self._ranks.device)
 
     def _chance(self, moment: "_Moment", *purpose: int) -> int:
         """Returns a seed for one purpose: a function of iteration and place, not of the past."""

@@ -32,6 +32,7 @@ from dkdetr.data.image_files import decode_image  # noqa: E402
 from pipeline.build import cache_teacher  # noqa: E402
 from pipeline.crops import CropRule, crop_windows  # noqa: E402
 from pipeline.decoding import EncodedImage, decode_on_device  # noqa: E402
+from pipeline.fused_tower import can_be_fused  # noqa: E402
 from pipeline.request import CacheRequest  # noqa: E402
 from pipeline.teacher import load_teacher  # noqa: E402
 from pipeline.teacher_model import Teacher  # noqa: E402
@@ -194,7 +195,9 @@ def part_rates(
 
     cut()
     rates["crops cut"] = count / seconds(cut)
-    kinds = ["open_clip", "fused", *(["compiled"] if torch.cuda.is_available() else [])]
+    kinds = ["open_clip"]
+    if can_be_fused(teacher._model.visual):  # type: ignore[attr-defined]
+        kinds += ["fused", *(["compiled"] if torch.cuda.is_available() else [])]
     for kind in kinds:
         other = load_teacher(spec, teacher.device, encoder=kind)
         rates[f"crops encoded, --encoder {kind}"] = encoder_rate(other, batch, 4 * batch)

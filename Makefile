@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults faults-cache faults-stage-one faults-train distributed bench clean
+.PHONY: demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -22,7 +22,11 @@ check: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile
+
+# The local page in headless Chromium; wants the programs chromium and chromedriver.
+browser: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 # Every fault of the cache and its inputs, short and long; tests/faults/README.md lists them.
 faults-cache: $(INSTALLED)
@@ -55,7 +59,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,track,video]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video,export]"
 	touch $(INSTALLED)
 
 clean:

@@ -272,6 +272,9 @@ class DataConfig:
     """Side of the square view in training; longest side in evaluation."""
     scale_range: tuple[float, float] = (0.1, 2.0)
     flip_probability: float = 0.5
+    augment: Literal["loader", "device"] = "loader"
+    """Where training views are resampled: in the loader processes, or where the student computes;
+    then those only decode. The same views but for their rounding to grey levels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,12 @@
 """The one way to load, override and dump an experiment's settings.
 
 Order: dataclass default < the file an experiment `extends` < the experiment file < `--set a.b=c`.
+Last of all, epochs given as a share of the run ("50%") become numbers.
 """
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -15,7 +17,7 @@ from typing import Any, cast
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from dkdetr.config import ExperimentConfig
+from dkdetr.config import ExperimentConfig, OptimConfig
 from dkdetr.errors import UsageError
 from dkdetr.setting_ranges import range_problem
 
@@ -38,6 +40,8 @@ class ResolvedConfig:
 
 
 _ADAPTER = TypeAdapter(ExperimentConfig)
+_SHARES = (("kd", "start_epoch"), ("optim", "lr_drop_epochs"))
+"""Settings that are epochs of the run and may be shares of it, so that they follow its length."""
 _HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s")
 
 
@@ -63,6 +67,7 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
     for override in overrides:
         _merge(merged, _parse_override(override), origins, "--set", prefix="")
     merged.setdefault("name", Path(experiment).stem)
+    _count_shares(merged)
     return ResolvedConfig(config=config_from_dict(merged), origins=origins, rows=rows)
 
 
@@ -183,6 +188,36 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(path.split(".")):
         nested = {part: nested}
     return nested
+
+
+def _count_shares(merged: dict[str, Any]) -> None:
+    """Turns "50%" into the epoch, half of `optim.epochs`; halves are rounded up.
+
+    What is no share is left as it is, for the check of all settings to judge.
+    """
+    epochs = merged.get("optim", {}).get("epochs", OptimConfig.epochs)
+    for section, key in _SHARES:
+        table = merged.get(section, {})
+        if isinstance(epochs, int) and key in table:
+            value, path = table[key], f"{section}.{key}"
+            many = isinstance(value, list)
+            table[key] = (
+                [_epoch_of(each, epochs, path) for each in cast("list[Any]", value)]
+                if many
+                else _epoch_of(value, epochs, path)
+            )
+
+
+def _epoch_of(value: Any, epochs: int, path: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        share = float(value.removesuffix("%")) / 100 if value.endswith("%") else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ConfigError(f'setting \'{path}\' wants an epoch, or "0%" to "100%"; got {value!r}')
+    return math.floor(share * epochs + 0.5)
 
 
 def _nearest_keys(path: str) -> str:

@@ -11,7 +11,7 @@ from dkdetr.errors import DataError, UsageError
 
 Protocol = Literal["lvis", "coco", "ovcoco", "voc"]
 
-PICTOGRAM_SIZES = ("tiny", "small", "full")
+PICTOGRAM_SIZES = ("tiny", "small", "full", "full70")
 KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
 

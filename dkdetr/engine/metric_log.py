@@ -44,3 +44,22 @@ def read_metrics(path: Path) -> list[dict[str, float | int | str]]:
         except ValueError:
             break
     return records
+
+
+def in_brief(
+    records: list[dict[str, float | int | str]], most: int
+) -> list[dict[str, float | int | str]]:
+    """Returns at most `most` (2 or more) records, evenly spread, the first and the last among them.
+
+    Without clock times, numbers to four digits: what is kept of a run when its folder is not.
+    """
+    count = min(most, len(records))
+    places = [round(k * (len(records) - 1) / max(1, count - 1)) for k in range(count)]
+    return [
+        {
+            key: float(f"{value:.4g}") if isinstance(value, float) else value
+            for key, value in records[place].items()
+            if key != "time"
+        }
+        for place in places
+    ]

@@ -27,7 +27,7 @@ from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
 from dkdetr.engine.student_setup import prepare_student, wrap_for_ranks
 from dkdetr.engine.weight_average import WeightAverage
 from dkdetr.errors import NonFiniteLossError
-from dkdetr.structures import TrainingBatch
+from dkdetr.structures import LoadedBatch
 from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
@@ -109,7 +109,7 @@ class RunState:
         self._step.load_state_dict(checkpoint.step)
         self.progress = checkpoint.progress
 
-    def train_on(self, group: list[TrainingBatch], *, epoch_length: int) -> StepResult:
+    def train_on(self, group: list[LoadedBatch], *, epoch_length: int) -> StepResult:
         """Returns the figures of a step on a batch's micro-batches; progress has moved."""
         self._enter_epoch()
         now = self.progress

@@ -159,10 +159,29 @@ def _initialise_convolutions(module: nn.Module) -> None:
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
+def fetch_imagenet_weights() -> Path:
+    """Returns the file of torchvision's ResNet-50 weights, downloaded if it is not there.
+
+    Raises:
+        DataError: it can be neither found nor reached.
+        CorruptArtefactError: the download has another hash than its name says.
+    """
+    _imagenet_weights()
+    return imagenet_folder() / _imagenet_name()
+
+
+def imagenet_folder() -> Path:
+    """Returns where torch keeps what it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _imagenet_name() -> str:
+    return torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+
+
 def _imagenet_weights() -> dict[str, Tensor]:
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    name = weights.url.rsplit("/", 1)[-1]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    name, folder = _imagenet_name(), imagenet_folder()
     try:
         if is_offline() and not (folder / name).is_file():
             raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
@@ -170,8 +189,10 @@ def _imagenet_weights() -> dict[str, Tensor]:
     except OSError as error:
         raise DataError(
             f"torchvision's ImageNet weights of ResNet-50 cannot be reached ({error}). Put {name} "
-            f"into {folder}, or name a file: --set student.backbone.weights=/path/{name}; for a "
-            "trial without them: --set student.backbone.weights=random"
+            f"into {folder} (from a machine with a network: dkdetr fetch --bundle b.tar, here: "
+            "dkdetr fetch --from-bundle b.tar), or name a file: --set "
+            f"student.backbone.weights=/path/{name}; for a trial without them: --set "
+            "student.backbone.weights=random"
         ) from None
     except RuntimeError as error:
         raise CorruptArtefactError(

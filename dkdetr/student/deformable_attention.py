@@ -44,10 +44,12 @@ def deformable_attention(
 
 
 def map_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
-    """Returns (width, height) of each level, filled on the device: a copy would be waited for."""
-    sides = [
-        like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
-    ]
+    """Returns (width, height) of each level, of the type and device of `like`.
+
+    Filled on the device: a copy would be waited for, and an exported graph would hold it as a
+    constant, wrong for pictures of another size.
+    """
+    sides = [like.new_zeros(()) + side for hw in spatial_shapes for side in reversed(hw)]
     return torch.stack(sides).view(-1, 2)
 
 

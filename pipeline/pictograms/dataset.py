@@ -45,7 +45,7 @@ def prepare_pictograms(root: Path, *, size: str, protocol: str, seed: int) -> Pa
 
     Args:
         root: the data root.
-        size: tiny, small or full.
+        size: tiny, small, full, or full70 (full with 70 base names).
         protocol: lvis-like or coco-like.
         seed: draws the names and everything else.
 

@@ -50,6 +50,7 @@ SIZES: Mapping[str, WorldSize] = MappingProxyType(
         "tiny": WorldSize(65, 48, 128, 1500, 250, 0, (3, 7), (18, 62)),
         "small": WorldSize(120, 84, 144, 3000, 500, 300, (3, 8), (18, 70)),
         "full": WorldSize(300, 210, 192, 12000, 1500, 1500, (3, 9), (18, 90)),
+        "full70": WorldSize(300, 70, 192, 12000, 1500, 1500, (3, 9), (18, 90)),
     }
 )
 

@@ -132,3 +132,31 @@ def test_how_the_work_is_done_does_not_change_what_run_it_is() -> None:
     same = ["data.workers=3", "compute.micro_batches=4", "checkpoint_every_s=5"]
     assert config_hash(load_experiment("trial", same).config) == config_hash(config)
     assert config_hash(load_experiment("trial", ["seed=1"]).config) != config_hash(config)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "epoch"),
+    [(8, "50%", 4), (6, "50%", 3), (5, "50%", 3), (70, "57.142857%", 40), (8, "0%", 0)],
+)
+def test_a_share_of_the_run_becomes_the_epoch(epochs, share, epoch) -> None:
+    words = [f"kd.start_epoch={share}", f"optim.epochs={epochs}", "optim.lr_drop_epochs=[0]"]
+    config = load_experiment("trial", words).config
+    assert config.kd.start_epoch == epoch
+    assert config == load_experiment("trial", [*words, f"kd.start_epoch={epoch}"]).config
+
+
+def test_shares_follow_a_run_that_is_made_longer(tmp_path) -> None:
+    preset = tmp_path / "preset.toml"
+    preset.write_text(
+        '[kd]\nstart_epoch = "25%"\n[optim]\nepochs = 8\nlr_drop_epochs = ["75%", 7]\n'
+    )
+    short = load_experiment(str(preset)).config
+    long = load_experiment(str(preset), ["optim.epochs=40"]).config
+    assert (short.kd.start_epoch, short.optim.lr_drop_epochs) == (2, (6, 7))
+    assert (long.kd.start_epoch, long.optim.lr_drop_epochs) == (10, (30, 7))
+
+
+@pytest.mark.parametrize("share", ["half", "50", "101%", "-1%", "x%", "%"])
+def test_what_is_no_share_is_refused_by_its_path(share) -> None:
+    with pytest.raises(ConfigError, match=r"'kd.start_epoch' wants an epoch"):
+        load_experiment("trial", [f'kd.start_epoch="{share}"'])

@@ -113,6 +113,23 @@ def test_every_row_runs_once_from_its_seeds_burn_in(tmp_path, stand_in, planned)
     record = json.loads((tmp_path / "out/seed1/rkd/row.json").read_text())
     assert record["metrics"]["APr"] == pytest.approx(0.135)
     assert record["seconds_per_step"] == pytest.approx(2.0)
+    assert record["log"] == [{"iteration": 40, "images_per_s": 8.0}]
+
+
+def test_kept_records_alone_are_enough_to_go_on_elsewhere(tmp_path, stand_in, planned):
+    """What is kept of a row is its row.json: another folder takes it for finished."""
+    planned(plan_of(tmp_path / "here"))
+    first = ablate(request_of(), stand_in)
+    for record in (tmp_path / "here").glob("seed*/*/row.json"):
+        if record.parent.name != "rkd":
+            copy = tmp_path / "there" / record.relative_to(tmp_path / "here")
+            copy.parent.mkdir(parents=True)
+            copy.write_bytes(record.read_bytes())
+    planned(plan_of(tmp_path / "there"))
+    second = ablate(request_of(), stand_in)
+    calls = {path.parent.name for path in (tmp_path / "there").glob("seed*/*/calls")}
+    assert calls == {"burn_in", "rkd"}
+    assert second.text == first.text
 
 
 def test_a_row_that_fails_is_shown_and_loses_no_other(tmp_path, stand_in, planned):

@@ -1,5 +1,6 @@
 """The data set on disk: what it says is what was drawn, and a second call never spoils it."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from dkdetr.data.split_sources import known_splits
 from dkdetr.data.splits import load_split
+from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from pipeline.pictograms import dataset
 from pipeline.pictograms.dataset import prepare_pictograms
@@ -62,6 +65,25 @@ def test_the_tiny_world_is_as_the_benchmark_describes_it():
     counts = Counter(labels)
     base = sorted((counts[n] for n in range(65) if n not in novel), reverse=True)
     assert base[0] > 5 * base[-1]  # a long tail
+
+
+def test_the_two_full_protocols_share_names_and_differ_in_what_is_base():
+    few = {name: dataclasses.replace(SIZES[name], num_train=2, num_val=2, num_held=2)
+           for name in ("full", "full70")}  # fmt: skip
+    worlds = {
+        name: plan_world(size, protocol="coco-like", seed=0).categories
+        for name, size in few.items()
+    }
+    base = {name: {c.drawing.name for c in each if c.is_base} for name, each in worlds.items()}
+    assert {c.drawing.name for c in worlds["full"]} == {c.drawing.name for c in worlds["full70"]}
+    assert (len(worlds["full"]), len(base["full"]), len(base["full70"])) == (300, 210, 70)
+    assert base["full70"] < base["full"]
+
+
+def test_every_size_is_a_split_and_has_an_experiment_of_its_own():
+    for size in SIZES:
+        assert f"pictograms_{size}_train" in known_splits()
+        assert experiment_of_split(f"pictograms_{size}_train") == f"pictograms_{size}"
 
 
 def test_other_seeds_draw_other_names():

@@ -96,7 +96,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
 class _VerbsFirst(TyperGroup):
     """The five commands that most people want, then the others in the order they stand here."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Returns the names as `--help` lists them."""
         names = super().list_commands(ctx)
         return [*_FIRST, *(name for name in names if name not in _FIRST)]
@@ -312,6 +312,9 @@ def serve_command(
         str | None, typer.Option(help="The text tower for words; default: the run's teacher")
     ] = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Least score to begin with")
+    ] = 0.3,
     host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8537,
     data_root: DataRoot = Path("data"),
@@ -328,6 +331,7 @@ def serve_command(
         vocabulary=vocab,
         teacher=teacher,
         pictures=pictures,
+        threshold=threshold,
         data_root=data_root,
         device=device,
     )

@@ -16,7 +16,7 @@ from dkdetr.engine.run_folder import RunFolder, newest_run
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, DkdetrError
 from dkdetr.inference.picture_sources import PICTURE_SUFFIXES
-from dkdetr.inference.predict import DKDETR
+from dkdetr.inference.predict import DEFAULT_THRESHOLD, DKDETR
 from dkdetr.inference.serve import ServedParts
 from pipeline.browse import CacheBrowser
 from pipeline.teacher import load_teacher
@@ -35,6 +35,7 @@ class PageRequest:
         vocabulary: a vocabulary file instead of the student's own names.
         teacher: the text tower for words; None: the one the student learned from.
         pictures: a folder of pictures to try.
+        threshold: the least score that the page begins with.
         report: a page that `dkdetr report` or the demo wrote; None: RUN/report.html.
         data_root: where the cache's pictures lie.
         device: see `pick_device`.
@@ -45,6 +46,7 @@ class PageRequest:
     vocabulary: Path | None = None
     teacher: str | None = None
     pictures: Path | None = None
+    threshold: float = DEFAULT_THRESHOLD
     report: Path | None = None
     data_root: Path = Path("data")
     device: str = "auto"
@@ -84,6 +86,7 @@ def open_page(request: PageRequest) -> ServedParts:
         histories=histories if diaries else None,
         report=report if report is not None and report.is_file() else None,
         examples=_examples(request.pictures),
+        threshold=request.threshold,
     )
 
 

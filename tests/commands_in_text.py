@@ -103,6 +103,8 @@ def known_part(words: list[str]) -> str | None:
             named = {each.partition("=")[0] for each in words[number:] if each.startswith("--")}
             unknown = named - options - {"--help"}
             return f"no option {sorted(unknown)}" if unknown else None
+        if word.startswith("--"):
+            return None if number == 0 else f"no option {word}"
         if word not in children:
             return f"no command '{word}'"
         command = children[word]

@@ -18,6 +18,7 @@ from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
 from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.run_folder import portable_name
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import ConfigError, config_hash, load_experiment

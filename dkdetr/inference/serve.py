@@ -64,6 +64,8 @@ class ServedParts:
     report: Path | None = None
     examples: Sequence[Path] = ()
     """Pictures to try."""
+    threshold: float = DEFAULT_THRESHOLD
+    """Where the slider of scores begins."""
 
 
 def build_app(parts: ServedParts, hosts: frozenset[str]) -> Guard:
@@ -178,7 +180,7 @@ class _Page:
                 "student": self._finder is not None,
                 "names": list(self._finder.own_names) if self._finder else [],
                 "words_problem": parts.words_problem,
-                "threshold": DEFAULT_THRESHOLD,
+                "threshold": parts.threshold,
                 "max_bytes": MAX_UPLOAD_BYTES,
                 "max_names": MAX_NAMES,
                 "max_words": MAX_WORDS_LENGTH,

@@ -100,7 +100,8 @@ function redraw() {
   }
   at("list").replaceChildren(...rows);
   const hidden = boxes.length - kept.length;
-  at("count").textContent = `${kept.length} ${kept.length === 1 ? "box" : "boxes"}${hidden ? `, ${hidden} hidden` : ""}`;
+  const best = !kept.length && boxes.length ? `; the best scores ${boxes[0].score.toFixed(2)}` : "";
+  at("count").textContent = `${kept.length} ${kept.length === 1 ? "box" : "boxes"}${hidden ? `, ${hidden} hidden` : ""}${best}`;
 }
 
 // The picture as it is stored, before anything has been found in it.

@@ -23,13 +23,11 @@ foreign = {name.partition(".")[0] for name, file in files.items() if file.starts
 print(json.dumps([len(files), sorted(foreign)]))
 """
 # Packages that an installation may load before any code of ours (editable installs, coverage).
-_NOT_OURS = (
-    "__editable__",
-    "_distutils_hack",
-    "distutils-precedence",
-    "_virtualenv",
-    "a1_coverage",
-)
+_NOT_OURS = ("__editable__", "_distutils_hack", "_virtualenv", "a1_coverage")
+_TYPER_AND_ITS_OWN = {
+    "typer", "shellingham", "annotated_doc", "typing_extensions",
+    "pydantic", "pydantic_core", "typing_inspection", "annotated_types",
+}  # fmt: skip
 
 
 def imported_by(code: str) -> tuple[int, set[str]]:

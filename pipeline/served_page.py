@@ -9,6 +9,7 @@ import torch
 
 from cache.spec import CacheError
 from dkdetr.data.vocabulary import load_vocabulary
+from dkdetr.encoders import TextEncoder
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import RunFolder, newest_run
@@ -17,7 +18,6 @@ from dkdetr.errors import DataError, DkdetrError
 from dkdetr.inference.picture_sources import PICTURE_SUFFIXES
 from dkdetr.inference.predict import DEFAULT_THRESHOLD, DKDETR
 from dkdetr.inference.serve import ServedParts
-from dkdetr.structures import TextEncoder
 from pipeline.browse import CacheBrowser
 from pipeline.teacher import load_teacher
 

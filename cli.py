@@ -381,6 +381,16 @@ def cache_teacher_command(
     views: Annotated[
         str, typer.Option(help="orig; orig,flip (mirrored crops too, twice the room); avg")
     ] = "orig",
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="Whose code computes the teacher's images: open_clip, fused, compiled (fused, "
+            "through torch.compile) or auto (fused on a GPU, if it is a plain ViT)"
+        ),
+    ] = "auto",
+    decoder: Annotated[
+        str, typer.Option(help="pillow, or torchvision (JPEGs by nvJPEG on a GPU)")
+    ] = "pillow",
     prompts: Annotated[
         str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
     ] = "vild63",
@@ -423,6 +433,8 @@ def cache_teacher_command(
         keep=keep,
         storage=_one_of("--storage", storage, ("fp16", "int8")),
         crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
+        encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
+        decoder=_one_of("--decoder", decoder, ("pillow", "torchvision")),
         prompts=prompts,
         executor=executor_of(workers, scheduler),
         device=device,
@@ -749,6 +761,15 @@ def eval_command(
     ema: Annotated[
         bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (half on a GPU, fp32 on a CPU), fp32, fp16 or bf16; default: the run's own"
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile: slow to start")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -772,6 +793,8 @@ def eval_command(
         _one_of("--evaluator", evaluator, ("fast", "official")),
         clean_names=clean_names,
         averaged=ema,
+        precision=_precision(precision),
+        compiled=compiled,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
@@ -826,6 +849,13 @@ def predict_command(
     teacher: Annotated[
         str | None, typer.Option(help="The text tower for words; default: the run's teacher")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="auto (half on a GPU), fp32, fp16 or bf16; default: auto"),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile: slow to start")
+    ] = False,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -836,7 +866,15 @@ def predict_command(
     from pipeline.open_vocabulary import load_detector
 
     sources = find_sources(pictures)
-    detector, looked_for = load_detector(model, words, vocab, teacher, device)
+    detector, looked_for = load_detector(
+        model,
+        words,
+        vocab,
+        teacher,
+        device,
+        precision=_precision(precision) or "auto",
+        compiled=compiled,
+    )
     summary = predict_to_folder(
         detector,
         open_pictures(sources, every=every),
@@ -851,6 +889,10 @@ def predict_command(
     )
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
+
+
+def _precision(word: str | None) -> Any:
+    return word and _one_of("--precision", word, ("auto", "fp32", "fp16", "bf16"))
 
 
 def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.run_folder import newest_run
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import DataError, UsageError
+from dkdetr.evaluation.detect import Precision
 from dkdetr.inference.predict import DKDETR, words_vocabulary
 from pipeline.teacher import load_teacher
 from pipeline.text_bank import Background, import_vocabulary
@@ -29,6 +30,9 @@ def load_detector(
     vocabulary_path: Path | None,
     teacher: str | None,
     device: str,
+    *,
+    precision: Precision = "auto",
+    compiled: bool = False,
 ) -> tuple[DKDETR, Vocabulary]:
     """Returns a detector and what it is to look for.
 
@@ -38,6 +42,8 @@ def load_detector(
         vocabulary_path: a vocabulary file instead; with neither, the student's own names.
         teacher: the specification of the text tower; None: the one the student learned from.
         device: see `pick_device`.
+        precision: see `dkdetr.evaluation.detect.autocast`.
+        compiled: see `dkdetr.evaluation.compiled`.
 
     Raises:
         DkdetrError: nothing to load, or a vocabulary of another teacher.
@@ -50,7 +56,14 @@ def load_detector(
     given = load_vocabulary(vocabulary_path) if vocabulary_path else None
     subject = load_subject(place, given)
     chosen = pick_device(device)
-    detector = DKDETR(subject.student, subject.config, subject.vocabulary, device=chosen)
+    detector = DKDETR(
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        device=chosen,
+        precision=precision,
+        compiled=compiled,
+    )
     if words is None:
         return detector, detector.resolve(given)
     spec = teacher or subject.provenance.get("teacher_spec")

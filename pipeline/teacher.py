@@ -18,10 +18,12 @@ from torch import nn
 
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.offline import is_offline
-from pipeline.teacher_model import Preprocessing, Teacher
+from pipeline.fused_tower import can_be_fused
+from pipeline.teacher_model import Encoder, Preprocessing, Teacher
 from pipeline.teacher_source import TeacherSource, openai_evidence, parse_teacher_spec
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
+EncoderChoice = Literal["auto", "open_clip", "fused", "compiled"]
 _RANDOM_SEED = 20231002
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear"}
 # open_clip's resize modes, as the crop modes that do the same.
@@ -29,7 +31,11 @@ _PLACEMENTS = {"shortest": "clip_center", "squash": "squash", "longest": "pad_sq
 
 
 def load_teacher(
-    spec: str, device: torch.device | str = "cpu", *, precision: Precision = "auto"
+    spec: str,
+    device: torch.device | str = "cpu",
+    *,
+    precision: Precision = "auto",
+    encoder: EncoderChoice = "open_clip",
 ) -> Teacher:
     """Returns the teacher that `spec` names (see pipeline.teacher_source), in evaluation mode.
 
@@ -37,9 +43,12 @@ def load_teacher(
         spec: MODEL:PRETRAINED, MODEL:/path, MODEL:random or `pictograms`.
         device: where it runs.
         precision: `auto` is fp16 on CUDA, fp32 elsewhere.
+        encoder: see `pipeline.teacher_model.Encoder`; `auto` is `fused` on CUDA for towers that can
+            be, else `open_clip`.
 
     Raises:
-        UsageError: unknown model or tag, or a model whose activation is not the weights'.
+        UsageError: unknown model or tag, a model whose activation is not the weights', or a tower
+            that cannot be fused and should be.
         DataError: weights that cannot be reached or found, with how to provide them.
         CorruptArtefactError: a file that does not hold this model's weights.
     """
@@ -64,8 +73,23 @@ def load_teacher(
         config,
         device=device,
         precision=chosen,
+        encoder=_choose_encoder(encoder, model, device, source),
         note=_activation_note(source, config),
     )
+
+
+def _choose_encoder(
+    wanted: EncoderChoice, model: nn.Module, device: torch.device, source: TeacherSource
+) -> Encoder:
+    fusible = can_be_fused(getattr(model, "visual", model))
+    if wanted == "auto":
+        return "fused" if fusible and device.type == "cuda" else "open_clip"
+    if wanted != "open_clip" and not fusible:
+        raise UsageError(
+            f"teacher '{source.spec}': its image tower is no plain ViT of open_clip's, so it "
+            f"cannot be {wanted}; use --encoder open_clip"
+        )
+    return wanted
 
 
 def fetch_teacher(spec: str) -> tuple[Path | None, tuple[str, ...]]:

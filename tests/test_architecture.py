@@ -17,12 +17,12 @@ FORBIDDEN_NAMES = {"utils", "util", "misc", "common", "helpers", "helper"}
 
 def python_files() -> list[Path]:
     found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    # A user's caches may lie in cache/NAME/; they are data.
-    return [
-        p
-        for p in found
-        if p.parent == ROOT / "cache" or "cache" not in p.relative_to(ROOT).parts[:1]
-    ]
+    return [path for path in found if is_source(path)]
+
+
+def is_source(path: Path) -> bool:
+    """A user's caches may lie in cache/NAME/; they are data."""
+    return path.parent == ROOT / "cache" or path.relative_to(ROOT).parts[0] != "cache"
 
 
 def tracked_texts() -> list[Path]:
@@ -32,7 +32,7 @@ def tracked_texts() -> list[Path]:
     above = [path for path in ROOT.iterdir() if path.is_file()]
     return [
         path
-        for path in (*inside, *above)
+        for path in (*filter(is_source, inside), *above)
         if path.suffix in kinds and "__pycache__" not in path.parts and path.name != ".git"
     ]
 

@@ -21,7 +21,7 @@ _PIXELS_AT_ONCE = 1 << 25
 
 
 def decoded_images(
-    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    images: Sequence[UInt8[np.ndarray | Tensor, "_h _w 3"]],
     geometries: Sequence[ViewGeometry],
     image_ids: Sequence[int],
     *,
@@ -30,7 +30,7 @@ def decoded_images(
     """Returns images as they are, to be rendered elsewhere with these geometries."""
     views = list(geometries)
     return DecodedImages(
-        pixels=torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])),
+        pixels=torch.cat([torch.as_tensor(image).reshape(-1) for image in images]),
         resized_sizes_hw=torch.tensor([view.resized_hw for view in views]),
         corners_yx=torch.tensor([(view.crop_top, view.crop_left) for view in views]),
         flipped=torch.tensor([view.flip for view in views]),

@@ -5,7 +5,6 @@ by side, one that fails takes no other with it, and what is run is what anybody 
 """
 
 import fcntl
-import json
 import os
 import shlex
 import time
@@ -20,16 +19,14 @@ import torch
 from dkdetr.atomic_file import write_bytes, write_text
 from dkdetr.engine.ablation_plan import (
     BURN_IN,
-    ROW_FILE,
-    SCORE_FILE,
     AblateRequest,
     AblationPlan,
     PlannedRun,
     make_plan,
     savings,
-    seconds_per_step,
 )
 from dkdetr.engine.ablation_plot import plot_png
+from dkdetr.engine.ablation_record import record_row
 from dkdetr.engine.ablation_results import (
     COLUMNS,
     NOT_RUN,
@@ -41,12 +38,9 @@ from dkdetr.engine.ablation_results import (
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.jobs import STOPPED, Job, Jobs, Outcome
-from dkdetr.engine.metric_log import in_brief, read_metrics
+from dkdetr.engine.metric_log import read_metrics
 from dkdetr.errors import DkdetrError, PreemptedError
-from dkdetr.evaluation.protocols import OVERALL_KEYS
 from dkdetr.progress import progress
-
-_KEPT_LINES = 8
 
 
 class RowFailedError(DkdetrError):
@@ -163,7 +157,7 @@ def _run(
     def done(job: Job, outcome: Outcome) -> None:
         run = by_name[job.name]
         if outcome.code == 0 and run.run != BURN_IN:
-            _record(plan, run)
+            record_row(plan, run)
         state = "done" if outcome.code == 0 else f"exit {outcome.code}: {outcome.message}"
         diary.tell(f"{job.name}: {state}")
 
@@ -196,30 +190,6 @@ def _places(request: AblateRequest) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": "1"} for _ in range(request.jobs or cores)]
 
 
-def _record(plan: AblationPlan, run: PlannedRun) -> None:
-    """Writes a row's record, last of all: its presence says that the row is whole."""
-    scored = json.loads((run.folder / SCORE_FILE).read_text(encoding="utf-8"))
-    numbers = {key: value for key, value in scored.items() if key in _metric_names(plan)}
-    record = {
-        "row": run.run,
-        "seed": run.seed,
-        "config_hash": run.hash,
-        "cache_fingerprint": plan.cache_fingerprint,
-        "split": plan.split,
-        "evaluator": scored.get("evaluator"),
-        "metrics": numbers,
-        "steps": run.steps,
-        "seconds_per_step": seconds_per_step(run),
-        "commands": [f"dkdetr {shlex.join(words)}" for words in run.commands],
-        "log": in_brief(read_metrics(run.folder / "metrics.jsonl"), _KEPT_LINES),
-    }
-    write_text(run.folder / ROW_FILE, json.dumps(record, indent=2) + "\n")
-
-
-def _metric_names(plan: AblationPlan) -> set[str]:
-    return {*OVERALL_KEYS, *COLUMNS[plan.protocol]}
-
-
 def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationResult:
     records = {(run.run, run.seed): plan.finished(run) for run in plan.runs}
     failures = {
@@ -237,6 +207,11 @@ def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationRes
             },
             failures={
                 seed: failures[row.run, seed] for seed in plan.seeds if (row.run, seed) in failures
+            },
+            by_name={
+                seed: record["names"]
+                for seed in plan.seeds
+                if (record := records[row.run, seed]) is not None and record.get("names")
             },
         )
         for row in plan.table.rows

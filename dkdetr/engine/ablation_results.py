@@ -8,9 +8,10 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dkdetr.data.split_sources import Protocol
+from dkdetr.engine.ablation_names import GroupScores, NameDifference, difference_by_name
 from dkdetr.engine.ablation_tables import AblationTable, TableRow
 
 COLUMNS: Mapping[Protocol, tuple[str, ...]] = {
@@ -30,6 +31,8 @@ class RowResult:
     row: TableRow
     by_seed: Mapping[int, Mapping[str, float | None]]
     failures: Mapping[int, str]
+    by_name: Mapping[int, GroupScores] = field(default_factory=dict)
+    """AP of single names by seed; records of older versions have none."""
 
     def values(self, key: str) -> dict[int, float]:
         """Returns a metric in percent by seed; seeds for which it is undefined are left out."""
@@ -83,6 +86,25 @@ class AblationResult:
             return _signed(mean)
         return f"{_signed(mean)} [{_signed(min(differences))}, {_signed(max(differences))}]"
 
+    def name_difference(self, result: RowResult, key: str) -> NameDifference | None:
+        """Returns row less baseline over a group's names, of the seeds that both have."""
+        baseline = self._baseline()
+        if baseline is None:
+            return None
+        scores = [
+            (result.by_name[seed].get(key, {}), baseline.by_name[seed].get(key, {}))
+            for seed in self.seeds
+            if seed in result.by_name and seed in baseline.by_name
+        ]
+        return difference_by_name(scores)
+
+    def name_cell(self, result: RowResult, key: str) -> str:
+        """Returns `mean +- standard error` over names of the difference, in percent."""
+        found = self.name_difference(result, key)
+        if found is None:
+            return NOT_RUN if not result.by_seed else "-"
+        return f"{_signed(100 * found.mean)} ± {100 * found.error:.1f}"
+
     def paper_cell(self, result: RowResult, *, less_baseline: bool = False) -> str:
         """Returns the paper's numbers by column, or what they are above its baseline."""
         paper, baseline = result.row.paper, self._baseline()
@@ -123,6 +145,7 @@ def markdown(result: AblationResult) -> str:
         for each in result.rows
         if each.row.run != result.table.baseline
     ]
+    by_name = _name_table(result)
     mean = "mean (largest less smallest seed)" if several else "one seed"
     pairs = "mean [least, most] over seeds" if several else "one seed"
     failures = [
@@ -136,6 +159,7 @@ def markdown(result: AblationResult) -> str:
         _aligned(["", *keys, paper, "seeds"], scores),
         f"Less '{baseline}' of the same seed, {pairs}:",
         _aligned(["", *keys, "paper"], gains),
+        *by_name,
         "The paper's numbers are of R50, 36 epochs, boxes, on LVIS v1 val (AP50: OV-COCO); on "
         "another data set only orders and signs can be compared.",
         *([result.table.note] if result.table.note else []),
@@ -143,6 +167,25 @@ def markdown(result: AblationResult) -> str:
         *result.remarks,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _name_table(result: AblationResult) -> list[str]:
+    others = [each for each in result.rows if each.row.run != result.table.baseline]
+    counts = {
+        key: found.names
+        for key in result.columns
+        for each in others
+        if (found := result.name_difference(each, key)) is not None
+    }
+    if not counts:
+        return []
+    rows = [[each.row.label, *(result.name_cell(each, key) for key in counts)] for each in others]
+    shown = ", ".join(f"{count} in {key}" for key, count in counts.items())
+    return [
+        f"The same name by name ({shown}), mean ± standard error over names; what another seed "
+        "would change is not in it:",
+        _aligned(["", *counts], rows),
+    ]
 
 
 def comma_separated(result: AblationResult) -> str:

@@ -20,7 +20,7 @@ from dkdetr.engine.checkpoint import (
 )
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.initial_weights import start_from_file
-from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.optim import load_optimizer, make_optimizer
 from dkdetr.engine.pairing import TeacherSide
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
@@ -94,7 +94,7 @@ class RunState:
         if found is not None:
             _, checkpoint = found
             self.student.load_state_dict(dict(checkpoint.student))
-            self._optimizer.load_state_dict(dict(checkpoint.optimizer))
+            load_optimizer(self._optimizer, checkpoint.optimizer)
             if self._average is not None:
                 self._average.load_state_dict(checkpoint.average)
             self._saved_at = checkpoint.progress.iteration

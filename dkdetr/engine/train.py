@@ -26,6 +26,7 @@ from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
 from dkdetr.engine.step import counts_late
+from dkdetr.engine.step_parts import marked
 from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
@@ -202,7 +203,8 @@ class _Run:
         """Yields each batch's micro-batches with the seconds that training waited for them."""
         groups = iter(_timed(self.loader, self.config.compute.micro_batches))
         while self.state.progress.iteration < total:
-            group = next(groups, None)
+            with marked("data wait"):
+                group = next(groups, None)
             if group is None:
                 return
             yield group
@@ -232,7 +234,7 @@ class _Run:
         if steps == 0 or not self.ranks.is_first:
             yield None
             return
-        with profiled(self.folder.path / "profile", steps) as profiler:
+        with profiled(self.folder.path / "profile", steps, self.state.student) as profiler:
             yield profiler
 
     def _stop_early(self) -> None:

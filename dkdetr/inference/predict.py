@@ -16,6 +16,7 @@ from dkdetr.data.prompts import prompt_set, readable_name
 from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
 from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
+from dkdetr.evaluation.compiled import compile_for_inference
 from dkdetr.evaluation.detect import Precision, detect
 from dkdetr.evaluation.postprocess import Detections
 from dkdetr.inference.hub import fetch_student_file
@@ -38,6 +39,7 @@ class DKDETR:
         text_encoder: the text tower of its teacher, for bare words; None: vocabularies only.
         device: where it runs.
         precision: see `dkdetr.evaluation.detect.autocast`.
+        compiled: see `dkdetr.evaluation.compiled`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DKDETR:
         text_encoder: TextEncoder | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "auto",
+        compiled: bool = False,
     ) -> None:
         self.student = student.to(device).eval()
         self.config = config
@@ -56,6 +59,8 @@ class DKDETR:
         self._text_encoder = text_encoder
         self._device = torch.device(device)
         self._precision: Precision = precision
+        if compiled:
+            compile_for_inference(self.student, self._device)
 
     @classmethod
     def from_pretrained(
@@ -65,6 +70,8 @@ class DKDETR:
         device: torch.device | str = "cpu",
         text_encoder: TextEncoder | None = None,
         revision: str | None = None,
+        precision: Precision = "auto",
+        compiled: bool = False,
     ) -> Self:
         """Returns the student of a student file, or of a model repository on the Hugging Face hub.
 
@@ -75,6 +82,8 @@ class DKDETR:
             text_encoder: see the class.
             revision: of the repository: a commit's hash (which nobody can move), a tag or a
                 branch; None: its main branch.
+            precision: see the class.
+            compiled: see the class.
 
         Raises:
             UsageError: a revision of something that is no repository.
@@ -87,7 +96,15 @@ class DKDETR:
         if file.vocabulary is None:
             raise MismatchError(f"'{path}' brings no vocabulary, so nobody knows its text space")
         student = build_from_file(path, file, text_dim=file.vocabulary.embed_dim)
-        return cls(student, file.config, file.vocabulary, text_encoder=text_encoder, device=device)
+        return cls(
+            student,
+            file.config,
+            file.vocabulary,
+            text_encoder=text_encoder,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+        )
 
     def predict(
         self,

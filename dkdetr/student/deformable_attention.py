@@ -14,15 +14,6 @@ from dkdetr.student.attention_backend import Backend, picks_triton
 from dkdetr.student.attention_reference import SpatialShapes, reference_attention
 
 
-def level_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
-    """Returns the (width, height) of each level, of the type and device of `like`."""
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        # A list of numbers would be written down as a constant: other sizes would be wrong.
-        sides = [side + like.new_zeros(()) for hw in spatial_shapes for side in reversed(hw)]
-        return torch.stack(sides).view(-1, 2)
-    return like.new_tensor([(width, height) for height, width in spatial_shapes])
-
-
 def deformable_attention(
     value: Float[Tensor, "B T H C"],
     spatial_shapes: SpatialShapes,
@@ -50,6 +41,16 @@ def deformable_attention(
 
         return triton_attention(value, spatial_shapes, sampling_locations, attention_weights)
     return reference_attention(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def map_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
+    """Returns (width, height) of each level, of the type and device of `like`.
+
+    Filled on the device: a copy would be waited for, and an exported graph would hold it as a
+    constant, wrong for pictures of another size.
+    """
+    sides = [like.new_zeros(()) + side for hw in spatial_shapes for side in reversed(hw)]
+    return torch.stack(sides).view(-1, 2)
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -108,8 +109,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.to(reference_points.dtype)
         centres = reference_points[:, :, None, :, None, :2]
         if reference_points.shape[-1] == 2:
-            sizes = level_sizes(spatial_shapes, offsets)
-            locations = centres + offsets / sizes[None, None, None, :, None, :]
+            locations = centres + offsets / map_sizes(spatial_shapes, offsets)[:, None]
         else:
             half_sizes = reference_points[:, :, None, :, None, 2:] * 0.5
             locations = centres + offsets / P * half_sizes

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dkdetr.config import MASK_UPSAMPLING
 from dkdetr.student.attention_backend import Backend
-from dkdetr.student.deformable_attention import deformable_attention
+from dkdetr.student.deformable_attention import deformable_attention, map_sizes
 from dkdetr.student.encoder import DeformableEncoder, TokenGrid, token_centres
 from dkdetr.student.position_encoding import encode_positions, sines
 
@@ -159,7 +159,7 @@ def dynamic_attention(
     to_offsets, offset_bias, to_weights, weight_bias, to_output, output_bias = parts
     offsets = queries @ to_offsets.view(N, 2 * _PLACES, C).mT + offset_bias[:, None]
     weights = queries @ to_weights.view(N, _PLACES, C).mT + weight_bias[:, None]
-    offsets = offsets.view(N, T, _HEADS, 1, _POINTS, 2) / offsets.new_tensor((width, height))
+    offsets = offsets.view(N, T, _HEADS, 1, _POINTS, 2) / map_sizes([map_hw], offsets)
     weights = weights.view(N, T, _HEADS, 1, _POINTS).softmax(-1)
     locations = reference_points[:, :, None, None, None] + offsets
     value = values.view(N, T, _HEADS, C // _HEADS)

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from tiny_student import shake, tiny_config
 
@@ -82,7 +84,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     (folder / "names.txt").write_text("hammer, mallet\nred apple\n")
     build_vocabulary_file(
-        folder / "names.txt", folder / "tools.vocab", "pictograms", "single", "cpu"
+        str(folder / "names.txt"), folder / "tools.vocab", "pictograms", "single", "cpu"
     )
     vocabulary = load_vocabulary(folder / "tools.vocab")
     config = tiny_config()
@@ -145,3 +147,19 @@ def test_links_lead_somewhere_and_pictures_are_there(file: Path):
         target = link.group(1) or link.group(3)
         if "://" not in target and not target.startswith("mailto:"):
             assert (file.parent / target).exists(), f"{file}: {target}"
+
+
+def test_the_citation_is_whole_and_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert cited["version"] == project["version"]
+    assert cited["license"] == project["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    (paper,) = cited["references"]
+    assert paper["title"] in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+def test_the_readme_s_pictures_are_small():
+    pictures = [path for path in ROOT.rglob("pictures/*.jpg") if "cache" not in path.parts]
+    assert len(pictures) >= 4
+    assert all(path.stat().st_size < 150_000 for path in pictures)

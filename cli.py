@@ -290,7 +290,7 @@ def _tell(lines: Sequence[str], json_out: str | None) -> None:
 def _report(result: dict[str, Any], destination: str | None) -> None:
     _answered.append(destination)
     if destination == "-":
-        print(json.dumps(result, indent=2, default=str))
+        print(json.dumps(result, indent=2, default=str), flush=True)
     elif destination is not None:
         from dkdetr.atomic_file import write_text
 
@@ -341,10 +341,11 @@ def serve_command(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8537,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Show a local page: drop a picture, type words; a cache and a run's curves. Ctrl-C ends it."""
-    run_server = _server(host, port)
+    run_server = _server(host, port, lambda address: _report({"address": address}, json_out))
     from pipeline.served_page import PageRequest, open_page
 
     request = PageRequest(
@@ -360,7 +361,9 @@ def serve_command(
     run_server(open_page(request))
 
 
-def _server(host: str = "127.0.0.1", port: int = 8537) -> Callable[[Any], None]:
+def _server(
+    host: str = "127.0.0.1", port: int = 8537, opened: Callable[[str], None] | None = None
+) -> Callable[[Any], None]:
     """Returns what serves a page's parts, before anything long is begun without the extra."""
     from dkdetr.errors import UsageError
 
@@ -370,7 +373,7 @@ def _server(host: str = "127.0.0.1", port: int = 8537) -> Callable[[Any], None]:
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
         raise UsageError("the local page wants an extra: pip install 'dkdetr[serve]'") from None
-    return functools.partial(serve, host=host, port=port, say=_say)
+    return functools.partial(serve, host=host, port=port, say=_say, opened=opened)
 
 
 @_command(app, "cache-teacher")

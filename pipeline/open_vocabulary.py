@@ -84,7 +84,7 @@ def load_detector(
 
 
 def build_vocabulary_file(
-    names: str, out: Path, teacher: str, prompts: str, device: str
+    names: str | Path, out: Path, teacher: str, prompts: str, device: str
 ) -> VocabularyDescription:
     """Writes the vocabulary of a list of names; returns its description with its doubts.
 

@@ -24,7 +24,7 @@ class NameEntry:
     synonyms: tuple[str, ...] = ()
 
 
-def read_entries(place: str) -> tuple[NameEntry, ...]:
+def read_entries(place: str | Path) -> tuple[NameEntry, ...]:
     """Returns the entries of a shipped list (`lvis`, `coco-clean`, ...) or of a file.
 
     A file that is there goes before a shipped list of its name.
@@ -32,8 +32,8 @@ def read_entries(place: str) -> tuple[NameEntry, ...]:
     Raises:
         DataError: see `read_name_file`.
     """
-    if place.removesuffix(_CLEAN) in SHIPPED and not Path(place).exists():
-        return shipped_entries(place)
+    if str(place).removesuffix(_CLEAN) in SHIPPED and not Path(place).exists():
+        return shipped_entries(str(place))
     return read_name_file(Path(place))
 
 

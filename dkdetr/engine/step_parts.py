@@ -32,7 +32,6 @@ _MODULES = {
     "decoder": "decoder",
     "masks": "mask_head",
 }
-_MATCHERS = ("match", "match_stages")
 
 
 def marked(part: str) -> record_function:
@@ -52,9 +51,7 @@ def marked_modules(student: nn.Module) -> Iterator[None]:
                 module = getattr(module, step, None)
             if isinstance(module, nn.Module):
                 _mark_forward(module, part, undo)
-        for name in _MATCHERS:
-            if hasattr(criterion, name):
-                _mark_function(name, undo)
+        _mark_function("match_stages", undo)
         yield
 
 

@@ -85,7 +85,14 @@ def build_app(parts: ServedParts, hosts: frozenset[str]) -> Guard:
     return Guard(Starlette(routes=routes), hosts)
 
 
-def serve(parts: ServedParts, *, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve(
+    parts: ServedParts,
+    *,
+    host: str,
+    port: int,
+    say: Callable[[str], None],
+    opened: Callable[[str], None] | None = None,
+) -> None:
     """Serves until Ctrl-C or SIGTERM.
 
     Args:
@@ -93,6 +100,7 @@ def serve(parts: ServedParts, *, host: str, port: int, say: Callable[[str], None
         host: one address of this machine; anybody who reaches it can use the page.
         port: 0 takes a free one.
         say: told the page's address once it can be opened.
+        opened: told the bare address.
 
     Raises:
         UsageError: an address that is not this machine's, or a port in use.
@@ -106,7 +114,10 @@ def serve(parts: ServedParts, *, host: str, port: int, say: Callable[[str], None
     shown = f"[{host}]" if ":" in host else host
     if not (host.startswith("127.") or host in ("localhost", "::1")):
         say(f"anybody who reaches {shown} can use this page: it has no password")
-    say(f"http://{shown}:{listener.getsockname()[1]}/  (Ctrl-C ends it)")
+    address = f"http://{shown}:{listener.getsockname()[1]}/"
+    say(f"{address}  (Ctrl-C ends it)")
+    if opened is not None:
+        opened(address)
     with listener:
         make_server(parts, host, listener).run(sockets=[listener])
 

@@ -67,36 +67,11 @@ def match_stages(stages: Sequence[Stage], costs: MatchingCosts) -> list[list[Mat
     Raises:
         NonFiniteLossError: a cost is NaN or infinite.
     """
-    device = stages[0].logits.device
-    cheapest = [pairs for stage in stages for pairs in _cheapest_of(stage, costs)]
-    # Numbers of queries are exact in float32 too; so one copy brings it all.
-    packed = [part.flatten() for pair in cheapest for part in pair]
-    numbers = iter(torch.cat(packed).cpu().split([len(part) for part in packed]) if packed else [])
-    pairs: list[NDArray[np.int64]] = []
-    for stage in stages:
-        num_layers = len(stage.logits)
-        first_target = 0
-        of_layers: list[list[NDArray[np.int64]]] = [[] for _ in range(num_layers)]
-        for image, target in enumerate(stage.targets):
-            num_targets = len(target.labels)
-            if num_targets:
-                shape = (num_layers, -1, num_targets)
-                cost, query = (next(numbers).view(shape).numpy() for _ in range(2))
-                for layer in range(num_layers):
-                    matched, number = _assign(cost[layer], query[layer].astype(np.int64))
-                    images = np.full_like(matched, image)
-                    of_layers[layer].append(np.stack((images, matched, number + first_target)))
-            first_target += num_targets
-        pairs += [np.concatenate([_NOBODY, *each], axis=1) for each in of_layers]
-    together = torch.from_numpy(np.concatenate(pairs, axis=1))
-    if device.type == "cuda":
-        together = together.pin_memory()
-    rows = together.to(device, non_blocking=True).split([each.shape[1] for each in pairs], dim=1)
-    matches = (Matches(*each.unbind()) for each in rows)
-    return [[next(matches) for _ in stage.logits] for stage in stages]
-
-
-_NOBODY: NDArray[np.int64] = np.zeros((3, 0), np.int64)
+    parts = [part for stage in stages for pair in _cheapest_of(stage, costs) for part in pair]
+    numbers = iter(_in_one_copy(parts))
+    pairs = [found for stage in stages for found in _solve(stage, numbers)]
+    matches = iter(_sent_back(pairs, stages[0].logits.device))
+    return [[next(matches) for _ in range(len(stage.logits))] for stage in stages]
 
 
 def match(
@@ -151,6 +126,50 @@ def _cheapest_of(stage: Stage, costs: MatchingCosts) -> Iterator[tuple[Tensor, T
         yield best.values, best.indices.to(cost.dtype)
 
 
+def _in_one_copy(tensors: Sequence[Tensor]) -> list[NDArray[np.floating]]:
+    """Returns tensors of one type on the CPU; numbers of queries are exact in float32 too."""
+    if not tensors:
+        return []
+    together = torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    parts = np.split(together, ends[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _sent_back(pairs: Sequence[NDArray[np.int64]], device: torch.device) -> list[Matches]:
+    """Returns matches on a device of (image, query, target) rows, without waiting for them."""
+    together = torch.as_tensor(np.concatenate(pairs, axis=1))
+    if device.type == "cuda":
+        together = together.pin_memory()
+    together = together.to(device, non_blocking=True)
+    matches: list[Matches] = []
+    start = 0
+    for rows in pairs:
+        end = start + rows.shape[1]
+        image, query, target = together[:, start:end]
+        matches.append(Matches(image, query, target))
+        start = end
+    return matches
+
+
+def _solve(stage: Stage, numbers: Iterator[NDArray[np.floating]]) -> Iterator[NDArray[np.int64]]:
+    """Yields each layer's (image, query, target) rows, from what `_cheapest_of` gave."""
+    nobody = np.zeros((3, 0), np.int64)
+    of_layers = [[nobody] for _ in range(len(stage.logits))]
+    first_target = 0
+    for image, target in enumerate(stage.targets):
+        if len(target.labels) == 0:
+            continue
+        costs, queries = next(numbers), next(numbers).astype(np.int64)
+        for found, cost, query in zip(of_layers, costs, queries, strict=True):
+            matched, number = _assign(cost, query)
+            images = np.full_like(matched, image)
+            found.append(np.stack((images, matched, number + first_target)))
+        first_target += len(target.labels)
+    for found in of_layers:
+        yield np.concatenate(found, axis=1)
+
+
 def _assign(
     cost: NDArray[np.floating], query: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -163,7 +182,7 @@ def _assign(
         raise NonFiniteLossError("a matching cost is not finite: the student's output is broken")
     allowed = np.isfinite(cost)
     candidates, row = np.unique(query[allowed], return_inverse=True)
-    column = np.broadcast_to(np.arange(cost.shape[1]), cost.shape)[allowed]
+    column = np.nonzero(allowed)[1]
     # What is not among a target's cheapest is never its own: infinite, which scipy understands.
     full = np.full((len(candidates), cost.shape[1]), np.inf)
     full[row, column] = cost[allowed]

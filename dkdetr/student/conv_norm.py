@@ -6,6 +6,8 @@ autocast they are rounded once, with the weights. The residual blocks here are t
 its parameters' names.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,20 +21,14 @@ def conv_norm(
     """Returns norm(conv(x)); as one convolution where the norm's statistics do not move."""
     assert isinstance(conv, nn.Conv2d)
     assert conv.bias is None
-    still = isinstance(norm, FrozenBatchNorm2d) or (
-        isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
-    )
-    if not still:
+    if norm.training and not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    variance, mean = norm.running_var, norm.running_mean
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
-    assert isinstance(variance, Tensor)
-    assert isinstance(mean, Tensor)
-    scale = weight * (variance + eps).rsqrt()
+    still: Any = norm  # one of torch's batch norms: all call these parts alike
+    scale = still.weight * (still.running_var + still.eps).rsqrt()
     return nn.functional.conv2d(
         x,
         conv.weight * scale[:, None, None, None],
-        bias - mean * scale,
+        still.bias - still.running_mean * scale,
         conv.stride,
         conv.padding,  # pyright: ignore[reportArgumentType]  a str or a tuple, as it came
         conv.dilation,
@@ -73,6 +69,7 @@ class Stem(nn.Sequential):
 
 def _add_shortcut(block: BasicBlock | Bottleneck, out: Tensor, x: Tensor) -> Tensor:
     if block.downsample is not None:
+        assert isinstance(block.downsample, nn.Sequential)
         conv, norm = block.downsample
         x = conv_norm(conv, norm, x)
     return torch.relu(out + x)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -280,6 +281,18 @@ def test_addresses_and_ports_that_cannot_be():
             serve(ServedParts(about={}), host=host, port=0, say=print)
     with listen("127.0.0.1", 0) as taken, pytest.raises(UsageError, match="try --port 0"):
         listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_the_address_is_told_once_it_listens(monkeypatch):
+    class Never:
+        def run(self, sockets):
+            assert sockets[0].getsockname()[1] > 0
+
+    monkeypatch.setattr("dkdetr.inference.serve.make_server", lambda *_: Never())
+    told, said = [], []
+    serve(ServedParts(about={}), host="127.0.0.1", port=0, say=said.append, opened=told.append)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", told[0])
+    assert said[0].startswith(told[0])
 
 
 def test_without_the_extra_the_command_says_so(tmp_path):

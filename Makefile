@@ -8,7 +8,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check unit faults faults-cache faults-stage-one faults-train distributed bench clean
+.PHONY: demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -22,7 +22,11 @@ check: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile
+
+# The local page in headless Chromium; wants the programs chromium and chromedriver.
+browser: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 # Every fault of the cache and its inputs, short and long; tests/faults/README.md lists them.
 faults-cache: $(INSTALLED)
@@ -44,18 +48,21 @@ faults-stage-one: $(INSTALLED)
 distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed
 
-# Small sizes, each table with machine, versions and date above it; one thread.
+# Small sizes on one thread, kept as dated Markdown in tests/benchmarks/results.
 bench: $(INSTALLED)
-	for what in $(sort $(basename $(notdir $(filter-out %/machine.py,$(wildcard tests/benchmarks/*.py))))); do \
-		echo; echo "== $$what"; \
-		OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.$$what || exit 1; \
-	done
+	$(BIN)/python -m tests.benchmarks --device cpu
+
+# The design's sizes on the GPU at hand. Installs nothing: BENCH_PYTHON=python3 takes one that has
+# dkdetr's dependencies and tests/benchmarks/requirements.txt.
+BENCH_PYTHON ?= $(BIN)/python
+bench-gpu:
+	$(BENCH_PYTHON) -m tests.benchmarks --device cuda
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,track,video]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video,export]"
 	touch $(INSTALLED)
 
 clean:

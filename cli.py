@@ -6,8 +6,10 @@ Nothing heavy is imported before a command needs it, so that `dkdetr --help` is 
 import contextlib
 import errno
 import functools
+import inspect
 import json
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,23 +17,117 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+_FIRST = ("predict", "cache-teacher", "train", "eval", "doctor")
+_EXIT_CODES = """\b
+Exit codes:
+  0   done
+  1   a check failed, or a mistake of ours (-v shows where)
+  2   usage: unknown split, setting or option, missing extra
+  3   data missing, malformed, or leaking novel boxes
+  4   cache unsealed or made of something else; run of another experiment
+  5   a file is damaged
+  6   disk full; what was finished stands
+  7   another process is writing this cache
+  8   the loss is not finite; the last checkpoint stands
+  9   out of device memory
+  75  stopped by SIGTERM; the same command goes on
+  130 Ctrl-C          141 the reader of the output went away
+"""
+_EXAMPLES: dict[str, tuple[str, ...]] = {
+    "predict": (
+        'dkdetr predict photos/ --model runs/mine -c "cat, traffic cone"',
+        "dkdetr predict photos/ -c @coco --class-threshold cat=0.5 --nms 0.7",
+        "dkdetr predict clip.mp4 --model student.safetensors --vocab tools.vocab --every 10",
+    ),
+    "cache-teacher": (
+        "dkdetr cache-teacher --split lvis_train --dry-run",
+        "dkdetr cache-teacher --split ovcoco:images:train.json --out cache/mine",
+    ),
+    "train": (
+        "dkdetr train --cache cache/lvis",
+        "dkdetr train --cache cache/mine --experiment trial --set optim.lr=2e-4",
+        "torchrun --nproc-per-node 8 --no-python -- dkdetr train --cache cache/lvis",
+    ),
+    "eval": (
+        "dkdetr eval",
+        "dkdetr eval runs/mine --split coco_val",
+        "dkdetr eval --predictions results.json --split lvis_val",
+    ),
+    "doctor": ("dkdetr doctor",),
+    "demo": ("dkdetr demo --serve",),
+    "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
+    "ablate": ("dkdetr ablate --cache cache/lvis --table 5 --seeds 3 --dry-run",),
+    "report": ("dkdetr report runs/baseline runs/mine",),
+    "export": (
+        "dkdetr export runs/mine --out student.safetensors",
+        "dkdetr export runs/mine --format onnx --vocab tools.vocab",
+    ),
+    "convert": ("dkdetr convert r50_deformable_detr.pth start.safetensors",),
+    "cache info": ("dkdetr cache info cache/lvis",),
+    "cache verify": ("dkdetr cache verify cache/lvis --crop-modes all",),
+    "cache repair": ("dkdetr cache repair cache/lvis",),
+    "cache diff": ("dkdetr cache diff cache/one cache/other",),
+    "cache export": ("dkdetr cache export cache/lvis exported/lvis",),
+    "cache import": (
+        "dkdetr cache import hdovd features.zip --split lvis_train --out cache/hdovd "
+        "--text-bank bank.npy --boxes boxes.json",
+    ),
+    "cache neighbors": ("dkdetr cache neighbors cache/lvis --image 139 --box 4",),
+    "cache browse": ("dkdetr cache browse cache/lvis --images 17,42,",),
+    "vocab build": (
+        "dkdetr vocab build names.txt -o tools.vocab",
+        "dkdetr vocab build objects365-clean -o objects365.vocab --prompts vild63,clip7",
+    ),
+    "vocab import": (
+        "dkdetr vocab import bank.npy --names lvis --teacher 'their CLIP' -o theirs.vocab",
+    ),
+    "vocab show": ("dkdetr vocab show tools.vocab",),
+    "data list": ("dkdetr data list",),
+    "data check": ("dkdetr data check lvis_train",),
+    "data prepare": ("dkdetr data prepare pictograms --size tiny",),
+    "config check": ("dkdetr config check mine.toml",),
+    "fetch": ("dkdetr fetch --bundle b.tar", "dkdetr fetch --from-bundle b.tar"),
+    "config show": ("dkdetr config show lvis_r50_70e --set optim.epochs=36",),
+}
+
+
+class _VerbsFirst(TyperGroup):
+    """The five commands that most people want, then the others in the order they stand here."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Returns the names as `--help` lists them."""
+        names = super().list_commands(ctx)
+        return [*_FIRST, *(name for name in names if name not in _FIRST)]
+
 
 app = typer.Typer(
     name="dkdetr",
+    cls=_VerbsFirst,
+    epilog=_EXIT_CODES,
     help="Open-vocabulary detection by distilling CLIP into Deformable DETR, with CLIP out of the "
     "training loop: cache-teacher, then train, then eval.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cache_app = typer.Typer(help="Look at a teacher cache and check it.", no_args_is_help=True)
-data_app = typer.Typer(help="Data sets: what is known, what is there.", no_args_is_help=True)
-config_app = typer.Typer(help="Experiments and their settings.", no_args_is_help=True)
-vocab_app = typer.Typer(help="Vocabularies: names and their embeddings.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
-app.add_typer(vocab_app, name="vocab")
-app.add_typer(data_app, name="data")
-app.add_typer(config_app, name="config")
+cache_app = typer.Typer(
+    name="cache", help="Look at a teacher cache and check it.", no_args_is_help=True
+)
+data_app = typer.Typer(
+    name="data", help="Data sets: what is known, what is there.", no_args_is_help=True
+)
+config_app = typer.Typer(
+    name="config", help="Experiments and their settings.", no_args_is_help=True
+)
+vocab_app = typer.Typer(
+    name="vocab", help="Vocabularies: names and their embeddings.", no_args_is_help=True
+)
+app.add_typer(cache_app)
+app.add_typer(vocab_app)
+app.add_typer(data_app)
+app.add_typer(config_app)
 
 DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="DKDETR_DATA", help="Folder of coco/ lvis/ ...")
@@ -40,6 +136,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout")
 ]
+Offline = Annotated[bool, typer.Option("--offline", help="Make no network call")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,6 +145,9 @@ Overrides = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]
 
+_EXPORT_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torchscript": ".pt"}
+_answered: list[str | None] = []
+"""Where this command has put its result: one answer a command."""
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -60,14 +160,21 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
 
     def register(function: Callable[..., None]) -> Any:
         @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> None:
+        def guarded(*args: Any, offline: bool = False, **kwargs: Any) -> None:
+            _answered.clear()
             try:
+                _forbid_network(offline)
                 function(*args, **kwargs)
+                sys.stdout.flush()
             except KeyboardInterrupt:
                 _say("stopped")
                 raise typer.Exit(130) from None
             except typer.Exit:
                 raise
+            except BrokenPipeError:
+                if not _reader_is_gone():
+                    raise
+                raise typer.Exit(141) from None
             except Exception as error:  # noqa: BLE001  the border: every error becomes a message
                 code = _exit_code(error)
                 if kwargs.get("verbose"):
@@ -77,11 +184,50 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                     _say(str(error))
                 elif kind != _REPORTED_BY_ANOTHER:
                     _say(f"error [{code}]: {_sentence(error, code)}")
+                    _report_error(_sentence(error, code), code, kwargs.get("json_out"))
                 raise typer.Exit(code) from None
 
-        return group.command(name)(guarded)
+        _add_option(guarded, "offline", Offline)
+        full = name if group is app else f"{group.info.name} {name}"
+        lines = [f"  {example}" for example in _EXAMPLES.get(full, ())]
+        epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
+        return group.command(name, epilog=epilog)(guarded)
 
     return register
+
+
+def _add_option(command: Any, name: str, annotation: Any) -> None:
+    """Gives a command an option that its body does not see; off by default."""
+    signature = inspect.signature(command)
+    option = inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+    )
+    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    command.__annotations__ = {**command.__annotations__, name: annotation}
+
+
+def _forbid_network(offline: bool) -> None:
+    from dkdetr.offline import go_offline, is_offline
+
+    if offline or is_offline():
+        go_offline()
+
+
+def _report_error(sentence: str, code: int, destination: str | None) -> None:
+    if _answered:  # a report of what is wrong stands there
+        return
+    with contextlib.suppress(OSError):  # the error itself is told already
+        _report({"error": {"code": code, "message": sentence}}, destination)
+
+
+def _reader_is_gone() -> bool:
+    """Returns True if nobody reads stdout any more (`| head`), which then leads nowhere."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _exit_code(error: Exception) -> int:
@@ -120,8 +266,9 @@ def _tell(lines: Sequence[str], json_out: str | None) -> None:
 
 
 def _report(result: dict[str, Any], destination: str | None) -> None:
+    _answered.append(destination)
     if destination == "-":
-        print(json.dumps(result, indent=2, default=str))
+        print(json.dumps(result, indent=2, default=str), flush=True)
     elif destination is not None:
         from dkdetr.atomic_file import write_text
 
@@ -131,15 +278,80 @@ def _report(result: dict[str, Any], destination: str | None) -> None:
 @_command(app, "demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes")] = Path("demo-out"),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Then show what it made on a local page")
+    ] = False,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline on the embedded data set; ends with a table and a page."""
-    from pipeline.demo import run_demo
+    from pipeline.demo import demo_page, run_demo
 
+    run_server = _server() if serve else None
     summary = run_demo(out, device=device, say=_say)
     _report(vars(summary), json_out)
+    if run_server is not None:
+        run_server(demo_page(out, device))
+
+
+@_command(app, "serve")
+def serve_command(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Runs, checkpoints or student files: the first one's student looks at pictures, "
+            "the curves are of all; default: the newest run"
+        ),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="A cache to browse")] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="A vocabulary file instead of the student's own names")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Least score to begin with")
+    ] = 0.3,
+    host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8537,
+    data_root: DataRoot = Path("data"),
+    device: Device = "auto",
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show a local page: drop a picture, type words; a cache and a run's curves. Ctrl-C ends it."""
+    run_server = _server(host, port, lambda address: _report({"address": address}, json_out))
+    from pipeline.served_page import PageRequest, open_page
+
+    request = PageRequest(
+        runs=tuple(runs or ()),
+        cache=cache,
+        vocabulary=vocab,
+        teacher=teacher,
+        pictures=pictures,
+        threshold=threshold,
+        data_root=data_root,
+        device=device,
+    )
+    run_server(open_page(request))
+
+
+def _server(
+    host: str = "127.0.0.1", port: int = 8537, opened: Callable[[str], None] | None = None
+) -> Callable[[Any], None]:
+    """Returns what serves a page's parts, before anything long is begun without the extra."""
+    from dkdetr.errors import UsageError
+
+    try:
+        from dkdetr.inference.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise UsageError("the local page wants an extra: pip install 'dkdetr[serve]'") from None
+    return functools.partial(serve, host=host, port=port, say=_say, opened=opened)
 
 
 @_command(app, "cache-teacher")
@@ -172,6 +384,16 @@ def cache_teacher_command(
     views: Annotated[
         str, typer.Option(help="orig; orig,flip (mirrored crops too, twice the room); avg")
     ] = "orig",
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="Whose code computes the teacher's images: open_clip, fused, compiled (fused, "
+            "through torch.compile) or auto (fused on a GPU, if it is a plain ViT)"
+        ),
+    ] = "auto",
+    decoder: Annotated[
+        str, typer.Option(help="pillow, or torchvision (JPEGs by nvJPEG on a GPU)")
+    ] = "pillow",
     prompts: Annotated[
         str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
     ] = "vild63",
@@ -214,6 +436,8 @@ def cache_teacher_command(
         keep=keep,
         storage=_one_of("--storage", storage, ("fp16", "int8")),
         crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
+        encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
+        decoder=_one_of("--decoder", decoder, ("pillow", "torchvision")),
         prompts=prompts,
         executor=executor_of(workers, scheduler),
         device=device,
@@ -316,6 +540,7 @@ def cache_export(
     path: Annotated[str, typer.Argument(help="A sealed cache")],
     out: Annotated[Path, typer.Argument(help="A folder for the export")],
     file_format: Annotated[str, typer.Option("--format", help="npy: files to be mapped")] = "npy",
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Copy a cache to flat, mapped files without padding; `train --cache` takes the copy too."""
@@ -325,6 +550,7 @@ def cache_export(
     _one_of("--format", file_format, ("npy",))
     made = export_cache(open_cache(path), out)
     _say(f"{out} {'is ready' if made else 'was ready'}; next: dkdetr train --cache {out}")
+    _report({"out": str(out), "made": made}, json_out)
 
 
 @_command(cache_app, "import")
@@ -442,7 +668,6 @@ def train_command(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Deterministic algorithms only; slower")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Make no network call")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Event files in RUN/tensorboard too")
     ] = False,
@@ -465,7 +690,7 @@ def train_command(
     parts. K parts equal K ranks; batch relations (kd.rkd) and batch-norm statistics stay those of
     a part. SIGTERM saves and ends with code 75.
     """
-    with _prepared(offline=offline):
+    with _prepared():
         from cache.location import cache_path
         from dkdetr.engine.start import StartOptions, start_training
 
@@ -490,13 +715,10 @@ def train_command(
 
 
 @contextlib.contextmanager
-def _prepared(*, offline: bool) -> Iterator[None]:
-    """Holds SIGTERM as a flag, from before the seconds of imports on; forbids the network."""
+def _prepared() -> Iterator[None]:
+    """Holds SIGTERM as a flag, from before the seconds of imports on."""
     from dkdetr.engine.interruption import stop_on_sigterm
-    from dkdetr.offline import go_offline
 
-    if offline:
-        go_offline()
     with stop_on_sigterm():
         yield
 
@@ -542,6 +764,15 @@ def eval_command(
     ema: Annotated[
         bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (half on a GPU, fp32 on a CPU), fp32, fp16 or bf16; default: the run's own"
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile: slow to start")
+    ] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -565,6 +796,8 @@ def eval_command(
         _one_of("--evaluator", evaluator, ("fast", "official")),
         clean_names=clean_names,
         averaged=ema,
+        precision=_precision(precision),
+        compiled=compiled,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
@@ -601,7 +834,7 @@ def predict_command(
         Path | None, typer.Option(help="A run, a checkpoint or a student file; default: newest run")
     ] = None,
     words: Annotated[
-        str | None, typer.Option("--classes", "-c", help='What to look for: "cat, traffic cone"')
+        str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')
     ] = None,
     vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
     threshold: Annotated[float, typer.Option(help="Least score")] = 0.3,
@@ -614,21 +847,37 @@ def predict_command(
     every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
     draw: Annotated[bool, typer.Option(help="Write annotated pictures")] = True,
+    masks: Annotated[bool, typer.Option(help="Masks too, if the student has a mask head")] = True,
     out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
     teacher: Annotated[
         str | None, typer.Option(help="The text tower for words; default: the run's teacher")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="auto (half on a GPU), fp32, fp16 or bf16; default: auto"),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile: slow to start")
+    ] = False,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Find what words name in pictures: boxes, names and scores."""
+    """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
     from dkdetr.inference.picture_sources import find_sources, open_pictures
     from dkdetr.inference.prediction_files import predict_to_folder
     from pipeline.open_vocabulary import load_detector
 
     sources = find_sources(pictures)
-    detector, looked_for = load_detector(model, words, vocab, teacher, device)
+    detector, looked_for = load_detector(
+        model,
+        words,
+        vocab,
+        teacher,
+        device,
+        precision=_precision(precision) or "auto",
+        compiled=compiled,
+    )
     summary = predict_to_folder(
         detector,
         open_pictures(sources, every=every),
@@ -639,9 +888,14 @@ def predict_command(
         thresholds=_scores_by_name(class_thresholds or ()),
         nms_iou=nms,
         batch_size=batch_size,
+        masks=masks,
     )
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
+
+
+def _precision(word: str | None) -> Any:
+    return word and _one_of("--precision", word, ("auto", "fp32", "fp16", "bf16"))
 
 
 def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:
@@ -685,7 +939,7 @@ def ablate_command(
     verbose: Verbose = False,
 ) -> None:
     """Run a table of the paper: every row from one cache, and one burn-in a seed. Resumes."""
-    with _prepared(offline=False):
+    with _prepared():
         from cache.location import cache_path
         from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
@@ -736,21 +990,38 @@ def report_command(
 @_command(app, "export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="A run folder, checkpoint or student file")],
-    out: Annotated[Path | None, typer.Option(help="Default: the run's name.safetensors")] = None,
-    form: Annotated[str, typer.Option("--format", help="safetensors")] = "safetensors",
+    out: Annotated[
+        Path | None, typer.Option(help="Default: the run's name, .safetensors, .onnx or .pt")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx or torchscript")
+    ] = "safetensors",
+    bake: Annotated[
+        bool,
+        typer.Option("--bake", help="Graphs: fix the run's own names, which are else an input"),
+    ] = False,
+    vocab: Annotated[Path | None, typer.Option(help="Graphs: fix the names of this file")] = None,
     ema: Annotated[
         bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
     ] = False,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write a run's student alone, for sharing, with a model card beside it."""
+    """Write a run's student alone: for sharing, with a model card, or as a graph that others run.
+
+    A graph takes pixels, a padding mask and text embeddings, any number of each, and gives scores
+    and boxes; the largest difference to PyTorch is printed.
+    """
     from dkdetr.engine.subject import load_subject
     from dkdetr.inference.export import export_student
 
-    _one_of("--format", form, ("safetensors",))
+    _one_of("--format", form, tuple(_EXPORT_SUFFIXES))
     subject = load_subject(run, averaged=ema)
-    path = out or Path(f"{subject.folder.name}{'-ema' if ema else ''}.safetensors")
+    name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
+    path = out or Path(name)
+    if form != "safetensors" or bake or vocab:
+        _export_graph(path, form, subject, vocab, json_out, bake=bake)
+        return
     written = export_student(
         path,
         subject.student,
@@ -761,6 +1032,22 @@ def export_command(
     )
     _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
     _report(vars(written), json_out)
+
+
+def _export_graph(
+    path: Path, form: Any, subject: Any, vocab: Path | None, json_out: str | None, *, bake: bool
+) -> None:
+    from dkdetr.data.vocabulary import load_vocabulary
+    from dkdetr.errors import UsageError
+    from dkdetr.inference.export_graph import export_graph
+
+    if form == "safetensors" or (bake and vocab):
+        raise UsageError("--bake or --vocab (one of them) fix the names of onnx and torchscript")
+    own = subject.vocabulary
+    baked = load_vocabulary(vocab) if vocab else own if bake else None
+    written = export_graph(path, form, subject.student, subject.config, own, baked=baked)
+    _tell(written.lines(), json_out)
+    _report(written.as_json(), json_out)
 
 
 @_command(app, "convert")
@@ -795,6 +1082,49 @@ def convert_command(
     _report(report.to_json(), json_out)
 
 
+@_command(app, "fetch")
+def fetch_command(
+    bundle: Annotated[
+        Path | None, typer.Option(help="Write it all into this tar, with sha256 hashes")
+    ] = None,
+    from_bundle: Annotated[
+        Path | None, typer.Option(help="Put what this tar holds where the libraries look")
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="As for cache-teacher")
+    ] = "ViT-B-32-quickgelu:openai",
+    experiment: Annotated[
+        str, typer.Option(help="Whose backbone: a shipped name or a TOML file")
+    ] = "lvis_r50_70e",
+    only: Annotated[str | None, typer.Option(help="teacher or backbone")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Get weights and tokenizers once; carry them to machines without a network.
+
+    Here: dkdetr fetch --bundle b.tar. There: dkdetr fetch --from-bundle b.tar, and from then on
+    every command with --offline.
+    """
+    from dkdetr.errors import UsageError
+    from pipeline.fetch import fetch, install
+
+    if bundle and from_bundle:
+        raise UsageError("--bundle writes one, --from-bundle reads one: give one of them")
+    wanted: Any = _one_of("--only", only, ("teacher", "backbone")) if only else None
+    fetched = (
+        install(from_bundle)
+        if from_bundle
+        else fetch(
+            None if wanted == "backbone" else teacher,
+            None if wanted == "teacher" else experiment,
+            bundle,
+            _say,
+        )
+    )
+    _tell(fetched.lines(), json_out)
+    _report(fetched.as_json(), json_out)
+
+
 @_command(app, "doctor")
 def doctor_command(
     data_root: DataRoot = Path("data"),
@@ -814,12 +1144,20 @@ def doctor_command(
 
 @_command(vocab_app, "build")
 def vocab_build(
-    names: Annotated[Path, typer.Argument(help="A name a line, or: name, synonym, ...")],
+    names: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a line of it: name, synonym, ...; or lvis, coco, objects365, voc, as "
+            "published, lvis-clean and so on, put right"
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
     teacher: Annotated[
         str, typer.Option(help="Whose text tower: as for cache-teacher")
     ] = "ViT-B-32-quickgelu:openai",
-    prompts: Annotated[str, typer.Option(help="vild63, clip7 or single")] = "vild63",
+    prompts: Annotated[
+        str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
+    ] = "vild63",
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -830,6 +1168,32 @@ def vocab_build(
     built = build_vocabulary_file(names, out, teacher, prompts, device)
     _tell(built.lines(), json_out)
     _report(built.as_json(), json_out)
+
+
+@_command(vocab_app, "import")
+def vocab_import(
+    bank: Annotated[Path, typer.Argument(help="Another project's text bank: .npy, .pt or .pth")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
+    names: Annotated[
+        str, typer.Option(help="Of its rows, in their order: a file, or a list as for build")
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="What embedded it, as `vocab show` prints it of your student's")
+    ],
+    background: Annotated[
+        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Numbers a name, of a square bank")] = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Take over a bank of text embeddings, either way round, normalised or not."""
+    from pipeline.open_vocabulary import import_vocabulary_file
+
+    row: Any = _one_of("--background", background, ("first", "last")) if background else None
+    described = import_vocabulary_file(bank, names, out, teacher, row, width)
+    _tell(described.lines(), json_out)
+    _report(described.as_json(), json_out)
 
 
 @_command(vocab_app, "show")
@@ -882,6 +1246,7 @@ def data_prepare(
     protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
     seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
     data_root: DataRoot = Path("data"),
+    json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Make the embedded data set (needs [demo]), or the derived files of lvis or ovcoco."""
@@ -889,13 +1254,15 @@ def data_prepare(
         from dkdetr.data.prepare import PREPARED, prepare_derived
 
         _one_of("data prepare", name, ("pictograms", *PREPARED))
-        for file in prepare_derived(name, data_root, _say):
-            _say(str(file))
+        files = [str(file) for file in prepare_derived(name, data_root, _say)]
+        _say("\n".join(files))
+        _report({"files": files}, json_out)
         return
     from pipeline.pictograms.dataset import prepare_pictograms
 
     folder = prepare_pictograms(data_root, size=size, protocol=protocol, seed=seed)
     _say(f"ready: {folder}")
+    _report({"folder": str(folder)}, json_out)
 
 
 @_command(config_app, "show")
@@ -916,6 +1283,23 @@ def config_show(
     ]
     _tell([*lines, f"# hash {config_hash(resolved.config)}"], json_out)
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)
+
+
+@_command(config_app, "check")
+def config_check(
+    experiment: Annotated[str, typer.Argument(help="A TOML file, or a shipped name")],
+    overrides: Overrides = None,
+    json_out: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Read an experiment as train does, every key, type and range; exit 2 names what is wrong."""
+    from dkdetr.experiment_file import config_hash, load_experiment
+
+    resolved = load_experiment(experiment, overrides or ())
+    told = {"name": resolved.config.name, "hash": config_hash(resolved.config)}
+    set_here = len(resolved.origins)
+    _tell([f"ok: {told['name']}, {set_here} settings given, hash {told['hash']}"], json_out)
+    _report({**told, "settings_given": set_here}, json_out)
 
 
 def _one_of(option: str, given: str, choices: tuple[str, ...]) -> Any:

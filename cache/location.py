@@ -9,6 +9,8 @@ from typing import IO, Any, cast
 
 from cache.spec import CacheError, CorruptCacheError
 
+_HERE = {"file", "local", "memory"}
+
 
 class RemotePath:
     """A folder or a file behind a URL: the few methods of pathlib.Path that readers use.
@@ -71,12 +73,19 @@ class RemotePath:
 
     def _files(self) -> tuple[Any, str]:
         # fsspec keeps one instance a process and thread, so this is a look-up.
+        _refuse_offline(self._url)
         import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
         try:
             return cast("tuple[Any, str]", fsspec.core.url_to_fs(self._url))  # pyright: ignore
         except (ValueError, ImportError) as error:
             raise CacheError(f"{self._url} cannot be opened: {error}") from None
+
+
+def _refuse_offline(url: str) -> None:
+    offline = os.environ.get("DKDETR_OFFLINE", "") not in {"", "0"}
+    if offline and url.partition("://")[0] not in _HERE:
+        raise CacheError(f"{url} is behind a network, and --offline forbids it; copy the cache")
 
 
 CachePath = Path | RemotePath

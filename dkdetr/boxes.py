@@ -68,7 +68,7 @@ def elementwise_giou(
 
 
 def pairwise_giou(
-    boxes_a_xyxy: Float[Tensor, "*batch a 4"], boxes_b_xyxy: Float[Tensor, "*batch b 4"]
+    boxes_a_xyxy: Float[Tensor, "*#batch a 4"], boxes_b_xyxy: Float[Tensor, "*#batch b 4"]
 ) -> Float[Tensor, "*batch a b"]:
     """Returns generalised IoU, in [-1, 1], of each pair."""
     return elementwise_giou(boxes_a_xyxy[..., :, None, :], boxes_b_xyxy[..., None, :, :])

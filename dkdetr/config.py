@@ -272,6 +272,9 @@ class DataConfig:
     """Side of the square view in training; longest side in evaluation."""
     scale_range: tuple[float, float] = (0.1, 2.0)
     flip_probability: float = 0.5
+    augment: Literal["loader", "device"] = "loader"
+    """Where training views are resampled: in the loader processes, or where the student computes;
+    then those only decode. The same views but for their rounding to grey levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +302,15 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpsConfig:
+    """Which code does what can be done in several ways. A run may be resumed with other values."""
+
+    __pydantic_config__ = _STRICT
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Of deformable attention; `auto`: the Triton kernel on GPUs that run it, else PyTorch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One experiment, whole. `name` is the experiment file's."""
 
@@ -313,4 +325,5 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

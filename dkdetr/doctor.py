@@ -199,7 +199,7 @@ def _backbone_weights() -> Finding:
     path = Path(torch.hub.get_dir()) / "checkpoints" / _RESNET
     if path.is_file():
         return Finding("backbone", "ok", f"ImageNet weights of ResNet-50 at {path}")
-    advice = f"offline, put {_RESNET} there, or name a file: --set student.backbone.weights=FILE"
+    advice = "dkdetr fetch (by --bundle without a network), or --set student.backbone.weights=FILE"
     return Finding("backbone", "warning", f"no ImageNet weights at {path}", advice)
 
 
@@ -208,7 +208,7 @@ def _teacher_weights() -> Finding:
     hub = Path(os.environ.get("HF_HUB_CACHE", str(Path(home) / "hub")))
     if (hub / _TEACHER).is_dir():
         return Finding("teacher", "ok", f"CLIP ViT-B/32 of OpenAI below {hub}")
-    advice = "offline, use --teacher MODEL:/path/to/weights; training never needs it"
+    advice = "dkdetr fetch, or --teacher MODEL:/path/to/weights; training never needs it"
     return Finding("teacher", "warning", f"no CLIP ViT-B/32 below {hub}", advice)
 
 

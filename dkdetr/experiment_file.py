@@ -42,7 +42,7 @@ class ResolvedConfig:
 _ADAPTER = TypeAdapter(ExperimentConfig)
 _SHARES = (("kd", "start_epoch"), ("optim", "lr_drop_epochs"))
 """Settings that are epochs of the run and may be shares of it, so that they follow its length."""
-_HOW_NOT_WHAT = ("compute.", "data.workers", "checkpoint_every_s")
+_HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s")
 
 
 def shipped_experiments() -> list[str]:

@@ -4,7 +4,6 @@ Boxes called `boxes_cxcywh` are normalised by the *un-padded* size of the networ
 `image_sizes_hw` of its batch), so that 1.0 is the picture's edge and padding has no say.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -50,6 +49,27 @@ class ImageBatch(_Movable):
     image_sizes_hw: Int[Tensor, "batch 2"]
     original_sizes_hw: Int[Tensor, "batch 2"]
     image_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DecodedImages(_Movable):
+    """Images as they were decoded, and the views that a device is to make of them.
+
+    `pixels` holds the rows of RGB of one image after the other, without padding. A view is its
+    image resized to `resized_sizes_hw`, cut at `corners_yx`, mirrored where `flipped`, and padded
+    to `view_side`; the sizes are those of `ImageBatch`. `decoded_hw` repeats the images' sizes on
+    the CPU, so that nobody has to ask a device for them.
+    """
+
+    pixels: UInt8[Tensor, "num_bytes"]
+    resized_sizes_hw: Int[Tensor, "batch 2"]
+    corners_yx: Int[Tensor, "batch 2"]
+    flipped: Bool[Tensor, "batch"]
+    image_sizes_hw: Int[Tensor, "batch 2"]
+    original_sizes_hw: Int[Tensor, "batch 2"]
+    decoded_hw: tuple[tuple[int, int], ...]
+    image_ids: tuple[int, ...]
+    view_side: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,19 @@ class TrainingBatch(_Movable):
     targets: tuple[Targets, ...]
     regions: TeacherRegions | None
     originals: tuple[OriginalImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodedBatch(_Movable):
+    """A `TrainingBatch` whose views are still to be made (`dkdetr.data.device_views`)."""
+
+    images: DecodedImages
+    targets: tuple[Targets, ...]
+    regions: TeacherRegions | None
+    originals: tuple[OriginalImage, ...] = ()
+
+
+LoadedBatch = TrainingBatch | DecodedBatch
 
 
 @dataclass(frozen=True)
@@ -200,33 +233,3 @@ class StudentOutput:
     hybrid: ExtraDetections | None = None
     denoised: ExtraDetections | None = None
     masks: InstanceMasks | None = None
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Turns words into unit vectors: the teacher's text tower, wherever it lives."""
-
-    @property
-    def identity(self) -> str:
-        """Names the model and its weights; equal identities give equal embeddings."""
-        ...
-
-    def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "num_texts embed_dim"]:
-        """Returns float32 vectors of unit norm, one a text."""
-        ...
-
-
-@runtime_checkable
-class RegionEncoder(Protocol):
-    """Turns parts of a picture into unit vectors: the teacher's image tower."""
-
-    @property
-    def identity(self) -> str:
-        """Names the model and its weights; equal identities give equal embeddings."""
-        ...
-
-    def encode_regions(
-        self, image: np.ndarray, boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
-    ) -> Float[np.ndarray, "num_boxes embed_dim"]:
-        """Returns float32 unit vectors of the boxes (pixels) of an RGB uint8 picture (h, w, 3)."""
-        ...

@@ -70,38 +70,83 @@ def browse_cache(path: Path, out: Path, *, images: str, data_root: Path) -> Brow
         DataError: the split's annotations or pictures are not there.
         UsageError: `images` is neither.
     """
-    views = RegionViews(path)
-    image_ids, rule = _choose(views, images)
-    split = load_split(views.info.split, data_root)
-    split.require_images()
-    crops = _Crops(split)
-    pictures: list[dict[str, Any]] = []
-    with progress("browse", len(image_ids), quiet=len(image_ids) < 50) as advance:
-        for done, image_id in enumerate(image_ids, start=1):
-            pictures.append(_picture(views, crops, image_id))
-            advance(done, "")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        (files("pipeline") / "browse.html").read_text(encoding="utf-8")
-    )
-    page = template.render(
-        info=views.info,
-        how=load_parameters(path),
-        pictures=pictures,
-        rule=rule,
-        quarantined=len(open_cache(path).quarantined),
-    ).encode()
-    write_bytes(out, page)
-    regions = [region for picture in pictures for region in picture["regions"]]
+    browser = CacheBrowser(path, data_root)
+    shown = browser.page(images)
+    write_bytes(out, shown.html.encode())
     return BrowseSummary(
         page=out,
-        image_ids=tuple(image_ids),
-        num_regions=len(regions),
-        num_crops=len(regions) + sum(len(region["neighbors"]) for region in regions),
-        bytes=len(page),
+        image_ids=shown.image_ids,
+        num_regions=shown.num_regions,
+        num_crops=shown.num_crops,
+        bytes=len(shown.html.encode()),
     )
+
+
+@dataclass(frozen=True)
+class BrowsePage:
+    """An HTML document, and what it shows."""
+
+    html: str
+    image_ids: tuple[int, ...]
+    num_regions: int
+    num_crops: int
+
+
+class CacheBrowser:
+    """Makes pages on one sealed cache; not for several threads at once.
+
+    Args:
+        path: the cache; it needs neighbour lists.
+        data_root: where the split's pictures lie.
+
+    Raises:
+        CacheError: no such cache, or one without lists.
+        DataError: the split's annotations or pictures are not there.
+    """
+
+    def __init__(self, path: Path, data_root: Path) -> None:
+        self._path = path
+        self._views = RegionViews(path)
+        split = load_split(self._views.info.split, data_root)
+        split.require_images()
+        self._crops = _Crops(split)
+
+    def page(self, images: str, *, served: bool = False) -> BrowsePage:
+        """Returns the page of some images.
+
+        Args:
+            images: a number of images, spread evenly over those with regions, or ids with commas.
+            served: whether a server shows it: neighbours then lead to their own images, and a
+                field asks for others.
+
+        Raises:
+            CacheError: an id that the cache does not hold.
+            UsageError: `images` is neither.
+        """
+        image_ids, rule = _choose(self._views, images)
+        pictures: list[dict[str, Any]] = []
+        with progress("browse", len(image_ids), quiet=served or len(image_ids) < 50) as advance:
+            for done, image_id in enumerate(image_ids, start=1):
+                pictures.append(_picture(self._views, self._crops, image_id))
+                advance(done, "")
+        regions = [region for picture in pictures for region in picture["regions"]]
+        environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        template = environment.from_string(
+            (files("pipeline") / "browse.html").read_text(encoding="utf-8")
+        )
+        html = template.render(
+            info=self._views.info,
+            how=load_parameters(self._path),
+            pictures=pictures,
+            rule=rule,
+            quarantined=len(open_cache(self._path).quarantined),
+            served=served,
+            asked=images,
+        )
+        num_crops = len(regions) + sum(len(region["neighbors"]) for region in regions)
+        return BrowsePage(html, tuple(image_ids), len(regions), num_crops)
 
 
 def _choose(views: RegionViews, images: str) -> tuple[list[int], str]:

@@ -6,6 +6,7 @@ then plan and fingerprint; make the missing shards; write the text; seal; build 
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from math import ceil
 from pathlib import Path
@@ -42,7 +43,15 @@ from pipeline.proposal_sources import (
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.recall import cache_recall
 from pipeline.request import CacheRequest, CacheSummary, ProposalsReady
-from pipeline.shard_worker import ShardJob, ShardReport, ShardTools, embed_shard, make_shard
+from pipeline.shard_worker import (
+    ShardJob,
+    ShardReport,
+    ShardTimes,
+    ShardTools,
+    begin_shard,
+    busy_note,
+    make_shard,
+)
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
@@ -95,7 +104,9 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
     embed_dim = teacher_embed_dim(request.teacher)
     require_room(request, price_of(request, split, spec, embed_dim))
     device = pick_device(request.device)
-    teacher = load_teacher(request.teacher, device, precision=request.precision)
+    teacher = load_teacher(
+        request.teacher, device, precision=request.precision, encoder=request.encoder
+    )
     _introduce(teacher, say)
     images = check_images(split, decode=False)
     if spec.trains:
@@ -203,6 +214,8 @@ def _job(
         teacher=request.teacher,
         teacher_identity=teacher.identity,
         precision=teacher.precision,
+        encoder=teacher.encoder,
+        decoder=request.decoder,
         device=request.device,
         canary=canary,
         proposals=prepared,
@@ -226,28 +239,35 @@ def _make_shards(
     if not missing:
         return 0
 
-    def make_here(job: ShardJob, shard: int, _worker_number: int) -> ShardReport:
-        return embed_shard(job, shard, tools)
+    def make_here(job: ShardJob, shard: int, _worker_number: int) -> Future[ShardReport]:
+        return begin_shard(job, shard, tools, writing)
 
+    make: Callable[[ShardJob, int, int], ShardReport | Future[ShardReport]]
     make = make_here if request.executor.in_process else make_shard
     num_images = writer.plan.num_images
     done = num_images - sum(len(writer.plan.shard_rows(shard)) for shard in missing)
     bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
     limit = _max_bad(request, num_images)
-    # Closed at once, whatever happens: a cluster of its own must not outlive this.
+    times: list[ShardTimes] = []
+    # Closed at once, whatever happens: a cluster of its own must not outlive this. A shard that is
+    # being written then is written whole.
     with (
+        ThreadPoolExecutor(1) as writing,
         closing(run_shards(request.executor, make, job, missing)) as reports,
         progress("embedding", num_images, done=done) as advance,
     ):
         for _, report in reports:
             done += report.num_images
             bad.update(report.quarantined)
-            advance(done, f"{len(bad)} images set aside" if bad else "")
+            times.append(report.times)
+            notes = [busy_note(times)] + ([f"{len(bad)} images set aside"] if bad else [])
+            advance(done, ", ".join(notes))
             if len(bad) > limit:
                 raise DataError(
                     f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
                     f"{request.max_bad:g} allows ({limit}): " + "; ".join(list(bad.values())[:20])
                 )
+    say(busy_note(times))
     return len(missing)
 
 

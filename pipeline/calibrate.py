@@ -29,8 +29,9 @@ from pipeline.proposal_sources import (
     prepare_source,
 )
 from pipeline.proposals import ProposalRule, ProposalSource, SourceImage, apply_rule
+from pipeline.readable_images import READ_THREADS
 from pipeline.request import CacheRequest
-from pipeline.shard_worker import READ_THREADS, PendingImage, crops_of
+from pipeline.shard_worker import PendingImage, crops_of
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
 
@@ -74,7 +75,9 @@ def price_cache(request: CacheRequest) -> CachePrice:
     require_room(request, price)
     device = pick_device(request.device)
     try:
-        teacher = load_teacher(request.teacher, device, precision=request.precision)
+        teacher = load_teacher(
+            request.teacher, device, precision=request.precision, encoder=request.encoder
+        )
     except DataError as error:
         return replace(price, calibration=f"not measured: {error}")
     fit_seconds = _time_fit(request, split, device) if price.fit_iterations else 0.0
@@ -130,16 +133,14 @@ def _time_shards(
     propose = (time.monotonic() - started) / len(pictures)
     rule, kept = teacher.resolve(request.crops), ProposalRule(keep=request.keep)
     started = time.monotonic()
-    crops: list[torch.Tensor] = []
+    pending: list[PendingImage] = []
     image_of = {image.image_id: image for image in split.images}
     for picture, raw in zip(pictures, found, strict=True):
         height, width = picture.pixels.shape[:2]
-        pending = PendingImage(
-            image_of[picture.image_id],
-            apply_rule(raw, kept, height=height, width=width),
-            split.base_boxes(picture.image_id),
-        )
-        crops.append(crops_of(picture, pending, teacher, rule))
+        image = image_of[picture.image_id]
+        proposals = apply_rule(raw, kept, height=height, width=width)
+        pending.append(PendingImage(image, proposals, split.base_boxes(picture.image_id)))
+    crops = list(crops_of(pictures, pending, teacher, rule))
     _finish(teacher.device)
     cut = (time.monotonic() - started) / len(pictures)
     counts = [len(stack) for stack in crops]

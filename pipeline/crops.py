@@ -1,20 +1,17 @@
-"""From boxes to the teacher's view of them: windows, views, fixed batches, one vector a box.
+"""From boxes to the teacher's view of them: windows, views, and one vector a box.
 
 The default crop (method B.4): the box, and the box grown 1.5 times about its centre, each clamped
 to the picture, rounded outward to whole pixels and squashed to the teacher's input size; the two
 unit embeddings are averaged and normalised again.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from jaxtyping import Float, Int
 
 from dkdetr.errors import UsageError
 from pipeline.resampling import Placement
@@ -166,49 +163,3 @@ def combine_crops(
 def unit_rows(features: Float[np.ndarray, "*shape embed_dim"]) -> np.ndarray:
     """Returns the vectors at length 1."""
     return features / np.linalg.norm(features, axis=-1, keepdims=True).clip(min=1e-12)
-
-
-def embed_stream(
-    stacks: Iterable[UInt8[Tensor, "_ 3 crop_height crop_width"]],
-    encode: Callable[[Tensor], np.ndarray],
-    *,
-    batch_size: int,
-) -> Iterator[Float[np.ndarray, "_ embed_dim"]]:
-    """Yields each stack's embeddings, in order, computed in batches of exactly `batch_size`.
-
-    Batches run across stacks and the last one is padded with black, so that a crop's batch, and
-    with it every bit of its embedding, depends on the stacks alone (an encoder's output changes
-    in the last digits with the batch's size and a row's place in it).
-
-    Args:
-        stacks: crops, a stack for each picture; a stack may be empty, but not all of them.
-        encode: crops [batch_size, 3, h, w] to float32 rows of unit norm.
-        batch_size: crops at once.
-    """
-    waiting: deque[int] = deque()  # sizes of stacks not yet yielded
-    crops: list[Tensor] = []
-    num_crops = 0
-    rows: list[np.ndarray] = []
-    num_rows = 0
-    for stack in stacks:
-        waiting.append(len(stack))
-        crops.append(stack)
-        num_crops += len(stack)
-        while num_crops >= batch_size:
-            joined = torch.cat(crops)
-            rows.append(encode(joined[:batch_size]))
-            num_rows += batch_size
-            crops, num_crops = [joined[batch_size:]], num_crops - batch_size
-        while waiting and waiting[0] <= num_rows and rows:
-            size = waiting.popleft()
-            joined_rows = np.concatenate(rows)
-            rows, num_rows = [joined_rows[size:]], num_rows - size
-            yield joined_rows[:size]
-    if num_crops:
-        last = torch.cat(crops)
-        padding = last.new_zeros((batch_size - num_crops, *last.shape[1:]))
-        rows.append(encode(torch.cat((last, padding)))[:num_crops])
-    for size in waiting:
-        joined_rows = np.concatenate(rows)
-        rows = [joined_rows[size:]]
-        yield joined_rows[:size]

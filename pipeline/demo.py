@@ -44,6 +44,8 @@ from pipeline.request import CacheRequest
 _EXPERIMENT = "pictograms_tiny"
 _SPLIT = "pictograms_tiny"
 _NUM_PICTURES = 12
+# Two minutes of training leave scores low; their order is what was learned.
+_PAGE_THRESHOLD = 0.2
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,24 @@ def run_demo(out: Path, *, device: str, say: Callable[[str], None]) -> DemoSumma
     print(f"pictures of the detections: {page.resolve()}")
     metrics = {row.name: each.evaluation.metrics.as_json() for row, each in scored}
     return DemoSummary(page=page, metrics=metrics, seconds=seconds)
+
+
+def demo_page(out: Path, device: str) -> Any:
+    """Returns the parts of the local page (`dkdetr.inference.serve`) on what a demo made."""
+    from pipeline.served_page import PageRequest, open_page
+
+    runs = tuple(out / "runs" / row.name for row in reversed(_ROWS))
+    return open_page(
+        PageRequest(
+            runs=runs,
+            cache=out / "cache",
+            pictures=out / "data" / "pictograms" / "tiny" / "images" / "val",
+            threshold=_PAGE_THRESHOLD,
+            report=out / "report.html",
+            data_root=out / "data",
+            device=device,
+        )
+    )
 
 
 def _num_workers(device: str) -> int:

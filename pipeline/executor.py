@@ -5,6 +5,7 @@ proposer once. The only file that imports Dask.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -45,7 +46,7 @@ class Executor:
 
 def run_shards(
     executor: Executor,
-    task: Callable[[Any, int, int], Result],
+    task: Callable[[Any, int, int], Result | Future[Result]],
     job: Hashable,
     shards: Sequence[int],
 ) -> Generator[tuple[int, Result], None, None]:
@@ -54,7 +55,8 @@ def run_shards(
     Args:
         executor: where.
         task: `task(job, shard, worker_number)`, a function of a module (workers import it). It
-            must be idempotent: a shard is run again, up to twice, if its worker dies.
+            must be idempotent: a shard is run again, up to twice, if its worker dies. In this
+            process it may return a Future: then the next shard is begun before that is waited for.
         job: all that a worker needs to know, small and picklable.
         shards: what to run.
 
@@ -63,8 +65,7 @@ def run_shards(
         UsageError: no scheduler at that address.
     """
     if executor.in_process:
-        for shard in shards:
-            yield shard, task(job, shard, 0)
+        yield from _run_here(task, job, shards)
         return
     with _client(executor) as client:
         futures = client.map(
@@ -85,6 +86,24 @@ def run_shards(
                 raise result.error
             yield shard_of[future.key], result
             future.release()
+
+
+def _run_here(
+    task: Callable[[Any, int, int], Result | Future[Result]], job: Any, shards: Sequence[int]
+) -> Iterator[tuple[int, Result]]:
+    """Yields (shard, result); one result at most is still to come while the next is made."""
+    unfinished: tuple[int, Result | Future[Result]] | None = None
+    for shard in shards:
+        made = task(job, shard, 0)
+        if unfinished is not None:
+            yield unfinished[0], _finished(unfinished[1])
+        unfinished = shard, made
+    if unfinished is not None:
+        yield unfinished[0], _finished(unfinished[1])
+
+
+def _finished(result: Result | Future[Result]) -> Result:
+    return cast("Future[Result]", result).result() if isinstance(result, Future) else result
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,8 @@ def _client(executor: Executor) -> Iterator[Client]:
         with (
             LocalCluster(
                 n_workers=executor.workers,
-                threads_per_worker=1,
+                # One writes a shard while the other embeds the next (pipeline.shard_worker).
+                threads_per_worker=2,
                 processes=True,
                 host="127.0.0.1",
                 dashboard_address=cast("Any", None),  # off

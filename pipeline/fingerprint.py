@@ -12,6 +12,7 @@ from cache.plan import Plan
 from cache.spec import SCHEMA
 from dkdetr.data.splits import Split
 from pipeline.crops import CropRule
+from pipeline.decoding import decoder_name
 from pipeline.leaks import LeakCheck
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.request import CacheRequest, request_record
@@ -33,7 +34,7 @@ def cache_parts(
     return {
         "schema": SCHEMA,
         "split": split_parts(split),
-        "images": images.parts(),
+        "images": images.parts() | {"decoder": decoder_name(request.decoder, teacher.device)},
         "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
         "crops": rule.parts(),
         "teacher": {"name": teacher.identity, **teacher.parts()},

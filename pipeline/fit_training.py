@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import DetectionLossConfig, ExperimentConfig
+from dkdetr.data.device_views import on_device
 from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
 from dkdetr.data.samplers import derive_seed
 from dkdetr.data.splits import Split
@@ -33,7 +34,7 @@ from dkdetr.errors import NonFiniteLossError, PreemptedError, UsageError
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.matcher import MatchingCosts, match
 from dkdetr.progress import progress
-from dkdetr.structures import EncoderOutput, Targets, TrainingBatch
+from dkdetr.structures import EncoderOutput, LoadedBatch, Targets
 from dkdetr.student.build import build_trunk
 from dkdetr.student.detector import ProposingTrunk
 
@@ -118,7 +119,7 @@ class NetworkTraining:
             self._preempt()
         return self.trunk.eval()
 
-    def _train(self, model: nn.Module, loader: BatchStream[TrainingBatch]) -> None:
+    def _train(self, model: nn.Module, loader: BatchStream[LoadedBatch]) -> None:
         total = self.num_iterations
         kept_at = time.monotonic()
         quiet = not self._ranks.is_first
@@ -152,13 +153,14 @@ class NetworkTraining:
             asked = time.monotonic()
         return loading, stepping
 
-    def _step(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
+    def _step(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
         config, device = self._config, self._ranks.device
         # Dropout's draws: a resumed step must draw as an uninterrupted one.
         torch.manual_seed(derive_seed("fit", config.seed, self._iteration, self._ranks.rank))
         _set_rate(self._optimizer, config, self._iteration / self.num_iterations)
-        _, _, encoder = model(batch.images.to(device))
-        targets = [target.to(device) for target in batch.targets]
+        batch = on_device(loaded, device)
+        _, _, encoder = model(batch.images)
+        targets = batch.targets
         count = torch.tensor(float(sum(len(each.labels) for each in targets)), device=device)
         loss = proposal_loss(
             encoder, targets, config.detection, num_objects=self._ranks.mean(count)

@@ -117,7 +117,7 @@ def import_cache(
     say(f"{request.layout}: {split.name}, vectors of {source.embed_dim} numbers")
     vocabulary = import_vocabulary(
         request.text_bank,
-        split,
+        split.categories,
         teacher=f"imported:{request.teacher}",
         embed_dim=source.embed_dim,
         background=request.background,

@@ -18,6 +18,7 @@ from torch import Tensor
 from dkdetr.atomic_file import write_bytes
 from dkdetr.boxes import cxcywh_to_xyxy
 from dkdetr.config import StudentConfig
+from dkdetr.data.device_views import decoded_images, render_images
 from dkdetr.data.transforms import evaluation_geometry, render_view
 from dkdetr.errors import CorruptArtefactError, DataError
 from dkdetr.structures import ImageBatch
@@ -62,6 +63,8 @@ class NetworkProposals:
             "weights_sha256": weights,
             "image_size": image_size,
         }
+        if self._device.type == "cuda":
+            self.identity = {**self.identity, "resampling": "matrix products, float16"}
         # It has seen base boxes alone; pipeline.leaks compares whose base with whose novel.
         self.seen = Seen(
             source=source,
@@ -93,6 +96,8 @@ class NetworkProposals:
         return found
 
     def _collate(self, images: Sequence[SourceImage]) -> ImageBatch:
+        if self._device.type == "cuda":
+            return self._collate_on_device(images)
         size = self._image_size
         pixels = torch.zeros((self._batch_size, 3, size, size))
         mask = torch.zeros((self._batch_size, size, size), dtype=torch.bool)
@@ -100,7 +105,8 @@ class NetworkProposals:
         for index, image in enumerate(images):
             height, width = image.pixels.shape[:2]
             geometry = evaluation_geometry((height, width), image_size=size)
-            pixels[index], mask[index] = render_view(image.pixels, geometry, image_size=size)
+            picture = torch.as_tensor(image.pixels).cpu().numpy()
+            pixels[index], mask[index] = render_view(picture, geometry, image_size=size)
             sizes[index] = torch.tensor(geometry.view_hw)
         return ImageBatch(
             pixels=pixels,
@@ -109,6 +115,19 @@ class NetworkProposals:
             original_sizes_hw=sizes,
             image_ids=tuple(image.image_id for image in images),
         )
+
+    def _collate_on_device(self, images: Sequence[SourceImage]) -> ImageBatch:
+        """Returns the same batch, resampled where the network computes."""
+        size, missing = self._image_size, self._batch_size - len(images)
+        black = torch.zeros((1, 1, 3), dtype=torch.uint8, device=self._device)
+        pixels = [torch.as_tensor(image.pixels).to(self._device) for image in images]
+        pixels += [black] * missing
+        ids = [image.image_id for image in images] + [0] * missing
+        geometries = [
+            evaluation_geometry((each.shape[0], each.shape[1]), image_size=size) for each in pixels
+        ]
+        decoded = decoded_images(pixels, geometries, ids, image_size=size)
+        return render_images(decoded.to(self._device))
 
 
 def save_network(

@@ -18,10 +18,10 @@ _PRE_NMS_PER_KEPT = 5
 
 @dataclass(frozen=True, eq=False)
 class SourceImage:
-    """One decoded picture: RGB, uint8, as it is on the disk."""
+    """One decoded picture: RGB, uint8, as it is on the disk; a tensor where a device decoded it."""
 
     image_id: int
-    pixels: UInt8[np.ndarray, "height width 3"]
+    pixels: UInt8[np.ndarray | torch.Tensor, "height width 3"]
 
 
 @dataclass(frozen=True, eq=False)

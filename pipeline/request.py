@@ -9,9 +9,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from dkdetr.errors import UsageError
 from pipeline.crops import CropRule
+from pipeline.decoding import Decoder
 from pipeline.executor import Executor
 from pipeline.recall import Recall
-from pipeline.teacher import Precision
+from pipeline.teacher import EncoderChoice, Precision
 
 DEFAULT_TEACHER = "ViT-B-32-quickgelu:openai"
 
@@ -37,6 +38,10 @@ class CacheRequest:
     """Crops at once; None: 256 on CUDA, 64 elsewhere. Part of the fingerprint."""
     image_batch: int = 8
     """Images at once through a proposal network. Part of the fingerprint."""
+    decoder: Decoder = "pillow"
+    """`torchvision`: JPEGs by nvJPEG on a GPU. Part of the fingerprint."""
+    encoder: EncoderChoice = "auto"
+    """Whose code computes the teacher's image tower. Part of the fingerprint."""
     max_bad: float = 0.001
     """Share of unreadable images that is set aside; one image is, however small the split."""
     experiment: str | None = None

@@ -2,25 +2,27 @@
 
 On a CPU torchvision's uint8 kernels, window by window: they agree with Pillow's to 2 grey levels
 and need half its time. On an accelerator hundreds of small kernels would wait for their launches,
-so there a window is two matrix products, dozens of windows at once: rows of weights times the
-picture times columns of weights. Tests run both on a CPU and hold both against Pillow.
+so there a window is two matrix products, dozens of windows at once, of several pictures: rows of
+weights times the picture times columns of weights. Tests run both on a CPU and hold both against
+Pillow.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as kernels
 
-Interpolation = Literal["bicubic", "bilinear"]
+from dkdetr.resampling import Interpolation, axis_weights
+
 Placement = Literal["squash", "clip_center", "pad_square"]
 
 _MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
-_SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 _WINDOWS_AT_ONCE = 64
 
 
@@ -50,7 +52,7 @@ def resampling_on(device: torch.device) -> str:
     """Returns the way of resampling on a device, as the cache's fingerprint records it."""
     if device.type == "cpu":
         return "torchvision uint8, antialias"
-    return "matrix products, float16, antialias"
+    return "matrix products across pictures, float16, antialias"
 
 
 def cut_windows(
@@ -59,9 +61,20 @@ def cut_windows(
     look: Look,
 ) -> UInt8[Tensor, "num_windows 3 crop_height crop_width"]:
     """Returns the windows (left, top, right, bottom) of a contiguous picture, on its device."""
-    if image.device.type == "cpu":
-        return cut_one_by_one(image, windows, look)
-    return cut_by_matrices(image, windows, look, dtype=torch.float16)
+    return next(cut_pictures([image], [windows], look))
+
+
+def cut_pictures(
+    images: Sequence[UInt8[Tensor, "3 _h _w"]],
+    windows: Sequence[Int[np.ndarray, "_ 4"]],
+    look: Look,
+) -> Iterator[UInt8[Tensor, "_ 3 crop_height crop_width"]]:
+    """Yields each picture's windows, in order; the pictures are contiguous and on one device."""
+    if images and images[0].device.type != "cpu":
+        yield from cut_together(images, windows, look, dtype=torch.float16)
+        return
+    for image, wanted in zip(images, windows, strict=True):
+        yield cut_one_by_one(image, wanted, look)
 
 
 def cut_one_by_one(
@@ -92,38 +105,78 @@ def cut_by_matrices(
     *,
     dtype: torch.dtype,
 ) -> UInt8[Tensor, "num_windows 3 crop_height crop_width"]:
-    """Returns the windows by matrix products in `dtype`.
+    """Returns the windows of one picture as `cut_together` cuts them."""
+    return next(cut_together([image], [windows], look, dtype=dtype))
+
+
+def cut_together(
+    images: Sequence[UInt8[Tensor, "3 _h _w"]],
+    windows: Sequence[Int[np.ndarray, "_ 4"]],
+    look: Look,
+    *,
+    dtype: torch.dtype,
+) -> Iterator[UInt8[Tensor, "_ 3 crop_height crop_width"]]:
+    """Yields each picture's windows, cut by matrix products that run across pictures.
 
     float16 holds a grey level exactly and a weight to 1/2048; what it rounds in between is less
     than half a grey level.
     """
-    device = image.device
-    _, height, width = image.shape
-    fits = [_fit((b - t, r - left), look) for left, t, r, b in windows.tolist()]
-    sizes = np.array([fit.size_hw for fit in fits]).reshape(-1, 2)
-    offsets = np.array([fit.offset_yx for fit in fits]).reshape(-1, 2)
-    fill = torch.tensor(look.fill, device=device, dtype=torch.uint8).view(1, 3, 1, 1)
-    crops = torch.empty((len(windows), 3, *look.size_hw), dtype=torch.uint8, device=device)
-    pixels = image.to(dtype).view(3 * height, width)
-    for start in range(0, len(windows), _WINDOWS_AT_ONCE):
+    counts = [len(each) for each in windows]
+    ends = np.cumsum(counts)
+    flat = np.concatenate([*windows, np.zeros((0, 4), dtype=np.int64)])
+    owners = np.repeat(np.arange(len(images)), counts)
+    done: list[Tensor] = []
+    picture = cut = 0
+    for start in range(0, len(flat), _WINDOWS_AT_ONCE):
         part = slice(start, start + _WINDOWS_AT_ONCE)
-        axes = [
-            _weights(
-                _on(device, windows[part, axis], windows[part, axis + 2], sizes[part, 1 - axis],
-                    offsets[part, 1 - axis]),
-                length=length,
-                taps=look.size_hw[1 - axis],
-                interpolation=look.interpolation,
-            )
-            for axis, length in ((0, width), (1, height))
-        ]  # fmt: skip
-        (across, seen_x), (down, seen_y) = axes
-        rows = (pixels @ across.to(dtype).mT).view(-1, 3, height, look.size_hw[1])
-        rows = rows.round().clamp(0, 255)  # whole grey levels between the passes, as Pillow has
-        found = (down.to(dtype).unsqueeze(1) @ rows).float().round().clamp(0, 255).byte()
-        seen = seen_y[:, None, :, None] & seen_x[:, None, None, :]
-        crops[part] = torch.where(seen, found, fill)
-    return crops
+        done.append(_cut_chunk(images, owners[part], flat[part], look, dtype))
+        reached = start + len(done[-1])
+        while picture < len(images) and ends[picture] <= reached:
+            joined = torch.cat(done)
+            yield joined[: ends[picture] - cut]
+            done, cut, picture = [joined[ends[picture] - cut :]], int(ends[picture]), picture + 1
+    for image in images[picture:]:  # those at the end that have no window
+        yield image.new_empty((0, 3, *look.size_hw))
+
+
+def _cut_chunk(
+    images: Sequence[Tensor],
+    owners: Int[np.ndarray, "num_windows"],
+    windows: Int[np.ndarray, "num_windows 4"],
+    look: Look,
+    dtype: torch.dtype,
+) -> UInt8[Tensor, "num_windows 3 crop_height crop_width"]:
+    seen_pictures = np.unique(owners).tolist()
+    device = images[0].device
+    height = max(images[index].shape[1] for index in seen_pictures)
+    width = max(images[index].shape[2] for index in seen_pictures)
+    fits = [_fit((b - t, r - left), look) for left, t, r, b in windows.tolist()]
+    sizes = np.array([fit.size_hw for fit in fits])
+    offsets = np.array([fit.offset_yx for fit in fits])
+    axes = [
+        _weights(
+            _on(device, windows[:, axis], windows[:, axis + 2], sizes[:, 1 - axis],
+                offsets[:, 1 - axis]),
+            length=length,
+            taps=look.size_hw[1 - axis],
+            interpolation=look.interpolation,
+        )
+        for axis, length in ((0, width), (1, height))
+    ]  # fmt: skip
+    (across, seen_x), (down, seen_y) = axes
+    across, down = across.to(dtype), down.to(dtype)
+    rows = torch.zeros((len(windows), 3, height, look.size_hw[1]), dtype=dtype, device=device)
+    for index in seen_pictures:
+        mine = np.flatnonzero(owners == index)
+        place, (_, h, w) = slice(int(mine[0]), int(mine[-1]) + 1), images[index].shape
+        pixels = images[index].to(dtype).view(3 * h, w)
+        found = pixels @ across[place, :, :w].mT
+        rows[place, :, :h] = found.view(-1, 3, h, look.size_hw[1])
+    rows = (rows + 0.5).floor().clamp(0, 255)  # whole grey levels between the passes, as Pillow has
+    crops = ((down.unsqueeze(1) @ rows).float() + 0.5).floor().clamp(0, 255).byte()
+    seen = seen_y[:, None, :, None] & seen_x[:, None, None, :]
+    fill = torch.tensor(look.fill, device=device, dtype=torch.uint8).view(1, 3, 1, 1)
+    return torch.where(seen, crops, fill)
 
 
 def _fit(window_hw: tuple[int, int], look: Look) -> _Fit:
@@ -147,11 +200,8 @@ def _weights(
     length: int,
     taps: int,
     interpolation: Interpolation,
-) -> tuple[Float[Tensor, "num_windows taps length"], Tensor]:
+) -> tuple[Float[Tensor, "num_windows taps length"], Bool[Tensor, "num_windows taps"]]:
     """Returns each output pixel's weights over a whole side of the picture, and which are seen.
-
-    Pillow's rule: the kernel is as wide as an output pixel where that is wider than an input one,
-    is cut off at the window's ends, and its weights sum to 1.
 
     Args:
         axis: begin and end of each window, its resampled size, and the first output pixel in it.
@@ -159,26 +209,14 @@ def _weights(
         taps: output pixels.
         interpolation: which kernel.
     """
-    begin, end, size, offset = (column.view(-1, 1, 1) for column in axis.unbind(1))
-    place = torch.arange(taps, device=axis.device).view(1, -1, 1) + offset
-    seen = (place >= 0) & (place < size)
-    step = (end - begin) / size
-    centre = begin + (place + 0.5) * step
-    pixel = torch.arange(length, device=axis.device).view(1, 1, -1) + 0.5
-    distance = ((pixel - centre) / step.clamp(min=1)).abs()
-    inside = (pixel > begin) & (pixel < end) & (distance < _SUPPORT[interpolation]) & seen
-    raw = torch.where(inside, _kernel(distance, interpolation), 0)
-    return raw / raw.sum(dim=2, keepdim=True).where(seen, 1), seen.squeeze(2)
+    begin, end, size, offset = axis.unbind(1)
+    place = torch.arange(taps, device=axis.device) + offset[:, None]
+    seen = (place >= 0) & (place < size[:, None])
+    weights = axis_weights(
+        begin, end, size, place, seen, length=length, interpolation=interpolation
+    )
+    return weights, seen
 
 
 def _on(device: torch.device, *columns: np.ndarray) -> Float[Tensor, "num_windows num_columns"]:
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(device)
-
-
-def _kernel(distance: Tensor, interpolation: Interpolation) -> Tensor:
-    if interpolation == "bilinear":
-        return 1 - distance
-    a = -0.5  # Pillow's and torchvision's with antialiasing (Keys 1981)
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = (((distance - 5) * distance + 8) * distance - 4) * a
-    return torch.where(distance < 1, near, far)

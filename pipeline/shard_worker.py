@@ -4,12 +4,13 @@ Everything a shard's bytes depend on is in the job and in the plan, never in who
 images are read in the plan's order, proposed for and embedded in batches of fixed composition.
 """
 
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +23,21 @@ from cache.rows import ImageRows
 from cache.writer import commit_shard
 from dkdetr.boxes import pairwise_iou
 from dkdetr.data.annotations import Boxes, ImageInfo
-from dkdetr.data.image_files import UnreadableImageError, read_image
 from dkdetr.data.splits import Split, load_split
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
 from dkdetr.errors import MismatchError
 from pipeline.canary import check_canary
-from pipeline.crops import CropRule, combine_crops, crop_windows, embed_stream
+from pipeline.crops import CropRule, combine_crops, crop_windows
+from pipeline.decoding import Decoder
+from pipeline.encode_stream import BusyClock, embed_stream
 from pipeline.proposal_sources import open_source
 from pipeline.proposals import ProposalRule, Proposals, ProposalSource, SourceImage, apply_rule
+from pipeline.readable_images import readable_images
 from pipeline.teacher import Precision, load_teacher
-from pipeline.teacher_model import Teacher
+from pipeline.teacher_model import Encoder, Teacher
 
-READ_THREADS = 2
+_COMPUTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class ShardJob:
     teacher: str
     teacher_identity: str
     precision: Precision
+    encoder: Encoder
+    decoder: Decoder
     device: str
     canary: str
     proposals: str
@@ -60,12 +65,42 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
+class ShardTimes:
+    """Seconds of a shard's embedding: in all, of the encoder's device, waiting for pictures."""
+
+    whole: float
+    encoder: float
+    reading: float
+
+
+def busy_note(times: Sequence[ShardTimes]) -> str:
+    """Returns how busy the encoder's device was over some shards, in a few words."""
+    whole = sum(each.whole for each in times)
+    encoder, reading = (
+        sum(getattr(each, part) for each in times) / max(whole, 1e-9)
+        for part in ("encoder", "reading")
+    )
+    return f"encoder busy {encoder:.0%}, waiting for pictures {reading:.0%}"
+
+
+@dataclass(frozen=True)
 class ShardReport:
-    """What became of a shard: counts, and which images could not be used."""
+    """What became of a shard: counts, which images could not be used, and the time."""
 
     num_images: int
     num_regions: int
     quarantined: tuple[tuple[int, str], ...]
+    times: ShardTimes
+
+
+@dataclass(frozen=True, eq=False)
+class MadeShard:
+    """A shard that is embedded and not yet written."""
+
+    shard: int
+    rows: tuple[ImageRows, ...]
+    quarantined: Mapping[int, str]
+    times: ShardTimes
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +123,23 @@ class PendingImage:
 
 
 def make_shard(job: ShardJob, shard: int, worker_number: int) -> ShardReport:
-    """Returns the report of a shard, now committed. Idempotent."""
-    return embed_shard(job, shard, tools_of(job, worker_number))
+    """Returns the report of a shard, now committed. Idempotent.
+
+    A worker with two threads writes one shard while it embeds the next.
+    """
+    with _COMPUTING:
+        tools = tools_of(job, worker_number)
+        if job.threads:  # of the calling thread alone
+            torch.set_num_threads(job.threads)
+        made = embed_images(job, shard, tools)
+    return commit(job, made, tools.plan)
+
+
+def begin_shard(
+    job: ShardJob, shard: int, tools: ShardTools, writing: Executor
+) -> Future[ShardReport]:
+    """Returns the report to come of a shard that is embedded now and being written elsewhere."""
+    return writing.submit(commit, job, embed_images(job, shard, tools), tools.plan)
 
 
 @lru_cache(maxsize=1)
@@ -100,10 +150,8 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
         MismatchError: this machine's teacher is not the one the cache was planned with.
     """
     keep_freed_memory()
-    if job.threads:
-        torch.set_num_threads(job.threads)
     device = worker_device(job.device, worker_number)
-    teacher = load_teacher(job.teacher, device, precision=job.precision)
+    teacher = load_teacher(job.teacher, device, precision=job.precision, encoder=job.encoder)
     if teacher.identity != job.teacher_identity:
         raise MismatchError(
             f"the teacher '{job.teacher}' is {teacher.identity} on this worker and "
@@ -126,85 +174,87 @@ def worker_device(device: str, worker_number: int) -> torch.device:
     return chosen
 
 
-def embed_shard(job: ShardJob, shard: int, tools: ShardTools) -> ShardReport:
-    """Returns the report of a shard, now committed."""
+def embed_images(job: ShardJob, shard: int, tools: ShardTools) -> MadeShard:
+    """Returns what a shard's images give; nothing is written yet."""
     plan, teacher, rule = tools.plan, tools.teacher, job.crop_rule
     image_of = {image.image_id: image for image in tools.split.images}
     images = [image_of[image_id] for image_id in plan.shard_image_ids(shard)]
     pending: deque[PendingImage] = deque()
     quarantined: dict[int, str] = {}
+    started, encoder = time.monotonic(), BusyClock(teacher.device)
+    waited = 0.0
 
     def stacks() -> Iterator[torch.Tensor]:
-        readable = _readable(tools.split, images, quarantined)
-        while chunk := list(islice(readable, job.image_batch)):
-            raw = tools.source.propose([picture for _, picture in chunk])
-            for (image, picture), found in zip(chunk, raw, strict=True):
+        nonlocal waited
+        chunks = readable_images(
+            tools.split, images, quarantined,
+            chunk_size=job.image_batch, decoder=job.decoder, device=teacher.device,
+        )  # fmt: skip
+        while True:
+            asked = time.monotonic()
+            chunk = next(chunks, None)
+            waited += time.monotonic() - asked
+            if chunk is None:
+                return
+            pictures = [picture for _, picture in chunk]
+            new: list[PendingImage] = []
+            for (image, picture), found in zip(chunk, tools.source.propose(pictures), strict=True):
                 height, width = picture.pixels.shape[:2]
                 kept = apply_rule(found, job.proposal_rule, height=height, width=width)
-                pending.append(PendingImage(image, kept, tools.split.base_boxes(image.image_id)))
-                yield crops_of(picture, pending[-1], teacher, rule)
+                new.append(PendingImage(image, kept, tools.split.base_boxes(image.image_id)))
+            pending.extend(new)
+            yield from crops_of(pictures, new, teacher, rule)
 
-    encode = teacher.crop_features
+    encode = encoder.around(teacher.features_on_device)
     rows = [
         rows_of_image(pending.popleft(), features, rule)
         for features in embed_stream(stacks(), encode, batch_size=job.crop_batch)
     ]
-    manifest = commit_shard(job.cache_path, shard, rows, quarantined=quarantined, plan=plan)
+    spent = ShardTimes(time.monotonic() - started, encoder.seconds(), waited)
+    return MadeShard(shard, tuple(rows), quarantined, spent)
+
+
+def commit(job: ShardJob, made: MadeShard, plan: Plan) -> ShardReport:
+    """Returns the report of a shard, now committed."""
+    manifest = commit_shard(
+        job.cache_path, made.shard, made.rows, quarantined=made.quarantined, plan=plan
+    )
     return ShardReport(
         num_images=manifest.num_images,
         num_regions=manifest.num_regions,
         quarantined=tuple(sorted((int(key), why) for key, why in manifest.quarantined.items())),
+        times=made.times,
     )
 
 
-def _readable(
-    split: Split, images: Sequence[ImageInfo], quarantined: dict[int, str]
-) -> Iterator[tuple[ImageInfo, SourceImage]]:
-    """Yields the images that can be read, in order; notes the others. Reads ahead in threads."""
-
-    def read(image: ImageInfo) -> SourceImage | str:
-        path = split.image_path(image)
-        try:
-            pixels = read_image(path, expected_hw=(image.height, image.width))
-        except UnreadableImageError as error:
-            # The cache must not depend on where this machine keeps its pictures.
-            return str(error).replace(str(path), image.file_name)
-        return SourceImage(image.image_id, pixels)
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        ahead: deque[tuple[ImageInfo, Future[SourceImage | str]]] = deque()
-        remaining = iter(images)
-        while True:
-            while len(ahead) < 2 * READ_THREADS and (image := next(remaining, None)) is not None:
-                ahead.append((image, pool.submit(read, image)))
-            if not ahead:
-                return
-            image, future = ahead.popleft()
-            result = future.result()
-            if isinstance(result, str):
-                quarantined[image.image_id] = result
-            else:
-                yield image, result
-
-
 def crops_of(
-    picture: SourceImage, image: PendingImage, teacher: Teacher, rule: CropRule
-) -> UInt8[torch.Tensor, "num_crops 3 crop_height crop_width"]:
-    """Returns every crop of an image: proposals and base boxes at all scales, the whole picture.
+    pictures: Sequence[SourceImage],
+    images: Sequence[PendingImage],
+    teacher: Teacher,
+    rule: CropRule,
+) -> Iterator[UInt8[torch.Tensor, "_ 3 crop_height crop_width"]]:
+    """Yields every crop of each image: proposals and base boxes at all scales, the whole picture.
 
     Mirrored crops follow: of all of these if views are averaged, of the proposals' if kept.
     """
-    height, width = picture.pixels.shape[:2]
-    boxes = np.concatenate((image.proposals.boxes_xyxy, image.base.boxes_xyxy)).astype(np.float32)
-    windows = crop_windows(boxes, rule, height=height, width=width).reshape(-1, 4)
-    windows = np.concatenate((windows, [[0, 0, width, height]]))
-    pixels = torch.from_numpy(picture.pixels).permute(2, 0, 1).to(teacher.device).contiguous()
-    crops = teacher.cut(pixels, windows, rule)
-    if rule.views == "orig":
-        return crops
-    of_proposals = len(image.proposals.boxes_xyxy) * len(rule.scales)
-    mirrored = crops if rule.views == "avg" else crops[:of_proposals]
-    return torch.cat((crops, mirrored.flip(-1)))
+    windows: list[np.ndarray] = []
+    for picture, image in zip(pictures, images, strict=True):
+        height, width = picture.pixels.shape[:2]
+        boxes = np.concatenate((image.proposals.boxes_xyxy, image.base.boxes_xyxy))
+        mine = crop_windows(boxes.astype(np.float32), rule, height=height, width=width)
+        windows.append(np.concatenate((mine.reshape(-1, 4), [[0, 0, width, height]])))
+    pixels = [
+        torch.as_tensor(picture.pixels).permute(2, 0, 1).to(teacher.device).contiguous()
+        for picture in pictures
+    ]
+    cut = teacher.cut_pictures(pixels, windows, rule)
+    for image, crops in zip(images, cut, strict=True):
+        if rule.views == "orig":
+            yield crops
+            continue
+        of_proposals = len(image.proposals.boxes_xyxy) * len(rule.scales)
+        mirrored = crops if rule.views == "avg" else crops[:of_proposals]
+        yield torch.cat((crops, mirrored.flip(-1)))
 
 
 def rows_of_image(

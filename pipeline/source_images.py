@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import PIL
 import xxhash
 
 from dkdetr.data.annotations import ImageInfo
@@ -32,11 +31,10 @@ class ImageCheck:
     unreadable: Mapping[int, str]
 
     def parts(self) -> dict[str, object]:
-        """Returns what the cache's fingerprint records of the pictures."""
+        """Returns what the cache's fingerprint records of the files."""
         return {
             "content_xxh3_128": self.content_xxh3,
             "total_bytes": self.total_bytes,
-            "decoder": f"pillow {PIL.__version__}",
             "exif": "ignored",
         }
 

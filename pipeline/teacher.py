@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
-from pipeline.teacher_model import Preprocessing, Teacher
+from dkdetr.offline import is_offline
+from pipeline.fused_tower import can_be_fused
+from pipeline.teacher_model import Encoder, Preprocessing, Teacher
 from pipeline.teacher_source import TeacherSource, openai_evidence, parse_teacher_spec
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
+EncoderChoice = Literal["auto", "open_clip", "fused", "compiled"]
 _RANDOM_SEED = 20231002
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear"}
 # open_clip's resize modes, as the crop modes that do the same.
@@ -28,7 +31,11 @@ _PLACEMENTS = {"shortest": "clip_center", "squash": "squash", "longest": "pad_sq
 
 
 def load_teacher(
-    spec: str, device: torch.device | str = "cpu", *, precision: Precision = "auto"
+    spec: str,
+    device: torch.device | str = "cpu",
+    *,
+    precision: Precision = "auto",
+    encoder: EncoderChoice = "open_clip",
 ) -> Teacher:
     """Returns the teacher that `spec` names (see pipeline.teacher_source), in evaluation mode.
 
@@ -36,9 +43,12 @@ def load_teacher(
         spec: MODEL:PRETRAINED, MODEL:/path, MODEL:random or `pictograms`.
         device: where it runs.
         precision: `auto` is fp16 on CUDA, fp32 elsewhere.
+        encoder: see `pipeline.teacher_model.Encoder`; `auto` is `fused` on CUDA for towers that can
+            be, else `open_clip`.
 
     Raises:
-        UsageError: unknown model or tag, or a model whose activation is not the weights'.
+        UsageError: unknown model or tag, a model whose activation is not the weights', or a tower
+            that cannot be fused and should be.
         DataError: weights that cannot be reached or found, with how to provide them.
         CorruptArtefactError: a file that does not hold this model's weights.
     """
@@ -63,8 +73,48 @@ def load_teacher(
         config,
         device=device,
         precision=chosen,
+        encoder=_choose_encoder(encoder, model, device, source),
         note=_activation_note(source, config),
     )
+
+
+def _choose_encoder(
+    wanted: EncoderChoice, model: nn.Module, device: torch.device, source: TeacherSource
+) -> Encoder:
+    fusible = can_be_fused(getattr(model, "visual", model))
+    if wanted == "auto":
+        return "fused" if fusible and device.type == "cuda" else "open_clip"
+    if wanted != "open_clip" and not fusible:
+        raise UsageError(
+            f"teacher '{source.spec}': its image tower is no plain ViT of open_clip's, so it "
+            f"cannot be {wanted}; use --encoder open_clip"
+        )
+    return wanted
+
+
+def fetch_teacher(spec: str) -> tuple[Path | None, tuple[str, ...]]:
+    """Returns a teacher's weights, downloaded if need be, and the repositories of its tokenizer.
+
+    None stands for weights that nobody has to fetch: shipped, random, or a file of the user's.
+
+    Raises:
+        DkdetrError: as `load_teacher`.
+    """
+    source = parse_teacher_spec(spec)
+    if source.kind != "tag":
+        return None, ()
+    config = _model_config(source)
+    _check_activation(source, config)
+    with _quiet_about_random_weights():
+        _build(source, config)
+    text = config["text_cfg"]
+    named = (text.get("hf_tokenizer_name"), text.get("hf_model_name"))
+    return _fetch(source), tuple(dict.fromkeys(name for name in named if name))
+
+
+def url_weights_folder() -> Path:
+    """Returns where open_clip keeps weights that have a URL and no repository."""
+    return Path("~/.cache/clip").expanduser()
 
 
 def teacher_embed_dim(spec: str) -> int:
@@ -194,15 +244,19 @@ def _merges_file(source: TeacherSource, config: Mapping[str, Any]) -> dict[str, 
 
 def _fetch(source: TeacherSource) -> Path:
     tag = open_clip.get_pretrained_cfg(source.model, source.tag)
+    kept = url_weights_folder() / str(tag.get("url", "")).rsplit("/", 1)[-1]
     try:
+        if is_offline() and not tag.get("hf_hub") and not kept.is_file():
+            raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
         return Path(open_clip.download_pretrained(tag))
     except (OSError, RuntimeError, ValueError) as error:
         where = str(tag.get("hf_hub") or tag.get("url")).strip("/")
         raise DataError(
             f"the weights of teacher '{source.spec}' are neither in the local cache nor reachable "
-            f"({_one_line(error)}). On a machine with a network fetch '{where}', then type "
-            f"--teacher {source.model}:/path/to/weights; for a trial without them: "
-            f"--teacher {source.model}:random"
+            f"({_one_line(error)}). On a machine with a network: dkdetr fetch --teacher "
+            f"{source.spec} --bundle b.tar, then here: dkdetr fetch --from-bundle b.tar; or fetch "
+            f"'{where}' and type --teacher {source.model}:/path/to/weights; for a trial without "
+            f"them: --teacher {source.model}:random"
         ) from error
 
 

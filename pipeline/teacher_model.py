@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -14,11 +14,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from dkdetr.resampling import Interpolation
 from pipeline.crops import CropRule, combine_crops, crop_windows
-from pipeline.resampling import Interpolation, Look, Placement, cut_windows, resampling_on
+from pipeline.fused_tower import FusedTower
+from pipeline.resampling import Look, Placement, cut_pictures, cut_windows, resampling_on
 from pipeline.teacher_source import TeacherSource
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Encoder = Literal["open_clip", "fused", "compiled"]
+"""Whose code computes the image tower: open_clip's, ours, or ours through torch.compile."""
+_ENCODERS = {"fused": "fused ViT", "compiled": "fused ViT, torch.compile"}
 _TEXT_BATCH = 256
 _TOKENIZER_PROBE = "A photo of the RED umbrella's handle, 2 o'clock!"
 
@@ -45,7 +50,7 @@ class Preprocessing:
 
 
 class Teacher:
-    """A frozen CLIP; implements `TextEncoder` and `RegionEncoder` of dkdetr.structures.
+    """A frozen CLIP; implements `TextEncoder` and `RegionEncoder` of dkdetr.encoders.
 
     Attributes:
         spec: what the user typed.
@@ -66,6 +71,7 @@ class Teacher:
         *,
         device: torch.device,
         precision: Literal["fp32", "fp16", "bf16"],
+        encoder: Encoder = "open_clip",
         note: str = "",
     ) -> None:
         self.spec = source.spec
@@ -87,6 +93,12 @@ class Teacher:
         std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
         # (x / 255 - mean) / std as one multiplication and one subtraction.
         self._scale, self._shift = 1 / (255 * std), mean / std
+        self.encoder: Encoder = encoder
+        self._tower: Any = None
+        if encoder != "open_clip":
+            self._tower = FusedTower(cast("Any", model).visual, _DTYPES[precision])
+        if encoder == "compiled":
+            self._tower = torch.compile(self._tower)
 
     @property
     def identity(self) -> str:
@@ -97,7 +109,8 @@ class Teacher:
     def parts(self) -> dict[str, Any]:
         """Returns all that decides an embedding, as the cache's fingerprint records it."""
         size = self.preprocessing.size_hw
-        return {
+        how = {} if self.encoder == "open_clip" else {"encoder": _ENCODERS[self.encoder]}
+        return how | {
             "model": self.model_name,
             "architecture": self._architecture,
             "activation": self.activation,
@@ -133,16 +146,24 @@ class Teacher:
         """Returns float32 unit vectors of crops that already have the teacher's size."""
         return _unit_rows(torch.from_numpy(self.crop_features(crops)))
 
-    @torch.inference_mode()
     def crop_features(
         self, crops: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[np.ndarray, "batch embed_dim"]:
         """Returns float32 vectors of crops as the teacher gives them, of any length."""
+        return self.features_on_device(crops).cpu().numpy()
+
+    @torch.inference_mode()
+    def features_on_device(
+        self, crops: UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch embed_dim"]:
+        """Returns the same on the teacher's device; a GPU may still be at it."""
         pixels = crops.to(self.device, memory_format=torch.channels_last).float()
         pixels = pixels * self._scale - self._shift
+        if self._tower is not None:
+            return self._tower(pixels).float()
         with self._autocast():
             features = cast("Tensor", self._model.encode_image(pixels))  # pyright: ignore[reportCallIssue]
-        return features.float().cpu().numpy()
+        return features.float()
 
     def encode_regions(
         self,
@@ -170,10 +191,20 @@ class Teacher:
         self, pixels: UInt8[Tensor, "3 height width"], windows: np.ndarray, rule: CropRule
     ) -> UInt8[Tensor, "num_windows 3 crop_height crop_width"]:
         """Returns the windows of a picture as this teacher wants to see them, on its device."""
+        return cut_windows(pixels, windows, self._look(rule))
+
+    def cut_pictures(
+        self,
+        pictures: Sequence[UInt8[Tensor, "3 _h _w"]],
+        windows: Sequence[np.ndarray],
+        rule: CropRule,
+    ) -> Iterator[UInt8[Tensor, "_ 3 crop_height crop_width"]]:
+        """Yields the windows of each picture, as `cut`; a GPU cuts those of several at once."""
+        return cut_pictures(pictures, windows, self._look(rule))
+
+    def _look(self, rule: CropRule) -> Look:
         how = self.preprocessing
-        return cut_windows(
-            pixels, windows, Look(how.size_hw, rule.placement, how.interpolation, how.fill)
-        )
+        return Look(how.size_hw, rule.placement, how.interpolation, how.fill)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "num_texts embed_dim"]:

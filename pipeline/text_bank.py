@@ -4,13 +4,14 @@ opera and DetPro keep (names, dim) in .pt; Detic the same in .npy, un-normalised
 (dim, names) in .npy, some with a row more for the background.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from dkdetr.data.splits import Split
+from dkdetr.data.annotations import Category
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError, UsageError
 from pipeline.foreign_tensors import load_matrix, unit_rows
@@ -62,17 +63,16 @@ def read_text_bank(
 
 def import_vocabulary(
     path: Path,
-    split: Split,
+    categories: Sequence[Category],
     *,
     teacher: str,
     embed_dim: int | None = None,
     background: Background | None = None,
 ) -> Vocabulary:
-    """Returns a bank as the vocabulary of a split, whose categories come in the bank's order.
+    """Returns a bank as the vocabulary of categories, which come in the bank's order.
 
     `teacher` names what embedded it; its prompts are not known.
     """
-    categories = split.categories
     rows = read_text_bank(path, len(categories), embed_dim=embed_dim, background=background)
     return Vocabulary(
         names=tuple(category.name for category in categories),

@@ -36,13 +36,17 @@ _OBJECTS365 = {
     "Tennis": "Tennis ball",
     "Trash bin Can": "Trash bin/can",
 }
+_LVIS = {
+    "monitor_(computer_equipment) computer_monitor": "computer monitor",
+    "speaker_(stero_equipment)": "speaker (stereo equipment)",
+}
 _VOC = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
     "pottedplant": "potted plant",
     "tvmonitor": "tv monitor",
 }
-CLEAN_NAMES: Mapping[str, str] = MappingProxyType({**_OBJECTS365, **_VOC})
+CLEAN_NAMES: Mapping[str, str] = MappingProxyType({**_LVIS, **_OBJECTS365, **_VOC})
 """Published name, without spaces around it -> clean name."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from cache.regions import RegionSource
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
+from dkdetr.data.device_views import decoded_images
 from dkdetr.data.image_files import ImageFolder, read_image
 from dkdetr.data.picture_input import image_batch
 from dkdetr.data.region_selection import select_regions
@@ -28,7 +29,15 @@ from dkdetr.data.transforms import (
 )
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import DataError, MismatchError
-from dkdetr.structures import ImageBatch, OriginalImage, Targets, TeacherRegions, TrainingBatch
+from dkdetr.structures import (
+    DecodedBatch,
+    ImageBatch,
+    LoadedBatch,
+    OriginalImage,
+    Targets,
+    TeacherRegions,
+    TrainingBatch,
+)
 
 _SHOWN = 20
 
@@ -59,8 +68,8 @@ class TrainingImages:
 
 @dataclass(frozen=True)
 class _View:
-    pixels: Float[Tensor, "3 size size"]
-    padding_mask: Bool[Tensor, "size size"]
+    """An image as it was read, and what is to be shown of it."""
+
     geometry: ViewGeometry
     image_id: int
     original: UInt8[np.ndarray, "height width 3"]
@@ -140,7 +149,7 @@ class TrainingBatches:
         self._config = config
         self._source = regions
 
-    def __call__(self, keys: Sequence[SampleKey]) -> TrainingBatch:
+    def __call__(self, keys: Sequence[SampleKey]) -> LoadedBatch:
         """Returns the batch; it depends on the seed and the keys alone."""
         views: list[_View] = []
         targets: list[Targets] = []
@@ -151,13 +160,19 @@ class TrainingBatches:
             targets.append(target)
             if self._source is not None and key.epoch >= self._config.kd.start_epoch:
                 regions.append(self._regions_of(self._source, view, key.image_index))
+        joined = _collate_regions(regions) if regions else None
         online = self._config.kd.alignment == "online" and len(regions) > 0
-        return TrainingBatch(
-            images=_collate_views(views),
-            targets=tuple(targets),
-            regions=_collate_regions(regions) if regions else None,
-            originals=tuple(_original(view) for view in views) if online else (),
-        )
+        originals = tuple(_original(view) for view in views) if online else ()
+        side = self._config.data.image_size
+        if self._config.data.augment == "device":
+            decoded = decoded_images(
+                [view.original for view in views],
+                [view.geometry for view in views],
+                [view.image_id for view in views],
+                image_size=side,
+            )
+            return DecodedBatch(decoded, tuple(targets), joined, originals)
+        return TrainingBatch(_render_views(views, side), tuple(targets), joined, originals)
 
     def _base_boxes_of(self, image_index: int) -> Float[Tensor, "num_boxes 4"]:
         return torch.from_numpy(self._images.boxes.of_image(image_index).boxes_xyxy)
@@ -182,7 +197,9 @@ class TrainingBatches:
             boxes_cxcywh=geometry.normalise(cut[seen]),
             masks=self._masks_of(np.arange(rows.start, rows.stop)[seen.numpy()], geometry),
         )
-        return _load_view(self._images.folder, image, geometry, settings.image_size), targets
+        path = self._images.folder.path(image.file_name)
+        pixels = read_image(path, expected_hw=original_hw)
+        return _View(geometry, image.image_id, pixels), targets
 
     def _masks_of(
         self, rows: Int[np.ndarray, "num_boxes"], geometry: ViewGeometry
@@ -249,23 +266,15 @@ class EvaluationBatches:
         return image_batch(pixels, ids, image_size=self._image_size)
 
 
-def _load_view(
-    folder: ImageFolder, image: ImageInfo, geometry: ViewGeometry, image_size: int
-) -> _View:
-    path = folder.path(image.file_name)
-    pixels = read_image(path, expected_hw=geometry.original_hw)
-    view, padding_mask = render_view(pixels, geometry, image_size=image_size)
-    return _View(view, padding_mask, geometry, image.image_id, pixels)
-
-
 def _original(view: _View) -> OriginalImage:
     return OriginalImage(view.original, *view.geometry.to_original())
 
 
-def _collate_views(views: Sequence[_View]) -> ImageBatch:
+def _render_views(views: Sequence[_View], image_size: int) -> ImageBatch:
+    rendered = [render_view(view.original, view.geometry, image_size=image_size) for view in views]
     return ImageBatch(
-        pixels=torch.stack([view.pixels for view in views]),
-        padding_mask=torch.stack([view.padding_mask for view in views]),
+        pixels=torch.stack([pixels for pixels, _ in rendered]),
+        padding_mask=torch.stack([mask for _, mask in rendered]),
         image_sizes_hw=torch.tensor([view.geometry.view_hw for view in views]),
         original_sizes_hw=torch.tensor([view.geometry.original_hw for view in views]),
         image_ids=tuple(view.image_id for view in views),

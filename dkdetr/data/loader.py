@@ -28,7 +28,7 @@ from dkdetr.data.samplers import (
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError, UsageError
-from dkdetr.structures import ImageBatch, TrainingBatch
+from dkdetr.structures import ImageBatch, LoadedBatch
 
 
 class MicroBatches:
@@ -60,7 +60,7 @@ def make_training_loader(
     start_batch: int = 0,
     image_limit: int | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> BatchStream[TrainingBatch]:
+) -> BatchStream[LoadedBatch]:
     """Returns one rank's micro-batches from (start_epoch, start_batch) to the end of the run.
 
     Each batch comes as `compute.micro_batches` parts; without them it is one part, the whole

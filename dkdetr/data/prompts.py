@@ -6,6 +6,7 @@ before a sentence that would begin with an article.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from dkdetr.errors import UsageError
@@ -85,8 +86,30 @@ PROMPT_SETS: Mapping[str, PromptSet] = MappingProxyType({each.name: each for eac
 def prompt_set(name: str) -> PromptSet:
     """Returns a set by its name; raises UsageError that lists the known ones."""
     if name not in PROMPT_SETS:
-        raise UsageError(f"unknown prompts '{name}'; known: {', '.join(PROMPT_SETS)}")
+        known = ", ".join(PROMPT_SETS)
+        raise UsageError(f"unknown prompts '{name}'; known: {known}, or a file of templates")
     return PROMPT_SETS[name]
+
+
+def read_templates(word: str) -> tuple[str, ...]:
+    """Returns the templates of sets, joined by commas, or of a file: one a line, with `{}`.
+
+    Empty lines and lines that begin with # are left out. Equal templates count once.
+
+    Raises:
+        UsageError: an unknown set and no such file, or a line without `{}`.
+    """
+    path = Path(word)
+    if not path.is_file():
+        sets = [prompt_set(name.strip()) for name in word.split(",")]
+        return tuple(dict.fromkeys(line for each in sets for line in each.templates))
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    for template in found:
+        fill_prompt(template, "name")
+    if not found:
+        raise UsageError(f"'{path}' holds no template")
+    return found
 
 
 def readable_name(name: str) -> str:

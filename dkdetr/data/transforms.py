@@ -5,10 +5,11 @@ then moved by that one value, so that they cannot part.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -149,12 +150,24 @@ def render_view(
     if geometry.flip:
         view = F.horizontal_flip_image(view)
     padded = torch.zeros((3, image_size, image_size), dtype=torch.float32)
-    mean = torch.tensor(PIXEL_MEAN)[:, None, None]
-    std = torch.tensor(PIXEL_STD)[:, None, None]
-    padded[:, :height, :width] = (view.to(torch.float32) - mean) / std
+    padded[:, :height, :width] = normalise_pixels(view)
     padding_mask = torch.ones((image_size, image_size), dtype=torch.bool)
     padding_mask[:height, :width] = False
     return padded, padding_mask
+
+
+def normalise_pixels(pixels: Shaped[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
+    """Returns grey levels (0..255) as the backbone expects them, in float32."""
+    mean, std = _mean_and_std(pixels.device)
+    return (pixels.to(torch.float32) - mean) / std
+
+
+@cache  # a GPU would wait for the copies
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor(values, device=device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD)
+    )
+    return mean, std
 
 
 def _resized(original_hw: SizeHW, *, longest_side: float) -> SizeHW:

@@ -20,8 +20,8 @@ from safetensors.numpy import save
 from dkdetr.atomic_file import write_bytes
 from dkdetr.data.annotations import Category
 from dkdetr.data.prompts import fill_prompt
+from dkdetr.encoders import TextEncoder
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
-from dkdetr.structures import TextEncoder
 
 _NORM_TOLERANCE = 2e-3
 _FIELDS = ("names", "category_ids", "is_base", "frequencies", "prompts", "teacher")

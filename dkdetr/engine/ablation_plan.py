@@ -18,6 +18,7 @@ from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
 from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.run_folder import portable_name
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import ConfigError, config_hash, load_experiment
@@ -139,7 +140,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         raise UsageError("--seeds wants 1 or more")
     seeds = tuple(base.seed + number for number in range(request.seeds))
     names = _folder_names(experiment, request.overrides, own, [row.run for row in table.rows])
-    out = request.out or Path("runs") / f"ablate-{base.name}-{config_hash(base)}"
+    out = request.out or Path("runs") / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
     steps = _steps_per_epoch(request, base, info.split)
     maker = _RunMaker(request, experiment, out, split, base, steps)

@@ -4,18 +4,21 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dkdetr.config import ExperimentConfig
 from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import end_on_sigterm
-from dkdetr.engine.run_folder import newest_run
+from dkdetr.engine.run_folder import newest_run, portable_name
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
+from dkdetr.evaluation.compiled import compile_for_inference
+from dkdetr.evaluation.detect import Precision
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
 from dkdetr.evaluation.gather import Shard
@@ -43,6 +46,10 @@ class EvalRequest:
     runs: Path = Path("runs")
     clean_names: bool = False
     """Builds the vocabulary of names put right (`dkdetr.data.clean_names`)."""
+    precision: Precision | None = None
+    """None: the run's own, `optim.precision`."""
+    compiled: bool = False
+    """Detects through torch.compile."""
     averaged: bool = False
     """Scores the run's average of its weights; the files lie in `eval/SPLIT-ema/`."""
 
@@ -116,11 +123,13 @@ def _evaluate(
     if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     folder = _folder_name(split.name) + ("-ema" if request.averaged else "")
+    if request.compiled:
+        compile_for_inference(subject.student, ranks.device)
     evaluation = evaluate_student(
         subject.student.to(ranks.device),
         split,
         vocabulary,
-        subject.config,
+        _with_precision(subject.config, request.precision),
         device=ranks.device,
         out_dir=subject.folder / "eval" / folder,
         evaluator=request.evaluator,
@@ -129,6 +138,12 @@ def _evaluate(
     if evaluation is None:
         return None
     return Scored(subject=subject.path, split=split.name, evaluation=evaluation)
+
+
+def _with_precision(config: ExperimentConfig, precision: Precision | None) -> ExperimentConfig:
+    if precision is None:
+        return config
+    return replace(config, optim=replace(config.optim, precision=precision))
 
 
 def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
@@ -170,7 +185,7 @@ def _folder_name(split: str) -> str:
         return split
     kind, _, places = split.partition(":")
     digest = hashlib.sha256(places.encode()).hexdigest()[:6]
-    return f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}"
+    return portable_name(f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}")
 
 
 def _fitting_vocabulary(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dkdetr.atomic_file import write_text
-from dkdetr.structures import StudentOutput, TrainingBatch
+from dkdetr.data.device_views import on_device
+from dkdetr.structures import LoadedBatch, StudentOutput, TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Diagnosis:
 def diagnose(
     student: nn.Module,
     forward: Callable[[TrainingBatch], StudentOutput],
-    group: Sequence[TrainingBatch],
+    group: Sequence[LoadedBatch],
     parts: Sequence[Mapping[str, Tensor]],
     *,
     device: torch.device,
@@ -45,7 +46,7 @@ def diagnose(
     Args:
         student: with the gradients of the broken step.
         forward: runs the student; done again for the micro-batches in question.
-        group: the micro-batches of the step, on the CPU.
+        group: the micro-batches of the step, as they were loaded.
         parts: the loss parts of each.
         device: the student's.
     """
@@ -55,7 +56,7 @@ def diagnose(
     weights = {f"weight {name}": value for name, value in student.named_parameters()}
     first = next(iter(_bad_names(weights)), None)
     for number in suspects:
-        first = first or _first_bad_of(student, forward, group[number].to(device))
+        first = first or _first_bad_of(student, forward, on_device(group[number], device))
     gradients = {
         f"gradient of {name}": value.grad
         for name, value in student.named_parameters()

@@ -17,10 +17,11 @@ from dkdetr.data.class_frequencies import images_per_base_class
 from dkdetr.data.splits import Split
 from dkdetr.data.teacher_mean import mean_embedding
 from dkdetr.data.vocabulary import from_metadata
+from dkdetr.encoders import RegionEncoder
 from dkdetr.errors import UsageError
 from dkdetr.losses.alignment import AlignedOutput, Alignment
 from dkdetr.losses.criterion import Criterion
-from dkdetr.structures import OriginalImage, RegionEncoder, StudentOutput, TrainingBatch
+from dkdetr.structures import OriginalImage, StudentOutput, TrainingBatch
 
 
 @dataclass(frozen=True)

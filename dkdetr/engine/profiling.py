@@ -5,20 +5,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from dkdetr.atomic_file import write_text
+from dkdetr.engine.step_parts import marked_modules, step_times
 
 WARMUP_STEPS = 3
 _ROWS = 30
 
 
 @contextmanager
-def profiled(folder: Path, steps: int) -> Iterator[profile]:
+def profiled(folder: Path, steps: int, student: nn.Module) -> Iterator[profile]:
     """Yields a profiler whose `step` is to be called after each training step.
 
     It looks away for the first `WARMUP_STEPS`. Afterwards `folder` holds `trace.json` (for
-    chrome://tracing or Perfetto) and `table.txt`; the table is printed too.
+    chrome://tracing or Perfetto) and `table.txt`: the parts of a step (dkdetr.engine.step_parts),
+    then the costliest operations; the table is printed too.
     """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -30,10 +33,15 @@ def profiled(folder: Path, steps: int) -> Iterator[profile]:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(folder / "trace.json"))
+        tables.append(step_times(finished.events() or []).table())
         tables.append(finished.key_averages().table(sort_by=key, row_limit=_ROWS))
 
-    with profile(activities=activities, schedule=plan, on_trace_ready=keep) as profiler:
+    with (
+        marked_modules(student),
+        profile(activities=activities, schedule=plan, on_trace_ready=keep) as profiler,
+    ):
         yield profiler
-    for table in tables:
-        write_text(folder / "table.txt", table + "\n")
-        print(table)
+    if tables:
+        text = "\n\n".join(tables)
+        write_text(folder / "table.txt", text + "\n")
+        print(text)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig
 from dkdetr.errors import CorruptArtefactError, MismatchError
 from dkdetr.experiment_file import config_from_dict, deciding_settings, dump_toml
+
+_UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -
     write_text(run.provenance, json.dumps(provenance, indent=2) + "\n")
     write_text(run.config, dump_toml(config))
     return run
+
+
+def portable_name(name: str) -> str:
+    """Returns a name as a folder's on any file system: what Windows refuses becomes `-`."""
+    return _UNSAFE.sub("-", name).rstrip(" .") or "-"
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -20,14 +20,15 @@ from dkdetr.engine.checkpoint import (
 )
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.initial_weights import start_from_file
-from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.optim import load_optimizer, make_optimizer
 from dkdetr.engine.pairing import TeacherSide
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
 from dkdetr.engine.student_setup import prepare_student, wrap_for_ranks
 from dkdetr.engine.weight_average import WeightAverage
 from dkdetr.errors import NonFiniteLossError
-from dkdetr.structures import TrainingBatch
+from dkdetr.structures import LoadedBatch
+from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
 
@@ -62,6 +63,7 @@ class RunState:
         if config.student.weights is not None:
             start_from_file(self.student, Path(config.student.weights), split)
         self.student.to(ranks.device)
+        use_backend(self.student, config.ops.backend, ranks.device)
         prepare_student(self.student, config.compute)
         self._optimizer: AdamW = make_optimizer(self.student, config.optim)
         self.text_embeddings = torch.from_numpy(vocabulary.base().embeddings.copy())
@@ -92,7 +94,7 @@ class RunState:
         if found is not None:
             _, checkpoint = found
             self.student.load_state_dict(dict(checkpoint.student))
-            self._optimizer.load_state_dict(dict(checkpoint.optimizer))
+            load_optimizer(self._optimizer, checkpoint.optimizer)
             if self._average is not None:
                 self._average.load_state_dict(checkpoint.average)
             self._saved_at = checkpoint.progress.iteration
@@ -107,7 +109,7 @@ class RunState:
         self._step.load_state_dict(checkpoint.step)
         self.progress = checkpoint.progress
 
-    def train_on(self, group: list[TrainingBatch], *, epoch_length: int) -> StepResult:
+    def train_on(self, group: list[LoadedBatch], *, epoch_length: int) -> StepResult:
         """Returns the figures of a step on a batch's micro-batches; progress has moved."""
         self._enter_epoch()
         now = self.progress

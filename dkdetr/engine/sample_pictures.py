@@ -9,9 +9,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dkdetr.boxes import clip_xyxy, cxcywh_to_xyxy, nms_keep
+from dkdetr.data.device_views import on_device
 from dkdetr.data.transforms import PIXEL_MEAN, PIXEL_STD
 from dkdetr.evaluation.postprocess import postprocess
-from dkdetr.structures import TrainingBatch
+from dkdetr.structures import LoadedBatch
 from dkdetr.student.detector import DKDETR
 
 _OBJECT, _DETECTION, _REGION = "#00c040", "#ff3030", "#3080ff"
@@ -21,7 +22,7 @@ _LEAST_DETECTIONS = 3
 
 def draw_samples(
     student: DKDETR,
-    batch: TrainingBatch,
+    loaded: LoadedBatch,
     text_embeddings: Float[Tensor, "num_classes text_dim"],
     names: tuple[str, ...],
     folder: Path,
@@ -34,6 +35,7 @@ def draw_samples(
     chosen for distillation. The student is left as it was; no random number is drawn.
     """
     was_training = student.training
+    batch = on_device(loaded, torch.device("cpu"))  # where they are drawn on
     images = batch.images.to(text_embeddings.device)
     with torch.no_grad():
         output = student.eval()(images, text_embeddings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.engine.pairing import TeacherBuilder
+from dkdetr.engine.run_folder import portable_name
 from dkdetr.engine.smoke import smoke
 from dkdetr.engine.train import TrainRequest, TrainSummary, Watch, train
 from dkdetr.errors import UsageError
@@ -53,7 +54,7 @@ def start_training(
     if experiment is None:
         experiment = experiment_of_split(open_cache(cache).info.split)
     config = load_experiment(experiment, overrides).config
-    folder = run or Path("runs") / f"{config.name}-{config_hash(config)}"
+    folder = run or Path("runs") / f"{portable_name(config.name)}-{config_hash(config)}"
     request = TrainRequest(
         cache,
         config,

@@ -17,17 +17,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from dkdetr.config import ExperimentConfig
+from dkdetr.data.device_views import on_device
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.nonfinite import diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
 from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
+from dkdetr.engine.step_parts import marked
 from dkdetr.errors import NonFiniteLossError, PeerFailedError, UsageError
 from dkdetr.losses.alignment import AlignedOutput, Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
 from dkdetr.losses.denoising import make_denoising
 from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.losses.federated import draw_classes
-from dkdetr.structures import DenoisingQueries, InstanceMasks, StudentOutput, TrainingBatch
+from dkdetr.structures import (
+    DenoisingQueries,
+    InstanceMasks,
+    LoadedBatch,
+    StudentOutput,
+    TrainingBatch,
+)
 
 MAX_OVERFLOWS = 10
 """Steps in a row that the fp16 scaler may skip."""
@@ -97,7 +105,7 @@ class TrainingStep:
         self._precision = precision
         self._dumps = dumps
 
-    def __call__(self, group: Sequence[TrainingBatch], *, epoch: int, iteration: int) -> StepResult:
+    def __call__(self, group: Sequence[LoadedBatch], *, epoch: int, iteration: int) -> StepResult:
         """Returns the figures of one step on a group of micro-batches; the weights have moved.
 
         Raises:
@@ -118,15 +126,17 @@ class TrainingStep:
             torch.manual_seed(self._chance(moment))
             with self._exchange(last=number == len(group) - 1):
                 results.append(self._backward(batch, moment, counts, share=1 / len(group)))
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        with marked("optimiser"):
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
         parts, statistics = (_means(each[kind] for each in results) for kind in (0, 1))
         skipped = not math.isfinite(norm.item())
         self._overflows_in_row = self._overflows_in_row + 1 if skipped else 0
         if skipped and not (self.scaler.is_enabled() and self._overflows_in_row <= MAX_OVERFLOWS):
             self._give_up(group, [parts for parts, _ in results], epoch, iteration)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with marked("optimiser"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if skipped:
             self._put_back(buffers)
         return StepResult(parts, statistics | {"grad_norm": norm.detach()}, learning_rate, skipped)
@@ -141,24 +151,27 @@ class TrainingStep:
         self._overflows_in_row = int(state["overflows_in_row"])
 
     def _backward(
-        self, batch: TrainingBatch, moment: "_Moment", counts: Tensor, *, share: float
+        self, loaded: LoadedBatch, moment: "_Moment", counts: Tensor, *, share: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds a micro-batch's share to the gradients; returns its loss parts and statistics."""
-        batch = batch.to(self._ranks.device)
-        denoising = self._make_denoising(batch, moment)
+        # What is drawn is drawn on the CPU, from what still lies there.
+        drawn, denoising = self._draw_classes(loaded, moment), self._make_denoising(loaded, moment)
+        with marked("views"):
+            batch = on_device(loaded, self._ranks.device)
         output = self._forward(batch, moment.epoch, denoising)
         pairs = None
         try:
             pairs = self._pair(output, batch)
             paired, regions = (output, None) if pairs is None else (pairs.output, pairs.regions)
-            report = self._criterion(
-                paired,
-                batch.targets,
-                regions,
-                self._normalisers(counts, pairs),
-                drawn_classes=self._draw_classes(batch, moment),
-                denoising=denoising,
-            )
+            with marked("losses"):
+                report = self._criterion(
+                    paired,
+                    batch.targets,
+                    regions,
+                    self._normalisers(counts, pairs),
+                    drawn_classes=drawn,
+                    denoising=denoising,
+                )
         except NonFiniteLossError:
             if self._config.kd.rkd.gather and self._ranks.world_size > 1:
                 raise  # the others wait within the loss: they lose this rank, which speaks
@@ -167,7 +180,8 @@ class TrainingStep:
             broken = _sum_of(output) * math.nan
             self.scaler.scale(broken).backward()
             return {"total": broken.detach()}, {}
-        self.scaler.scale(report.total * share).backward()
+        with marked("backward"):
+            self.scaler.scale(report.total * share).backward()
         parts = {name: value.detach() for name, value in report.parts.items()}
         parts["total"] = report.total.detach()
         return parts, {} if pairs is None else distillation_statistics(pairs)
@@ -180,7 +194,10 @@ class TrainingStep:
         regions = batch.regions if kd.auxiliary_queries else None
         enabled = self._precision is not torch.float32
         device = self._ranks.device.type
-        with torch.autocast(device, dtype=self._precision, enabled=enabled):
+        with (
+            marked("rest of forward"),
+            torch.autocast(device, dtype=self._precision, enabled=enabled),
+        ):
             return self.student(
                 batch.images, self._text_embeddings, regions, hybrid=hybrid, denoising=denoising
             )
@@ -196,20 +213,20 @@ class TrainingStep:
                 self._ranks.mean(torch.zeros((), device=self._ranks.device))
             raise
 
-    def _draw_classes(self, batch: TrainingBatch, moment: "_Moment") -> Tensor | None:
+    def _draw_classes(self, batch: LoadedBatch, moment: "_Moment") -> Tensor | None:
         weights = self._teacher.class_weights
         if weights is None:
             return None
         number = self._config.detection.fed_classes
         chance = torch.Generator().manual_seed(self._chance(moment, 1))
         drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
-        return drawn.to(self._ranks.device)
+        return drawn.to(self._ranks.device, non_blocking=True)
 
-    def _make_denoising(self, batch: TrainingBatch, moment: "_Moment") -> DenoisingQueries | None:
+    def _make_denoising(self, batch: LoadedBatch, moment: "_Moment") -> DenoisingQueries | None:
         student = self._config.student
         if student.denoising == 0:
             return None
-        return make_denoising(
+        denoising = make_denoising(
             batch.targets,
             len(self._text_embeddings),
             num_groups=student.denoising,
@@ -217,6 +234,7 @@ class TrainingStep:
             label_noise=student.denoising_label_noise,
             generator=torch.Generator().manual_seed(self._chance(moment, 2)),
         )
+        return denoising.to(self._ranks.device)
 
     def _chance(self, moment: "_Moment", *purpose: int) -> int:
         """Returns a seed for one purpose: a function of iteration and place, not of the past."""
@@ -228,7 +246,7 @@ class TrainingStep:
             return self.student.no_sync()
         return contextlib.nullcontext()
 
-    def _mean_counts(self, group: Sequence[TrainingBatch]) -> Tensor:
+    def _mean_counts(self, group: Sequence[LoadedBatch]) -> Tensor:
         """Returns boxes and offered regions: means over all ranks' parts, counted on the CPU."""
         cpu = torch.device("cpu")
         boxes = sum(count_boxes(batch.targets, cpu).item() for batch in group)
@@ -261,7 +279,7 @@ class TrainingStep:
 
     def _give_up(
         self,
-        group: Sequence[TrainingBatch],
+        group: Sequence[LoadedBatch],
         parts: Sequence[Mapping[str, Tensor]],
         epoch: int,
         iteration: int,

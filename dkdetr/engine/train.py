@@ -26,12 +26,13 @@ from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
 from dkdetr.engine.step import counts_late
+from dkdetr.engine.step_parts import marked
 from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
 from dkdetr.progress import progress
-from dkdetr.structures import TrainingBatch
+from dkdetr.structures import LoadedBatch
 
 _LOG_EVERY = 20
 
@@ -129,7 +130,7 @@ class _Run:
         self.state.restore(request.start_from)
         self._stop_early()
         limit = request.image_limit
-        self.loader: BatchStream[TrainingBatch] = make_training_loader(
+        self.loader: BatchStream[LoadedBatch] = make_training_loader(
             split,
             self.vocabulary,
             config,
@@ -198,11 +199,12 @@ class _Run:
         if state.progress.iteration < total:
             self._stop()
 
-    def _groups(self, total: int) -> Iterator[tuple[list[TrainingBatch], float]]:
+    def _groups(self, total: int) -> Iterator[tuple[list[LoadedBatch], float]]:
         """Yields each batch's micro-batches with the seconds that training waited for them."""
         groups = iter(_timed(self.loader, self.config.compute.micro_batches))
         while self.state.progress.iteration < total:
-            group = next(groups, None)
+            with marked("data wait"):
+                group = next(groups, None)
             if group is None:
                 return
             yield group
@@ -232,7 +234,7 @@ class _Run:
         if steps == 0 or not self.ranks.is_first:
             yield None
             return
-        with profiled(self.folder.path / "profile", steps) as profiler:
+        with profiled(self.folder.path / "profile", steps, self.state.student) as profiler:
             yield profiler
 
     def _stop_early(self) -> None:
@@ -283,7 +285,7 @@ class _Run:
         for tracker in trackers:
             tracker.write(iteration, values)
 
-    def _draw(self, group: Sequence[TrainingBatch]) -> None:
+    def _draw(self, group: Sequence[LoadedBatch]) -> None:
         every, iteration = self.request.watch.pictures_every, self.state.progress.iteration
         if every > 0 and iteration % every == 0 and self.ranks.is_first:
             draw_samples(
@@ -297,10 +299,10 @@ class _Run:
 
 
 def _timed(
-    loader: BatchStream[TrainingBatch], parts: int
-) -> Iterator[tuple[list[TrainingBatch], float]]:
+    loader: BatchStream[LoadedBatch], parts: int
+) -> Iterator[tuple[list[LoadedBatch], float]]:
     asked = time.monotonic()
-    group: list[TrainingBatch] = []
+    group: list[LoadedBatch] = []
     for batch in loader:
         group.append(batch)
         if len(group) == parts:

@@ -1,7 +1,7 @@
 """The inference loop: pictures in, detections out; it knows nothing of scoring."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -25,11 +25,15 @@ def detect(
     max_detections: int,
     precision: Precision = "fp32",
     with_masks: bool = False,
+    keep: Callable[[Detections], Detections] | None = None,
 ) -> Iterator[tuple[int, Detections]]:
     """Yields (image id, detections) of every image of `batches`, in their order, on the CPU.
 
+    `batches` are on the CPU; of each one copy goes to the device and one comes back.
+
     The student is in evaluation mode while this runs and is then put back as it was. Labels of
-    detections index the rows of `text_embeddings`. Masks are drawn only where they are asked for.
+    detections index the rows of `text_embeddings`. Masks are drawn only where they are asked for,
+    and of what `keep` leaves of an image's detections, if it is given.
     """
     was_training = student.training
     student.eval()
@@ -48,11 +52,13 @@ def detect(
                     max_detections=max_detections,
                 )
             for place, image_id in enumerate(batch.image_ids):
-                with torch.inference_mode():
-                    detections = found[place]
-                    if with_masks:
-                        detections = _with_masks(detections, output, images, place)
-                yield image_id, _on_cpu(detections)
+                detections = found[place]
+                if keep is not None:
+                    detections = keep(detections)
+                if with_masks:
+                    with torch.inference_mode():
+                        detections = _with_masks(detections, output, batch, place)
+                yield image_id, detections
     finally:
         student.train(was_training)
 
@@ -74,16 +80,6 @@ def autocast(
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _on_cpu(detections: Detections) -> Detections:
-    return Detections(
-        boxes_xyxy=detections.boxes_xyxy.cpu(),
-        scores=detections.scores.cpu(),
-        labels=detections.labels.cpu(),
-        queries=detections.queries.cpu(),
-        masks=detections.masks,
-    )
-
-
 def _with_masks(
     detections: Detections, output: StudentOutput, images: ImageBatch, place: int
 ) -> Detections:
@@ -93,7 +89,7 @@ def _with_masks(
     drawn = mask_rles(
         output.masks,
         place,
-        detections.queries,
+        detections.queries.to(output.logits.device),
         image_hw=(height, width),
         original_hw=(original_height, original_width),
     )

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dkdetr.boxes import clip_xyxy, cxcywh_to_xyxy
+from dkdetr.boxes import cxcywh_to_xyxy
 from dkdetr.errors import CorruptArtefactError
 from dkdetr.run_lengths import Rle
 
@@ -43,11 +43,12 @@ def postprocess(
     *,
     max_detections: int,
 ) -> list[Detections]:
-    """Returns each image's best (query, class) pairs as detections, best score first.
+    """Returns each image's best (query, class) pairs as detections, best score first, on the CPU.
 
     One query may appear under several classes. A logit of -inf marks a class that is not in use
     and is never returned, so an image can have fewer than `max_detections`. Among equal logits
-    the earlier query, then the earlier class, comes first: the same output on every device.
+    the earlier query, then the earlier class, comes first: the same output on every device. All
+    is chosen where the logits are; one copy brings the batch's detections back.
 
     Args:
         logits: of one decoder layer; scores are their sigmoid.
@@ -58,41 +59,53 @@ def postprocess(
     Raises:
         CorruptArtefactError: a logit is NaN or a chosen box is not finite.
     """
-    per_image = zip(logits.float(), boxes_cxcywh.float(), original_sizes_hw.tolist(), strict=True)
-    return [
-        _detections_of_image(image_logits, image_boxes, height, width, max_detections)
-        for image_logits, image_boxes, (height, width) in per_image
-    ]
+    num_classes = logits.shape[2]
+    # -0.0 becomes 0.0: they are equal, but not their bits.
+    flat = logits.float().flatten(1) + 0.0
+    chosen = _best_pairs(flat, max_detections)
+    best = flat.gather(1, chosen)
+    queries = chosen // num_classes
+    corners = cxcywh_to_xyxy(boxes_cxcywh.float())
+    corners = corners.gather(1, queries[..., None].expand(-1, -1, 4))
+    scale = original_sizes_hw.to(corners).flip(-1).repeat(1, 2)[:, None]
+    pixels = torch.minimum((corners * scale).clamp(min=0), scale)
+    used = best > -torch.inf
+    broken = flat.isnan().any(dim=1) | (~corners.isfinite().all(dim=2) & used).any(dim=1)
+    # Indices are whole numbers below 2^53 in float64, as float32 corners and scores are exact.
+    columns = (pixels.double(), best.sigmoid().double()[..., None], chosen.double()[..., None])
+    facts = torch.stack((used.sum(dim=1), broken), dim=1).double()
+    packed = torch.cat((torch.cat(columns, dim=2).flatten(1), facts), dim=1).cpu()
+    return [_unpack(row, num_classes) for row in packed]
 
 
-def _detections_of_image(
-    logits: Float[Tensor, "num_queries num_classes"],
-    boxes_cxcywh: Float[Tensor, "num_queries 4"],
-    height: int,
-    width: int,
-    max_detections: int,
-) -> Detections:
-    chosen = _best_pairs(logits.flatten(), max_detections)
-    queries = chosen // logits.shape[1]
-    corners = cxcywh_to_xyxy(boxes_cxcywh[queries])
-    if bool(torch.isnan(logits).any()) or not bool(torch.isfinite(corners).all()):
+def _unpack(row: Float[Tensor, "numbers"], num_classes: int) -> Detections:
+    count, broken = row[-2:].int().tolist()
+    if broken:
         raise CorruptArtefactError(
             "the student's output is not finite: its weights are damaged or training diverged; "
             "evaluate an earlier checkpoint"
         )
-    pixels = corners * corners.new_tensor((width, height, width, height))
+    table = row[:-2].view(-1, 6)[:count]
+    chosen = table[:, 5].long()
     return Detections(
-        boxes_xyxy=clip_xyxy(pixels, height=height, width=width),
-        scores=logits.flatten()[chosen].sigmoid(),
-        labels=chosen % logits.shape[1],
-        queries=queries,
+        boxes_xyxy=table[:, :4].float(),
+        scores=table[:, 4].float(),
+        labels=chosen % num_classes,
+        queries=chosen // num_classes,
     )
 
 
-def _best_pairs(flat: Float[Tensor, "pairs"], max_detections: int) -> Int[Tensor, "kept"]:
-    # topk leaves open which of several equal values it takes; everything at or above its last
-    # value, sorted stably, does not. Logits order finer than scores, which saturate at 1.
-    last = flat.topk(min(max_detections, len(flat))).values[-1:]
-    candidates = ((flat >= last) & (flat > -torch.inf)).nonzero().flatten()
-    order = torch.sort(flat[candidates], descending=True, stable=True).indices
-    return candidates[order[:max_detections]]
+def _best_pairs(
+    flat: Float[Tensor, "batch pairs"], max_detections: int
+) -> Int[Tensor, "batch kept"]:
+    """Returns the places of the greatest values, the earlier first of equal ones.
+
+    topk leaves open which of several equal values it takes. So each value's bits, as an integer
+    that orders as the values do, stand before its place in one number of 64 bits: no two are equal.
+    Logits order finer than scores, which saturate at 1.
+    """
+    bits = flat.view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    places = torch.arange(flat.shape[1], device=flat.device)
+    keys = (ordered << 32) - places
+    return keys.topk(min(max_detections, flat.shape[1]), dim=1).values.neg() & 0xFFFFFFFF

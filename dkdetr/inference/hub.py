@@ -3,18 +3,28 @@
 import re
 from pathlib import Path
 
-from dkdetr.errors import DataError
+from dkdetr.errors import DataError, UsageError
+from dkdetr.offline import is_offline
 
 FILE_NAME = "model.safetensors"
 
 
-def fetch_student_file(path_or_hub_id: str) -> Path:
+def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> Path:
     """Returns the path of a student file; a hub's is downloaded into its usual cache.
 
+    Offline (`dkdetr.offline`) that cache alone is looked into.
+
+    Args:
+        path_or_hub_id: a file, a folder with `model.safetensors`, or `owner/name`.
+        revision: a commit's hash, a tag or a branch of the repository.
+
     Raises:
+        UsageError: a revision of a file or folder.
         DataError: neither a file, a folder with `model.safetensors`, nor a repository in reach.
     """
     path = Path(path_or_hub_id)
+    if revision is not None and path.exists():
+        raise UsageError(f"'{path}' lies here and has no revision: leave revision={revision} out")
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
@@ -27,13 +37,21 @@ def fetch_student_file(path_or_hub_id: str) -> Path:
             raise DataError(f"no student file '{path}'")
         return path
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        return Path(hf_hub_download(path_or_hub_id, FILE_NAME))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(
+            hf_hub_download(
+                path_or_hub_id, FILE_NAME, revision=revision, local_files_only=is_offline()
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise DataError(
             f"'{path_or_hub_id}' is neither a file here nor a repository with {FILE_NAME} on the "
-            f"hub that can be reached: {first_line}"
+            f"hub that can be reached{' offline' if is_offline() else ''}: {first_line}"
         ) from None

@@ -13,17 +13,20 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import Category
 from dkdetr.data.picture_input import Picture, image_batch, rgb_pixels
 from dkdetr.data.prompts import prompt_set, readable_name
-from dkdetr.data.vocabulary import Vocabulary, build_vocabulary
+from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
+from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
+from dkdetr.evaluation.compiled import compile_for_inference
 from dkdetr.evaluation.detect import Precision, detect
 from dkdetr.evaluation.postprocess import Detections
 from dkdetr.inference.hub import fetch_student_file
 from dkdetr.inference.prediction import Prediction
-from dkdetr.structures import TextEncoder
 from dkdetr.student.detector import DKDETR as Student
 from dkdetr.student_file import build_from_file, load_student_file
 
 DEFAULT_THRESHOLD = 0.3
+LookedFor = Vocabulary | Path | str | Sequence[str]
+"""A vocabulary, the path of its file, or a list of words."""
 
 
 class DKDETR:
@@ -36,6 +39,7 @@ class DKDETR:
         text_encoder: the text tower of its teacher, for bare words; None: vocabularies only.
         device: where it runs.
         precision: see `dkdetr.evaluation.detect.autocast`.
+        compiled: see `dkdetr.evaluation.compiled`.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class DKDETR:
         text_encoder: TextEncoder | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "auto",
+        compiled: bool = False,
     ) -> None:
         self.student = student.to(device).eval()
         self.config = config
@@ -54,6 +59,8 @@ class DKDETR:
         self._text_encoder = text_encoder
         self._device = torch.device(device)
         self._precision: Precision = precision
+        if compiled:
+            compile_for_inference(self.student, self._device)
 
     @classmethod
     def from_pretrained(
@@ -62,6 +69,9 @@ class DKDETR:
         *,
         device: torch.device | str = "cpu",
         text_encoder: TextEncoder | None = None,
+        revision: str | None = None,
+        precision: Precision = "auto",
+        compiled: bool = False,
     ) -> Self:
         """Returns the student of a student file, or of a model repository on the Hugging Face hub.
 
@@ -70,42 +80,57 @@ class DKDETR:
                 folder that holds `model.safetensors`, or `owner/name`.
             device: where it runs.
             text_encoder: see the class.
+            revision: of the repository: a commit's hash (which nobody can move), a tag or a
+                branch; None: its main branch.
+            precision: see the class.
+            compiled: see the class.
 
         Raises:
+            UsageError: a revision of something that is no repository.
             DataError: there is no such file or repository.
             CorruptArtefactError: not a student file, or damaged.
             MismatchError: the file holds no whole student or no vocabulary.
         """
-        path = fetch_student_file(str(path_or_hub_id))
+        path = fetch_student_file(str(path_or_hub_id), revision=revision)
         file = load_student_file(path)
         if file.vocabulary is None:
             raise MismatchError(f"'{path}' brings no vocabulary, so nobody knows its text space")
         student = build_from_file(path, file, text_dim=file.vocabulary.embed_dim)
-        return cls(student, file.config, file.vocabulary, text_encoder=text_encoder, device=device)
+        return cls(
+            student,
+            file.config,
+            file.vocabulary,
+            text_encoder=text_encoder,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+        )
 
     def predict(
         self,
         images: Picture | Iterable[Picture],
-        vocabulary: Vocabulary | Sequence[str] | None = None,
+        vocabulary: LookedFor | None = None,
         *,
         threshold: float = DEFAULT_THRESHOLD,
         thresholds: Mapping[str, float] | None = None,
         nms_iou: float | None = None,
         max_detections: int = 300,
         batch_size: int | None = None,
+        masks: bool = True,
     ) -> list[Prediction]:
         """Returns what was found in each picture, best first.
 
         Args:
             images: one picture or several: files, PIL, arrays or tensors.
-            vocabulary: what to look for: a vocabulary, or bare words where a text encoder is
-                there; None: the student's own names.
+            vocabulary: what to look for: a vocabulary or its file, or a list of bare words where a
+                text encoder is there; None: the student's own names.
             threshold: least score.
             thresholds: least scores by name, instead of `threshold` for these names.
             nms_iou: of boxes of whatever name that overlap by more only the best stays; None: all
                 stay, as in evaluation.
             max_detections: the most of one picture.
             batch_size: pictures at once; None: the experiment's `eval.batch_size`.
+            masks: whether a student that has a mask head draws them, of what is kept alone.
 
         Raises:
             DataError: a picture cannot be read.
@@ -123,19 +148,21 @@ class DKDETR:
                 nms_iou=nms_iou,
                 max_detections=max_detections,
                 batch_size=batch_size,
+                masks=masks,
             )
         )
 
     def stream(
         self,
         images: Iterable[Picture],
-        vocabulary: Vocabulary | Sequence[str] | None = None,
+        vocabulary: LookedFor | None = None,
         *,
         threshold: float = DEFAULT_THRESHOLD,
         thresholds: Mapping[str, float] | None = None,
         nms_iou: float | None = None,
         max_detections: int = 300,
         batch_size: int | None = None,
+        masks: bool = True,
     ) -> Iterator[Prediction]:
         """Yields as `predict` returns, holding one batch of pictures at a time."""
         spoken = self.resolve(vocabulary)
@@ -151,16 +178,20 @@ class DKDETR:
                 device=self._device,
                 max_detections=max_detections,
                 precision=self._precision,
+                with_masks=masks and self.config.student.mask_head,
+                keep=lambda each: _keep(each, least, nms_iou),
             )
             for image, (_, detections) in zip(pixels, found, strict=True):
-                yield _prediction(image, _keep(detections, least, nms_iou), spoken)
+                yield _prediction(image, detections, spoken)
 
-    def resolve(self, vocabulary: Vocabulary | Sequence[str] | None) -> Vocabulary:
+    def resolve(self, vocabulary: LookedFor | None) -> Vocabulary:
         """Returns the vocabulary that `predict` would use; words go through the text encoder."""
         if vocabulary is None:
             return self.vocabulary
         if isinstance(vocabulary, Vocabulary):
             spoken = vocabulary
+        elif isinstance(vocabulary, Path | str):
+            spoken = _vocabulary_file(vocabulary)
         elif self._text_encoder is None:
             raise UsageError(
                 "bare words want the teacher's text tower: pass text_encoder=..., or a vocabulary "
@@ -174,6 +205,12 @@ class DKDETR:
                 f"{self.vocabulary.teacher}: their spaces have nothing in common"
             )
         return spoken
+
+
+def _vocabulary_file(path: Path | str) -> Vocabulary:
+    if isinstance(path, str) and not Path(path).is_file():
+        raise UsageError(f"no vocabulary file '{path}'; bare words are given as a list: ['{path}']")
+    return load_vocabulary(Path(path))
 
 
 def words_vocabulary(
@@ -223,6 +260,7 @@ def _prediction(image: np.ndarray, found: Detections, vocabulary: Vocabulary) ->
         scores=found.scores.numpy(),
         category_ids=np.array([vocabulary.category_id_of(i) for i in labels], dtype=np.int64),
         names=tuple(vocabulary.names[label] for label in labels),
+        masks=found.masks,
     )
 
 

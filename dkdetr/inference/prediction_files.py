@@ -14,6 +14,7 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.inference.picture_sources import NamedPicture
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.prediction import Prediction
+from dkdetr.run_lengths import areas
 
 _COLUMNS = ("file", "name", "score", "category_id", "left", "top", "right", "bottom")
 _MOST_NAMES = 6
@@ -119,8 +120,14 @@ class _Document:
         )
         for record in prediction.to_coco(image_id):
             number = len(self.content["annotations"]) + 1
-            area = record["bbox"][2] * record["bbox"][3]
+            area = _area(record)
             self.content["annotations"].append({"id": number, **record, "area": area, "iscrowd": 0})
+
+
+def _area(record: Mapping[str, Any]) -> float:
+    if "segmentation" in record:
+        return float(areas([record["segmentation"]])[0])
+    return record["bbox"][2] * record["bbox"][3]
 
 
 class _Utf8:

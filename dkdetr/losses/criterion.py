@@ -4,7 +4,7 @@ Everything below it gives sums; the divisions stand here alone. Normalisers come
 because they are means over all ranks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,11 @@ from dkdetr.config import DetectionLossConfig, KDConfig
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.distillation import AcrossRanks, Distillation
 from dkdetr.losses.masks import matched_mask_losses, stacked_masks
-from dkdetr.losses.matcher import Matches, MatchingCosts, match
+from dkdetr.losses.matcher import Matches, MatchingCosts, Stage, match_stages
 from dkdetr.structures import (
     DenoisingQueries,
     ExtraDetections,
     InstanceMasks,
-    QueryOutput,
     StudentOutput,
     Targets,
     TeacherRegions,
@@ -103,22 +102,28 @@ class Criterion:
         parts: dict[str, Tensor] = {}
         scale = 1 / normalisers.num_boxes
         weights = None if drawn_classes is None else drawn_classes.to(output.logits)
-        by_layer = _by_layer(output.logits, output.detection)
-        for layer, (suffix, logits, boxes) in enumerate(by_layer):
-            matches = self._detect(parts, suffix, logits, boxes, targets, scale, weights=weights)
+        encoder, hybrid = output.encoder, output.hybrid
+        objectness = encoder.objectness_logits[..., None]
+        objects = [Targets(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
+        decoding = Stage(output.logits, output.detection.boxes_cxcywh, targets)
+        encoding = Stage(objectness[None], encoder.boxes_cxcywh[None], objects, encoder.valid)
+        stages = [
+            decoding,
+            encoding,
+            *([] if hybrid is None else [self._repeated(hybrid, targets)]),
+        ]
+        matched = match_stages(stages, self._costs)
+        for layer, matches in enumerate(matched[0]):
+            suffix = _suffix(layer, len(matched[0]))
+            self._detect(parts, suffix, decoding, layer, matches, scale, weights)
             if output.masks is not None:
                 self._segment(parts, suffix, output.masks, layer, matches, targets, scale)
-        encoder = output.encoder
-        objects = [Targets(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
-        objectness = encoder.objectness_logits[..., None]
-        valid = encoder.valid
-        heard = valid[..., None].to(objectness) if self._valid_tokens_only else None
-        self._detect(
-            parts, ".encoder", objectness, encoder.boxes_cxcywh, objects, scale,
-            valid=valid, weights=heard,
-        )  # fmt: skip
-        if output.hybrid is not None:
-            self._detect_hybrid(parts, output.hybrid, targets, scale, weights)
+        heard = encoder.valid[..., None].to(objectness) if self._valid_tokens_only else None
+        self._detect(parts, ".encoder", encoding, 0, matched[1][0], scale, heard)
+        for layer, matches in enumerate(matched[2] if hybrid is not None else []):
+            suffix = f".hybrid{_suffix(layer, len(matched[2]))}"
+            share = scale / self._hybrid_repeats
+            self._detect(parts, suffix, stages[2], layer, matches, share, weights)
         if output.denoised is not None and denoising is not None:
             self._denoise(parts, output.denoised, denoising, scale, weights)
         if regions is not None:
@@ -127,25 +132,16 @@ class Criterion:
 
     def match_last(self, output: StudentOutput, targets: Sequence[Targets]) -> Matches:
         """Returns which detection queries of the last layer are matched to which base objects."""
-        boxes = output.detection.boxes_cxcywh[-1]
-        return match(output.logits[-1], boxes, targets, self._costs)
+        last = Stage(output.logits[-1:], output.detection.boxes_cxcywh[-1:], targets)
+        return match_stages([last], self._costs)[0][0]
 
-    def _detect_hybrid(
-        self,
-        parts: dict[str, Tensor],
-        hybrid: ExtraDetections,
-        targets: Sequence[Targets],
-        scale: Tensor,
-        weights: Tensor | None,
-    ) -> None:
-        """Adds the extra queries' losses: each object is wanted several times (H-DETR)."""
+    def _repeated(self, hybrid: ExtraDetections, targets: Sequence[Targets]) -> Stage:
+        """Returns the stage of the extra queries: each object is wanted several times (H-DETR)."""
         repeats = self._hybrid_repeats
         wanted = [
             Targets(t.labels.repeat(repeats), t.boxes_cxcywh.repeat(repeats, 1)) for t in targets
         ]
-        for suffix, logits, boxes in _by_layer(hybrid.logits, hybrid.queries):
-            name = f".hybrid{suffix}"
-            self._detect(parts, name, logits, boxes, wanted, scale / repeats, weights=weights)
+        return Stage(hybrid.logits, hybrid.queries.boxes_cxcywh, wanted)
 
     def _denoise(
         self,
@@ -155,36 +151,42 @@ class Criterion:
         scale: Tensor,
         weights: Tensor | None,
     ) -> None:
-        """Adds the denoising queries' losses: each knows which object it was."""
-        valid = denoising.valid
-        wanted = functional.one_hot(denoising.wanted_labels[valid], denoised.logits.shape[-1])
-        target_boxes = denoising.wanted_boxes_cxcywh[valid]
-        for suffix, logits, boxes in _by_layer(denoised.logits, denoised.queries):
-            said = logits[valid]
+        """Adds the denoising queries' losses: each knows which object it was.
+
+        Empty places are weighed with 0 and have the box that is wanted of them: to leave them out
+        would ask the device how many they are.
+        """
+        num_classes = denoised.logits.shape[-1]
+        wanted = functional.one_hot(denoising.wanted_labels, num_classes).to(denoised.logits.dtype)
+        heard = denoising.valid[..., None].to(wanted)
+        heard = heard if weights is None else heard * weights
+        target_boxes = denoising.wanted_boxes_cxcywh
+        scale = scale / denoising.num_groups
+        for layer, logits in enumerate(denoised.logits):
+            boxes = denoised.queries.boxes_cxcywh[layer]
+            boxes = torch.where(denoising.valid[..., None], boxes, target_boxes.to(boxes.dtype))
+            suffix = f".denoising{_suffix(layer, len(denoised.logits))}"
             self._judge(
-                parts, f".denoising{suffix}", said, wanted.to(said.dtype),
-                boxes[valid], target_boxes, scale / denoising.num_groups, weights,
+                parts, suffix, logits, wanted,
+                boxes.flatten(0, 1), target_boxes.flatten(0, 1), scale, heard,
             )  # fmt: skip
 
     def _detect(
         self,
         parts: dict[str, Tensor],
         suffix: str,
-        logits: Tensor,
-        boxes_cxcywh: Tensor,
-        targets: Sequence[Targets],
+        stage: Stage,
+        layer: int,
+        matches: Matches,
         scale: Tensor,
-        *,
-        valid: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Matches:
-        matches = match(logits, boxes_cxcywh, targets, self._costs, valid=valid)
-        labels, target_boxes = _matched_targets(matches, targets)
+        weights: Tensor | None,
+    ) -> None:
+        logits = stage.logits[layer]
+        labels, target_boxes = _matched_targets(matches, stage.targets)
         wanted = torch.zeros_like(logits)
         wanted[matches.image_index, matches.query_index, labels] = 1.0
-        matched_boxes = boxes_cxcywh[matches.image_index, matches.query_index]
+        matched_boxes = stage.boxes_cxcywh[layer, matches.image_index, matches.query_index]
         self._judge(parts, suffix, logits, wanted, matched_boxes, target_boxes, scale, weights)
-        return matches
 
     def _judge(
         self,
@@ -242,12 +244,9 @@ def count_boxes(targets: Sequence[Targets], device: torch.device) -> Float[Tenso
     return torch.tensor(float(sum(len(target.labels) for target in targets)), device=device)
 
 
-def _by_layer(logits: Tensor, queries: QueryOutput) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields (suffix of its parts' names, logits, boxes) of each layer; the last has no suffix."""
-    last = len(logits) - 1
-    for layer in range(len(logits)):
-        suffix = "" if layer == last else f".{layer}"
-        yield suffix, logits[layer], queries.boxes_cxcywh[layer]
+def _suffix(layer: int, num_layers: int) -> str:
+    """Returns what the names of a layer's parts end with; the last layer's with nothing."""
+    return "" if layer == num_layers - 1 else f".{layer}"
 
 
 def _matched_targets(matches: Matches, targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,12 @@ import torchvision
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.offline import is_offline
+from dkdetr.student.conv_norm import FoldingBasicBlock, FoldingBottleneck, Stem
 
 Norm = Literal["sync_batch", "batch", "frozen"]
 _SLIM_BLOCKS = {2: 1, 3: 2, 4: 2, 5: 2}
@@ -61,7 +62,9 @@ class Backbone(nn.Module):
     ) -> list[Float[Tensor, "batch channels h w"]]:
         """Returns the maps of the used stages, finest first."""
         maps: list[Tensor] = []
-        x = self.stem(pixels)
+        # Tensor cores read channels side by side; the weights follow, whatever their own layout.
+        layout = torch.channels_last if pixels.is_cuda else torch.contiguous_format
+        x = self.stem(pixels.contiguous(memory_format=layout))
         for number, stage in enumerate(self.stages, start=2):
             x = stage(x)
             if number in self._used_stages:
@@ -81,11 +84,11 @@ def resnet50(
         frozen_stages: 0 none, 1 the stem and C2, ...
         used_stages: C-numbers handed on.
     """
-    trunk = torchvision.models.resnet50(weights=None, norm_layer=_norm_layer(norm))
+    trunk = ResNet(FoldingBottleneck, [3, 4, 6, 3], norm_layer=_norm_layer(norm))
     if weights != "random":
         state = _imagenet_weights() if weights == "imagenet" else _read_weights(Path(weights))
         _load_trunk(trunk, state, source=weights)
-    stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
+    stem = Stem(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
     stages = [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
     return Backbone(
         stem,
@@ -110,7 +113,7 @@ def slim_resnet(
     """
     norm_layer = _norm_layer(norm)
     channels = [width, 2 * width, 4 * width, 4 * width]
-    stem = nn.Sequential(
+    stem = Stem(
         nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), norm_layer(width), nn.ReLU()
     )
     stages: list[nn.Module] = []
@@ -125,7 +128,9 @@ def slim_resnet(
                     nn.Conv2d(num_in, num_out, 1, stride=stride, bias=False), norm_layer(num_out)
                 )
             blocks.append(
-                BasicBlock(num_in, num_out, stride, downsample=shortcut, norm_layer=norm_layer)
+                FoldingBasicBlock(
+                    num_in, num_out, stride, downsample=shortcut, norm_layer=norm_layer
+                )
             )
             num_in = num_out
         stages.append(nn.Sequential(*blocks))
@@ -154,10 +159,29 @@ def _initialise_convolutions(module: nn.Module) -> None:
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
+def fetch_imagenet_weights() -> Path:
+    """Returns the file of torchvision's ResNet-50 weights, downloaded if it is not there.
+
+    Raises:
+        DataError: it can be neither found nor reached.
+        CorruptArtefactError: the download has another hash than its name says.
+    """
+    _imagenet_weights()
+    return imagenet_folder() / _imagenet_name()
+
+
+def imagenet_folder() -> Path:
+    """Returns where torch keeps what it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _imagenet_name() -> str:
+    return torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+
+
 def _imagenet_weights() -> dict[str, Tensor]:
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    name = weights.url.rsplit("/", 1)[-1]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    name, folder = _imagenet_name(), imagenet_folder()
     try:
         if is_offline() and not (folder / name).is_file():
             raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
@@ -165,8 +189,10 @@ def _imagenet_weights() -> dict[str, Tensor]:
     except OSError as error:
         raise DataError(
             f"torchvision's ImageNet weights of ResNet-50 cannot be reached ({error}). Put {name} "
-            f"into {folder}, or name a file: --set student.backbone.weights=/path/{name}; for a "
-            "trial without them: --set student.backbone.weights=random"
+            f"into {folder} (from a machine with a network: dkdetr fetch --bundle b.tar, here: "
+            "dkdetr fetch --from-bundle b.tar), or name a file: --set "
+            f"student.backbone.weights=/path/{name}; for a trial without them: --set "
+            "student.backbone.weights=random"
         ) from None
     except RuntimeError as error:
         raise CorruptArtefactError(

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dkdetr.student.deformable_attention import MultiScaleDeformableAttention, SpatialShapes
+from dkdetr.student.attention_reference import SpatialShapes
+from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def token_centres(grid: TokenGrid) -> Float[Tensor, "batch num_tokens 2"]:
     for level, (height, width) in enumerate(grid.spatial_shapes):
         y = torch.arange(0.5, height, dtype=ratios.dtype, device=ratios.device)
         x = torch.arange(0.5, width, dtype=ratios.dtype, device=ratios.device)
-        y_grid, x_grid = torch.meshgrid(y, x, indexing="ij")
-        places = torch.stack((x_grid, y_grid), dim=-1).flatten(0, 1)
-        size = ratios[:, level] * ratios.new_tensor((width, height))
-        per_level.append(places / size[:, None])
+        x = x / (ratios[:, level, :1] * width)
+        y = y / (ratios[:, level, 1:] * height)
+        places = (x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width))
+        per_level.append(torch.stack(places, dim=-1).flatten(1, 2))
     return torch.cat(per_level, dim=1)
 
 

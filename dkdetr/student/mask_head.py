@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dkdetr.config import MASK_UPSAMPLING
-from dkdetr.student.deformable_attention import deformable_attention
+from dkdetr.student.attention_backend import Backend
+from dkdetr.student.deformable_attention import deformable_attention, map_sizes
 from dkdetr.student.encoder import DeformableEncoder, TokenGrid, token_centres
 from dkdetr.student.position_encoding import encode_positions, sines
 
@@ -45,6 +46,7 @@ class DynamicMasks:
     padding_mask: Bool[Tensor, "batch mask_height mask_width"]
     stride: float
     masks_at_once: int
+    backend: Backend = "auto"
 
     def logits(
         self, layer: int, image_index: Int[Tensor, "n"], query_index: Int[Tensor, "n"]
@@ -59,6 +61,7 @@ class DynamicMasks:
             self.reference_points[image_index],
             parameters,
             self.map_hw,
+            backend=self.backend,
         )
         return aligned_upsample(maps, MASK_UPSAMPLING)
 
@@ -76,6 +79,8 @@ class MaskHead(nn.Module):
         stride: pixels of the input to a pixel of a mask.
         masks_at_once: how many masks stand in memory at a time, in training and at inference.
     """
+
+    backend: Backend = "auto"
 
     def __init__(
         self, encoder: DeformableEncoder, *, embed_dim: int, stride: float, masks_at_once: int
@@ -131,6 +136,7 @@ class MaskHead(nn.Module):
             ),
             stride=self.stride,
             masks_at_once=self.masks_at_once,
+            backend=self.backend,
         )
 
 
@@ -140,6 +146,8 @@ def dynamic_attention(
     reference_points: Float[Tensor, "N T 2"],
     parameters: Float[Tensor, "N num_parameters"],
     map_hw: tuple[int, int],
+    *,
+    backend: Backend = "auto",
 ) -> Float[Tensor, "N height width"]:
     """Returns each query's map: what its own attention gathers, through a ReLU, to one channel.
 
@@ -151,12 +159,12 @@ def dynamic_attention(
     to_offsets, offset_bias, to_weights, weight_bias, to_output, output_bias = parts
     offsets = queries @ to_offsets.view(N, 2 * _PLACES, C).mT + offset_bias[:, None]
     weights = queries @ to_weights.view(N, _PLACES, C).mT + weight_bias[:, None]
-    offsets = offsets.view(N, T, _HEADS, 1, _POINTS, 2) / offsets.new_tensor((width, height))
+    offsets = offsets.view(N, T, _HEADS, 1, _POINTS, 2) / map_sizes([map_hw], offsets)
     weights = weights.view(N, T, _HEADS, 1, _POINTS).softmax(-1)
     locations = reference_points[:, :, None, None, None] + offsets
     value = values.view(N, T, _HEADS, C // _HEADS)
-    gathered = deformable_attention(value, [map_hw], locations, weights).relu()
-    output = gathered @ to_output[..., None] + output_bias[:, None]
+    gathered = deformable_attention(value, [map_hw], locations, weights, backend=backend)
+    output = gathered.relu() @ to_output[..., None] + output_bias[:, None]
     return output.view(N, height, width)
 
 

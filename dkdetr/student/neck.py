@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -55,7 +55,20 @@ def _conv_norm(num_in: int, num_out: int, *, kernel: int, stride: int, bias: boo
     return nn.Sequential(conv, nn.GroupNorm(32, num_out))
 
 
-def downsample_mask(padding_mask: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Returns the padding mask [batch, h, w] of a coarser map, nearest neighbour."""
-    coarse = torch.nn.functional.interpolate(padding_mask[:, None].float(), size=size_hw)
-    return coarse[:, 0].bool()
+def downsample_mask(
+    padding_mask: Bool[Tensor, "batch height width"], size_hw: tuple[int, int]
+) -> Bool[Tensor, "batch h w"]:
+    """Returns the padding mask of a coarser map: what `interpolate` finds nearest.
+
+    Written out, since an exported `interpolate` rounds otherwise than PyTorch does.
+    """
+    device = padding_mask.device
+    height, width = padding_mask.shape[1:]
+    rows = _nearest(height, size_hw[0], device)
+    columns = _nearest(width, size_hw[1], device)
+    return padding_mask[:, rows][:, :, columns]
+
+
+def _nearest(size: int, coarse: int, device: torch.device) -> Int[Tensor, "coarse"]:
+    places = torch.arange(coarse, dtype=torch.float32, device=device) * (size / coarse)
+    return places.long().clamp(max=size - 1)

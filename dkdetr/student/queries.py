@@ -71,10 +71,10 @@ def blocked_pairs(
     detection queries, so that no row is blocked altogether.
     """
     sizes = [mask.shape[1] for mask in valid]
-    heard = torch.zeros(len(sizes), len(sizes), dtype=torch.bool)
-    for row, columns in enumerate(sees):
-        heard[row, list(columns)] = True
-    counts = torch.tensor(sizes)
-    by_query = heard.repeat_interleave(counts, dim=0).repeat_interleave(counts, dim=1)
-    filled = torch.cat(list(valid), dim=1)
-    return ~(by_query.to(filled.device, non_blocking=True)[None] & filled[:, None, :])
+    # In blocks on the device: nothing is copied there, and no shape depends on a number there.
+    rows = [
+        torch.cat([valid[0].new_full((height, width), i in sees[row])
+                   for i, width in enumerate(sizes)], dim=1)
+        for row, height in enumerate(sizes)
+    ]  # fmt: skip
+    return ~(torch.cat(rows)[None] & torch.cat(list(valid), dim=1)[:, None, :])

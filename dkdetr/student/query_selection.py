@@ -64,7 +64,7 @@ def token_boxes(
         centres.new_full((height * width,), _BASE_SIZE * 2.0**level)
         for level, (height, width) in enumerate(grid.spatial_shapes)
     ]
-    side = torch.cat(sides)[None, :, None].expand(len(centres), -1, 2)
+    side = torch.cat(sides)[None, :, None].expand(centres.shape[0], -1, 2)
     boxes = torch.cat((centres, side), dim=-1)
     inside = ((boxes > _BORDER) & (boxes < 1 - _BORDER)).all(-1)
     valid = inside & ~grid.padding_mask

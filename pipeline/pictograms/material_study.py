@@ -58,7 +58,7 @@ def teacher_accuracy(split: Split, reader: CacheReader) -> dict[str, Any]:
     for start in range(0, len(split.images), _BATCH):
         for image in _read(split, start):
             true = split.all_boxes(image.image_id)
-            vectors.append(teacher.encode_regions(image.pixels, true.boxes_xyxy, rule))
+            vectors.append(teacher.encode_regions(np.asarray(image.pixels), true.boxes_xyxy, rule))
             labels += [label_of[int(number)] for number in true.category_ids]
     similarity, wanted = np.concatenate(vectors) @ text.T, np.array(labels)
     rank = (similarity > similarity[np.arange(len(wanted)), wanted][:, None]).sum(axis=1)

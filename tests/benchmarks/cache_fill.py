@@ -28,8 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dkdetr.data.coco_names import OVCOCO_BASE, OVCOCO_NOVEL  # noqa: E402
+from dkdetr.data.image_files import decode_image  # noqa: E402
 from pipeline.build import cache_teacher  # noqa: E402
 from pipeline.crops import CropRule, crop_windows  # noqa: E402
+from pipeline.decoding import EncodedImage, decode_on_device  # noqa: E402
+from pipeline.fused_tower import can_be_fused  # noqa: E402
 from pipeline.request import CacheRequest  # noqa: E402
 from pipeline.teacher import load_teacher  # noqa: E402
 from pipeline.teacher_model import Teacher  # noqa: E402
@@ -75,12 +78,16 @@ def main() -> None:
             usual_rate(root, boxes, teacher, options.workers, number)
             for number in range(options.repeats)
         )
+        parts = part_rates(root, boxes, teacher, options.teacher, batch)
     print("| what | crops | of the encoder alone | times the usual way |\n|---|---|---|---|")
     print(f"| encoder alone, batches of {batch} | {ceiling:.1f} | 1.00 | {ceiling / usual:.2f} |")
     print(f"| cache-teacher: decode, crop, encode, write | {ours:.1f} | ", end="")
     print(f"{ours / ceiling:.2f} | {ours / usual:.2f} |")
     print(f"| the usual way, {options.workers} loader processes | {usual:.1f} | ", end="")
     print(f"{usual / ceiling:.2f} | 1.00 |")
+    print(f"\n| part, by itself | {unit} |\n|---|---|")
+    for what, rate in parts.items():
+        print(f"| {what} | {rate:,.1f} |")
 
 
 def write_pictures(root: Path, num_images: int, num_boxes: int) -> dict[int, np.ndarray]:
@@ -156,6 +163,45 @@ def encoder_rate(teacher: Teacher, batch: int, crops: int) -> float:
     teacher.encode_crops(ready)
     rounds = max(1, crops // batch)
     return batch * rounds / seconds(lambda: [teacher.encode_crops(ready) for _ in range(rounds)])
+
+
+def part_rates(
+    root: Path, boxes: dict[int, np.ndarray], teacher: Teacher, spec: str, batch: int
+) -> dict[str, float]:
+    """Returns pictures and crops a second of what `cache-teacher` does one after the other."""
+    paths = [root / "images" / f"{number}.jpg" for number in sorted(boxes)]
+    encoded = [EncodedImage(path.read_bytes(), path, (HEIGHT, WIDTH)) for path in paths]
+    rates: dict[str, float] = {}
+
+    def by_pillow() -> list[np.ndarray]:
+        return [decode_image(e.data, e.path, expected_hw=e.expected_hw) for e in encoded]
+
+    def on_device() -> list[Any]:
+        starts = range(0, len(encoded), 8)
+        chunks = (decode_on_device(encoded[at : at + 8], teacher.device) for at in starts)
+        return [pixels for chunk in chunks for pixels in chunk]
+
+    on_device()
+    rates["JPEGs, Pillow, one thread"] = len(paths) / seconds(by_pillow)
+    rates[f"JPEGs, torchvision on {teacher.device}"] = len(paths) / seconds(on_device)
+    pixels = [torch.as_tensor(each).permute(2, 0, 1).to(teacher.device).contiguous()
+              for each in by_pillow()[:8]]  # fmt: skip
+    windows = [crop_windows(boxes[number], CropRule(), height=HEIGHT, width=WIDTH).reshape(-1, 4)
+               for number in sorted(boxes)[:8]]  # fmt: skip
+    count = sum(len(each) for each in windows)
+
+    def cut() -> list[torch.Tensor]:
+        return list(teacher.cut_pictures(pixels, windows, CropRule()))
+
+    cut()
+    rates["crops cut"] = count / seconds(cut)
+    kinds = ["open_clip"]
+    if can_be_fused(teacher._model.visual):  # type: ignore[attr-defined]
+        kinds += ["fused", *(["compiled"] if torch.cuda.is_available() else [])]
+    for kind in kinds:
+        other = load_teacher(spec, teacher.device, encoder=kind)
+        rates[f"crops encoded, --encoder {kind}"] = encoder_rate(other, batch, 4 * batch)
+    return rates
 
 
 class UsualCrops(torch.utils.data.Dataset[Any]):

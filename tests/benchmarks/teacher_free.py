@@ -31,6 +31,7 @@ from cache.spec import PART_NAMES
 from cache.store import CacheReader, open_cache
 from cache.writer import create_or_resume
 from dkdetr.config import ExperimentConfig
+from dkdetr.encoders import RegionEncoder
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, pick_device
 from dkdetr.engine.optim import make_optimizer
@@ -38,7 +39,6 @@ from dkdetr.engine.step import TrainingStep, choose_precision
 from dkdetr.experiment_file import load_experiment
 from dkdetr.structures import (
     ImageBatch,
-    RegionEncoder,
     Targets,
     TeacherRegions,
     TrainingBatch,

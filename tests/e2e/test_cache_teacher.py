@@ -15,7 +15,7 @@ from cache.spec import DiskFullError, StaleCacheError
 from cache.store import open_cache
 from dkdetr.data.image_files import read_image
 from dkdetr.errors import DataError, MismatchError, UsageError
-from pipeline import build
+from pipeline import build, shard_worker
 from pipeline import price as price_module
 from pipeline.build import cache_teacher
 from pipeline.calibrate import price_cache
@@ -88,7 +88,7 @@ def test_resume_makes_only_what_is_missing_and_the_same_bytes(
 
     def stop_after_one(*args: object):
         for count, item in enumerate(made(*args)):  # type: ignore[arg-type]
-            if count == 1:
+            if count == 0:  # the second shard is embedded by now, and being written
                 raise KeyboardInterrupt
             yield item
 
@@ -105,6 +105,47 @@ def test_resume_makes_only_what_is_missing_and_the_same_bytes(
     again = cache_teacher(request_)
     assert again.num_made == 0
     assert again.merkle_root == resumed.merkle_root
+
+
+def test_a_shard_that_cannot_be_written_ends_the_command_and_loses_no_other(
+    request_: CacheRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = cache_teacher(replace(request_, out=tmp_path / "whole"))
+    write = shard_worker.commit_shard
+
+    def second_finds_no_room(path: Path, shard: int, *given: object, **more: object) -> object:
+        if shard == 1:
+            raise DiskFullError("no room")
+        return write(path, shard, *given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_worker, "commit_shard", second_finds_no_room)
+    with pytest.raises(DiskFullError, match="no room"):
+        cache_teacher(request_)
+    monkeypatch.undo()
+    resumed = cache_teacher(request_)
+    assert 1 <= resumed.num_made <= 2
+    assert resumed.merkle_root == whole.merkle_root
+
+
+def test_the_fused_encoder_and_the_device_s_decoder_are_recorded_and_near(
+    request_: CacheRequest, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    usual = cache_teacher(request_, said.append)
+    assert any(line.startswith("encoder busy") for line in said)
+    fused = cache_teacher(
+        replace(request_, out=tmp_path / "fused", encoder="fused", decoder="torchvision")
+    )
+    assert usual.merkle_root != fused.merkle_root
+    one, two = open_cache(request_.out), open_cache(tmp_path / "fused")
+    assert "encoder" not in one.info.parts["teacher"]
+    assert two.info.parts["teacher"]["encoder"] == "fused ViT"
+    assert two.info.parts["images"]["decoder"].startswith("torchvision")
+    for image_id in one.image_ids.tolist():
+        ours, theirs = (each.rows(image_id).region_embeddings for each in (one, two))
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+    with pytest.raises(StaleCacheError, match=r"teacher\.encoder"):
+        cache_teacher(replace(request_, encoder="fused"))
 
 
 def test_other_prompts_embed_no_crop_again(request_: CacheRequest) -> None:

@@ -1,8 +1,11 @@
 """The three commands, as a user types them, on a few pictures: each in a process of its own."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
-from tests.e2e.commands import dkdetr, start_dkdetr, succeed
+from tests.e2e.commands import DKDETR, dkdetr, environment, start_dkdetr, succeed
 from tests.e2e.small_coco import write_coco_folder
 
 TINY = [
@@ -21,8 +24,12 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    """A folder in which cache-teacher and train have run on generated pictures."""
-    folder = tmp_path_factory.mktemp("trial")
+    """A folder in which cache-teacher and train have run on generated pictures.
+
+    Its name has spaces and letters beyond ASCII, and so has every path that follows.
+    """
+    folder = tmp_path_factory.mktemp("trial") / "größe 1, 試し"
+    folder.mkdir()
     train = write_coco_folder(folder, "train2017", num_images=20, seed=1)
     val = write_coco_folder(folder, "val2017", num_images=6, seed=2)
     succeed(
@@ -43,6 +50,48 @@ def test_eval_writes_what_it_prints(trial) -> None:
     assert all(word in printed for word in ("AP50", "novel", "base", "per_category.csv"))
     for name in ("results", "metrics", "per_category"):
         assert (folder / scores["files"][name]).is_file()
+
+
+def test_what_goes_into_a_pipe_is_plain_and_quiet(trial) -> None:
+    folder, _, val, words = trial
+    done = dkdetr("eval", "runs/a", "--split", val, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert "│" not in done.stderr
+    assert "━" not in done.stderr
+    # One line of progress, one that says what was scored.
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
+    trained = dkdetr("train", *words, "--set", "seed=9", "--run", "runs/quiet", cwd=folder)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout == ""
+    assert "\x1b" not in trained.stderr
+    assert len(trained.stderr.splitlines()) <= 6, trained.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals to pretend here")
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_terminal_has_a_bar_and_no_color_takes_the_colours(
+    trial, monkeypatch, no_color: str
+) -> None:
+    folder, _, val, _ = trial
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    reader, writer = os.openpty()
+    process = subprocess.Popen(
+        [*DKDETR, "eval", "runs/a", "--split", val],
+        cwd=folder, env=environment(), stdout=writer, stderr=writer, close_fds=True,
+    )  # fmt: skip
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while piece := os.read(reader, 4096):
+            shown += piece
+    os.close(reader)
+    assert process.wait(timeout=60) == 0, shown
+    colours = re.findall(rb"\x1b\[[\d;]*?(?:3[0-7]|38;5;\d+|9[0-7])m", shown)
+    assert bool(colours) == (not no_color)
+    assert b"\x1b[?25l" in shown  # a bar hides the cursor while it moves
 
 
 def test_a_finished_run_is_not_trained_again(trial) -> None:

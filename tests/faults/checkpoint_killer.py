@@ -64,12 +64,15 @@ def _trial(folder: str, fault: str, kill_after_s: float) -> int:
         finally:
             os._exit(1)
     os.close(writes)
-    if kill_after_s:
-        time.sleep(kill_after_s)
-        os.kill(pid, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     with os.fdopen(reads, "rb") as pipe:
-        reported = pipe.read()
+        reported = b""
+        if kill_after_s:
+            # Counted from a save that returned: a slow machine must not kill them all too early.
+            reported = pipe.read(4)
+            time.sleep(kill_after_s)
+            os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        reported += pipe.read()
     return int.from_bytes(reported[-4:], "big") if reported else -1
 
 

@@ -1,11 +1,13 @@
 """Parameter groups and the learning rate, against method A.1 and values worked out by hand."""
 
 import pytest
+import torch
 from torch import nn
 
 from dkdetr.config import OptimConfig
 from dkdetr.engine.optim import (
     learning_rate_factor,
+    load_optimizer,
     make_optimizer,
     parameter_groups,
     set_learning_rate,
@@ -85,3 +87,31 @@ def test_setting_the_rate_keeps_the_groups_apart() -> None:
     assert set_learning_rate(optimizer, config, 0.5) == pytest.approx(4e-4)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"slow": 4e-5, "norm": 4e-4, "rest": 4e-4})
+
+
+def test_a_saved_state_does_not_say_how_it_is_computed() -> None:
+    """One saved on a GPU goes on with this machine's code, bit by bit as one saved here."""
+    one, other = _Toy(), _Toy()
+    other.load_state_dict(one.state_dict())
+    first, second = (make_optimizer(toy, OptimConfig()) for toy in (one, other))
+
+    def step(toy, optimizer) -> None:
+        optimizer.zero_grad()
+        toy.linear(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+    step(one, first)
+    step(other, second)
+    saved = first.state_dict()
+    saved["param_groups"] = [group | {"fused": True} for group in saved["param_groups"]]
+    load_optimizer(second, saved)
+    assert [group["fused"] for group in second.param_groups] == [None] * len(second.param_groups)
+    step(one, first)
+    step(other, second)
+    assert torch.equal(one.linear.weight, other.linear.weight)
+
+
+@pytest.mark.gpu
+def test_a_gpu_updates_many_parameters_at_once() -> None:
+    groups = make_optimizer(_Toy().cuda(), OptimConfig()).param_groups
+    assert all(group["fused"] for group in groups)

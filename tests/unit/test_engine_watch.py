@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.profiling import WARMUP_STEPS
 from dkdetr.engine.smoke import smoke
+from dkdetr.engine.step_parts import PARTS, REST
 from dkdetr.engine.train import Watch, train
 from dkdetr.errors import UsageError
+from dkdetr.losses import criterion
 from tests.training_world import checkpoint_of, difference, make_world, settings
 
 CONFIG = settings(optim={"epochs": 7})  # 21 steps: one line of the diary
@@ -73,12 +75,23 @@ def test_a_tracker_that_is_installed_is_told_everything(world, monkeypatch) -> N
 
 
 def test_a_profile_leaves_trace_and_table_and_ends(world, capsys) -> None:
+    before = dict(vars(criterion))
     summary = train(world.request("profiled", CONFIG, watch=Watch(profile_steps=2)))
     assert summary.iterations == WARMUP_STEPS + 2
     folder = world.root / "runs" / "profiled" / "profile"
     assert (folder / "trace.json").stat().st_size > 10_000
-    assert "aten::" in (folder / "table.txt").read_text()
+    table = (folder / "table.txt").read_text()
+    assert "aten::" in table
     assert "Self CPU" in capsys.readouterr().out
+    shares = {line[:18].strip(): line.split() for line in table.splitlines()}
+    wanted = set(PARTS) - {"masks"}  # there is no mask head
+    assert wanted <= shares.keys()
+    ms = {name: float(shares[name][-3]) for name in (*wanted, REST)}
+    assert all(ms[name] > 0 for name in wanted)
+    whole = float(shares["a whole step"][-2])
+    assert sum(ms.values()) == pytest.approx(whole, abs=0.1)
+    assert 0 <= ms[REST] < 0.5 * whole  # what no mark covers: saving, the diary, the loop
+    assert vars(criterion) == before  # the marks are gone
 
 
 def test_smoke_goes_through_every_phase_and_leaves_nothing(world, capsys) -> None:

@@ -243,8 +243,9 @@ def test_resnet50_of_torchvision_and_with_a_prefix(
     assert report.layout == "resnet50"
     assert set(report.ignored.values()) == {"ImageNet's classifier"}
     assert torch.equal(student.state_dict()["trunk.neck.lateral.0.0.weight"], before)
-    pixels = torch.rand(1, 3, 64, 64)
-    maps = student.trunk.backbone(pixels)
+    pixels = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    maps = student.trunk.backbone.double()(pixels)
+    trunk.double()
     deepest = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.maxpool(
         trunk.relu(trunk.bn1(trunk.conv1(pixels))))))))  # fmt: skip
     torch.testing.assert_close(maps[-1], deepest)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.crops import CropRule, combine_crops, crop_windows, embed_stream
+from pipeline.crops import CropRule, combine_crops, crop_windows
 from pipeline.resampling import Look, cut_windows
 
 
@@ -78,29 +78,6 @@ def test_combined_scales_are_unit_and_between() -> None:
     pair = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]], dtype=np.float32)
     combined = combine_crops(pair)
     np.testing.assert_allclose(combined, [[0.5**0.5, 0.5**0.5], [0, 1]], atol=1e-6)
-
-
-@pytest.mark.parametrize("sizes", [[3, 4, 0, 9], [0, 0, 5], [8, 8], [1], [16, 0]])
-def test_stream_gives_every_stack_its_rows_in_full_batches(sizes: list[int]) -> None:
-    seen: list[int] = []
-
-    def encode(crops: torch.Tensor) -> np.ndarray:
-        seen.append(len(crops))
-        return crops[:, :1, 0, 0].float().numpy()
-
-    numbers = iter(range(1, 100))
-    stacks = [
-        torch.tensor([next(numbers) for _ in range(size)], dtype=torch.uint8)
-        .view(-1, 1, 1, 1)
-        .expand(-1, 3, 2, 2)
-        for size in sizes
-    ]
-    rows = list(embed_stream(stacks, encode, batch_size=8))
-    assert [len(row) for row in rows] == sizes
-    assert set(seen) == {8}
-    assert len(seen) == -(-sum(sizes) // 8)
-    for row, stack in zip(rows, stacks, strict=True):
-        assert row[:, 0].tolist() == stack[:, 0, 0, 0].tolist()
 
 
 def test_a_context_square_has_eight_times_the_area_and_lies_in_the_picture() -> None:

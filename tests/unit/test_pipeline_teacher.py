@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dkdetr.encoders import RegionEncoder, TextEncoder
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
-from dkdetr.structures import RegionEncoder, TextEncoder
 from pipeline import resampling, teacher_model
 from pipeline import teacher as teacher_module
 from pipeline.canary import canary_embeddings, check_canary, pack_canary, unpack_canary

@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from dkdetr.student.attention_reference import SpatialShapes, sample_by_gathering
 from dkdetr.student.deformable_attention import (
     MultiScaleDeformableAttention,
-    SpatialShapes,
     deformable_attention,
-    sample_by_gathering,
 )
 
 SHAPES = ((3, 4), (2, 2))

@@ -5,6 +5,7 @@ from tiny_student import image_batch, text_embeddings, tiny_student
 from torch import Tensor, nn
 
 from dkdetr.structures import ImageBatch, StudentOutput
+from dkdetr.student.neck import downsample_mask
 
 F64 = torch.float64
 
@@ -77,3 +78,11 @@ def test_the_company_of_a_batch_changes_nothing():
         torch.testing.assert_close(
             output.detection.boxes_cxcywh[:, 0], together.detection.boxes_cxcywh[:, image]
         )
+
+
+def test_a_coarser_padding_mask_is_the_nearest():
+    sizes = [(128, 136, 6, 9), (1024, 800, 128, 100), (135, 141, 17, 18), (13, 7, 1, 7)]
+    for height, width, rows, columns in sizes:
+        mask = torch.rand(2, height, width, generator=torch.Generator().manual_seed(height)) > 0.5
+        nearest = nn.functional.interpolate(mask[:, None].float(), size=(rows, columns))[:, 0]
+        assert torch.equal(downsample_mask(mask, (rows, columns)), nearest.bool())

@@ -71,16 +71,16 @@ def test_losses_agree_with_float32(dtype: torch.dtype, seed: int, monkeypatch: p
         return detector.SelectedAnchors(boxes, encoder.objectness_logits.detach())
 
     monkeypatch.setattr(detector, "select_anchors", in_token_order)
-    match, made = criterion.match, list[Matches]()
+    match, made = criterion.match_stages, list[list[list[Matches]]]()
 
-    def remember(*args: Any, **options: Any) -> Matches:
-        made.append(match(*args, **options))
+    def remember(*args: Any) -> list[list[Matches]]:
+        made.append(match(*args))
         return made[-1]
 
-    monkeypatch.setattr(criterion, "match", remember)
+    monkeypatch.setattr(criterion, "match_stages", remember)
     plain = losses_of(run(None, seed), seed)
     replay = iter(made)
-    monkeypatch.setattr(criterion, "match", lambda *_args, **_options: next(replay))
+    monkeypatch.setattr(criterion, "match_stages", lambda *_args: next(replay))
     half = losses_of(run(dtype, seed), seed)
     for name, value in plain.items():
         assert half[name].dtype == torch.float32

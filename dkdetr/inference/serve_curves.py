@@ -1,0 +1,30 @@
+"""The curves of runs as one document, drawn anew from their diaries each time it is asked for."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from dkdetr.evaluation.report_analysis import loss_charts
+
+_ROOMS = {"serve_curves.html": "dkdetr.inference", "charts.html": "dkdetr.evaluation"}
+
+
+def curves_page(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Returns the HTML document of the losses of runs, by the runs' names."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(
+            lambda name: (files(_ROOMS[name]) / name).read_text(encoding="utf-8")
+        ),
+    )
+    runs = [
+        {"name": name, "step": int(history[-1]["iteration"]) if history else 0}
+        for name, history in histories.items()
+    ]
+    template = environment.get_template("serve_curves.html")
+    return template.render(runs=runs, charts=loss_charts(list(histories.values())))

@@ -1,0 +1,96 @@
+"""Which code does deformable attention (`ops.backend`): the Triton kernel, or plain PyTorch."""
+
+import functools
+import os
+import subprocess
+import sys
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dkdetr.errors import UsageError
+
+Backend = Literal["auto", "triton", "torch"]
+Dims = tuple[int, int, int, int]
+"""Heads, channels a head, levels, points: what a kernel is compiled for."""
+
+
+def use_backend(student: nn.Module, backend: Backend, device: torch.device) -> None:
+    """Lets every attention of a student take `backend`.
+
+    Raises:
+        UsageError: it is "triton", which cannot run on this device or is not deterministic.
+    """
+    if backend == "triton":
+        if torch.are_deterministic_algorithms_enabled():
+            raise UsageError(
+                "ops.backend=triton adds gradients up in whatever order threads come, and "
+                "--deterministic was asked for: use ops.backend=auto"
+            )
+        picks_triton(backend, device, torch.float32, (8, 32, 4, 4))
+    for module in student.modules():
+        if hasattr(module, "backend"):
+            setattr(module, "backend", backend)  # noqa: B010  a setting, no tensor or module
+
+
+@torch.compiler.assume_constant_result
+def picks_triton(backend: Backend, device: torch.device, dtype: torch.dtype, dims: Dims) -> bool:
+    """Returns whether the Triton kernel does this attention.
+
+    `auto` takes it on CUDA devices. It is compiled and run once, small, before it is trusted;
+    where that fails, a line on stderr says so and plain PyTorch takes over.
+
+    Raises:
+        UsageError: "triton" is asked for and cannot run.
+    """
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return False
+    problem = _problem(device, dtype, dims)
+    if problem is None:
+        return True
+    if backend == "triton":
+        raise UsageError(f"ops.backend=triton: {problem}; use ops.backend=auto or torch")
+    _say_once(f"deformable attention goes by plain PyTorch, which is slower: {problem}")
+    return False
+
+
+@functools.cache
+def _problem(device: torch.device, dtype: torch.dtype, dims: Dims) -> str | None:
+    """Returns why the kernel cannot run; None if it did."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the kernel runs on GPUs, not on '{device.type}'"
+    try:
+        from triton.errors import TritonError
+
+        from dkdetr.student.attention_op import LEAST_CAPABILITY, MOST_QUERIES
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"the kernel wants compute capability {LEAST_CAPABILITY} or newer"
+    try:
+        _try_out(device, dtype, dims, MOST_QUERIES)
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"the kernel does not run here ({type(error).__name__}: {lines[0]})"
+    return None
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _try_out(device: torch.device, dtype: torch.dtype, dims: Dims, num_queries: int) -> None:
+    H, C, L, P = dims
+    exact = torch.promote_types(dtype, torch.float32)
+    value = torch.zeros(1, L, H, C, dtype=dtype, device=device)
+    locations = torch.full((1, num_queries, H, L, P, 2), 0.5, dtype=exact, device=device)
+    weights = torch.zeros(1, num_queries, H, L, P, dtype=exact, device=device)
+    sizes = [1, 1] * L
+    out = torch.ops.dkdetr.deformable_attention(value, locations, weights, sizes)
+    torch.ops.dkdetr.deformable_attention_backward(out, value, locations, weights, sizes)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a kernel's failure shows late

@@ -1,0 +1,128 @@
+"""Triton kernels of deformable attention: a program does a block of queries of one head.
+
+Shape letters as in `attention_reference`; in a program q counts its queries, p points, c channels.
+A tile [q, p, c] is laid over the threads so that a thread holds 16 bytes of neighbouring channels;
+the points of a level lie side by side, the levels are unrolled. Levels' sizes are plain numbers: a
+kernel serves pictures of every size.
+
+The file is imported by `attention_op` alone, when a kernel is first wanted. `no_type_check`: Triton
+reads these functions as text, so the tests' shape checks must not wrap them.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+_SIZES = ("num_tokens", "num_queries", "heights", "widths", "starts")
+
+
+@triton.jit
+@no_type_check
+def _place(location, size):
+    """Returns (first cell, share of the second) of a sample on one axis.
+
+    The share is that of the exact product: x alone, rounded to float32, would be 4e-6 of a cell
+    off on a map of 128. Nine maps away is outside, as infinity is.
+    """
+    location = tl.clamp(location, -9.0, 9.0)
+    x = tl.fma(location, size, -0.5)
+    cell = tl.floor(x)
+    return cell.to(tl.int32), (x - cell) + tl.fma(location, size, -(x + 0.5))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+@no_type_check
+def forward_kernel(
+    value_ptr, locations_ptr, weights_ptr, out_ptr,
+    num_tokens, num_queries, heights, widths, starts,
+    H: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Writes [B, Q, H, C]; sums in `EXACT`, the type of locations and weights."""
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    row = (image * num_queries + q) * H + head
+    asked = (q < num_queries)[:, None] & (p < P)[None, :]
+    maps = value_ptr + (image * num_tokens * H + head) * C
+    total = tl.zeros((BLOCK_Q, BLOCK_P, BLOCK_C), dtype=EXACT)
+    for level in tl.static_range(L):
+        height, width, start = heights[level], widths[level], starts[level]
+        place = row[:, None] * (L * P) + level * P + p[None, :]
+        weight = tl.load(weights_ptr + place, mask=asked, other=0.0)
+        x = tl.load(locations_ptr + 2 * place, mask=asked, other=-1.0)
+        y = tl.load(locations_ptr + 2 * place + 1, mask=asked, other=-1.0)
+        left, right_share = _place(x, width.to(EXACT))
+        top, bottom_share = _place(y, height.to(EXACT))
+        for corner in tl.static_range(4):
+            column, line = left + corner % 2, top + corner // 2
+            share = right_share if corner % 2 else 1 - right_share
+            share *= bottom_share if corner // 2 else 1 - bottom_share
+            inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+            token = start + line * width + column
+            cells = maps + token[:, :, None] * (H * C) + c[None, None, :]
+            read = inside[:, :, None] & (c < C)[None, None, :]
+            cell = tl.load(cells, mask=read, other=0.0).to(EXACT)
+            total += (weight * share)[:, :, None] * cell
+    written = (q < num_queries)[:, None] & (c < C)[None, :]
+    out = tl.sum(total, axis=1).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * C + c[None, :], out, mask=written)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+@no_type_check
+def backward_kernel(
+    value_ptr, locations_ptr, weights_ptr, grad_out_ptr,
+    grad_value_ptr, grad_locations_ptr, grad_weights_ptr,
+    num_tokens, num_queries, heights, widths, starts,
+    H: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Adds to `grad_value` [B, T, H, C], which is of type `EXACT`; writes the two others.
+
+    A thread reads and adds to `TOGETHER` neighbouring channels at once.
+    """
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    row = (image * num_queries + q) * H + head
+    asked = (q < num_queries)[:, None] & (p < P)[None, :]
+    first = (image * num_tokens * H + head) * C
+    maps, grad_maps = value_ptr + first, grad_value_ptr + first
+    # Every tensor of the tile in one layout, that of the atomic additions.
+    c = tl.max_contiguous(c, TOGETHER)
+    rows = tl.broadcast_to(row[:, None, None] * C + c[None, None, :], (BLOCK_Q, BLOCK_P, BLOCK_C))
+    known = asked[:, :, None] & (c < C)[None, None, :]
+    grad = tl.load(grad_out_ptr + rows, mask=known, other=0.0).to(EXACT)
+    for level in tl.static_range(L):
+        height, width, start = heights[level], widths[level], starts[level]
+        place = row[:, None] * (L * P) + level * P + p[None, :]
+        weight = tl.load(weights_ptr + place, mask=asked, other=0.0)
+        x = tl.load(locations_ptr + 2 * place, mask=asked, other=-1.0)
+        y = tl.load(locations_ptr + 2 * place + 1, mask=asked, other=-1.0)
+        left, right_share = _place(x, width.to(EXACT))
+        top, bottom_share = _place(y, height.to(EXACT))
+        by_weight = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
+        by_x = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
+        by_y = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
+        for corner in tl.static_range(4):
+            column, line = left + corner % 2, top + corner // 2
+            share_x = right_share if corner % 2 else 1 - right_share
+            share_y = bottom_share if corner // 2 else 1 - bottom_share
+            inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+            token = start + line * width + column
+            cells = token[:, :, None] * (H * C) + c[None, None, :]
+            read = inside[:, :, None] & (c < C)[None, None, :]
+            cell = tl.load(maps + cells, mask=read, other=0.0).to(EXACT)
+            likeness = tl.sum(cell * grad, axis=2)
+            by_weight += share_x * share_y * likeness
+            by_x += (share_y if corner % 2 else -share_y) * likeness
+            by_y += (share_x if corner // 2 else -share_x) * likeness
+            added = (weight * share_x * share_y)[:, :, None] * grad
+            tl.atomic_add(grad_maps + cells, added, mask=read, sem="relaxed")
+        tl.store(grad_weights_ptr + place, by_weight, mask=asked)
+        tl.store(grad_locations_ptr + 2 * place, by_x * weight * width, mask=asked)
+        tl.store(grad_locations_ptr + 2 * place + 1, by_y * weight * height, mask=asked)

@@ -1,0 +1,165 @@
+"""Deformable attention as a registered operator: Triton forward and backward, known to autograd
+and to torch.compile.
+
+Equal to `reference_attention` rounded to the type of `value`. Gradients of values are added up
+atomically, so their last bits differ from run to run.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from dkdetr.student.attention_kernels import backward_kernel, forward_kernel
+from dkdetr.student.attention_reference import SpatialShapes
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """How much a program does at once.
+
+    Attributes:
+        forward_bytes: of the values in a tile.
+        backward_bytes: of the sums in a tile, which are added to.
+        adds_together: neighbouring numbers that a thread adds to memory at once.
+        num_warps: of a program.
+    """
+
+    forward_bytes: int
+    backward_bytes: int
+    adds_together: int
+    num_warps: int
+
+
+# By compute capability, from the newest down. Chosen by registers and instructions of the compiled
+# kernels, not by the clock: student/README.md.
+_TILES = {
+    (9, 0): _Tile(4096, 4096, adds_together=4, num_warps=4),  # Hopper
+    (8, 0): _Tile(4096, 2048, adds_together=1, num_warps=4),  # Ampere: adds one by one, so in rows
+    (7, 0): _Tile(2048, 2048, adds_together=1, num_warps=4),  # Volta: untested
+}
+LEAST_CAPABILITY = min(_TILES)
+_INTERPRETED = _Tile(1 << 20, 1 << 20, adds_together=4, num_warps=1)
+MOST_QUERIES = 64
+"""Of a program; as many or more of them always run the same compiled kernel."""
+
+
+def triton_attention(
+    value: Float[Tensor, "B T H C"],
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Float[Tensor, "B Q H L P 2"],
+    attention_weights: Float[Tensor, "B Q H L P"],
+) -> Float[Tensor, "B Q HC"]:
+    """Returns what `reference_attention` does, in the type of `value`.
+
+    Locations, weights and sums are float32, or float64 where value or locations are.
+    """
+    exact = torch.promote_types(value.dtype, sampling_locations.dtype)
+    exact = torch.promote_types(exact, torch.float32)
+    sizes = [side for shape in spatial_shapes for side in shape]
+    return torch.ops.dkdetr.deformable_attention(
+        value, sampling_locations.to(exact), attention_weights.to(exact), sizes
+    )
+
+
+@torch.library.custom_op("dkdetr::deformable_attention", mutates_args=())
+def _forward(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    B, _, H, C = value.shape
+    Q = locations.shape[1]
+    out = value.new_zeros(B, Q, H * C)
+    if out.numel() and weights.numel():
+        tensors = [value.contiguous(), locations.contiguous(), weights.contiguous(), out]
+        _launch(forward_kernel, tensors, sizes)
+    return out
+
+
+@_forward.register_fake
+def _(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+@torch.library.custom_op("dkdetr::deformable_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_value = torch.zeros_like(
+        value, dtype=locations.dtype, memory_format=torch.contiguous_format
+    )
+    grad_locations = torch.zeros_like(locations, memory_format=torch.contiguous_format)
+    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    if grad_out.numel() and weights.numel():
+        given = [value.contiguous(), locations.contiguous(), weights.contiguous()]
+        made = [grad_value, grad_locations, grad_weights]
+        _launch(backward_kernel, [*given, grad_out.contiguous(), *made], sizes)
+    return grad_value.to(value.dtype), grad_locations, grad_weights
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = torch.contiguous_format
+    return (
+        torch.empty_like(value, memory_format=layout),
+        torch.empty_like(locations, memory_format=layout),
+        torch.empty_like(weights, memory_format=layout),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    op = torch.ops.dkdetr.deformable_attention_backward
+    return *op(grad_out, *ctx.saved_tensors, ctx.sizes), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _launch(kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    """Runs a kernel over all queries; the first three tensors are value, locations, weights."""
+    value, locations = tensors[:2]
+    B, T, H, C = value.shape
+    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    heights, widths = tuple(sizes[0::2]), tuple(sizes[1::2])
+    starts = [0]
+    for height, width in zip(heights, widths, strict=True):
+        starts.append(starts[-1] + height * width)
+    assert len(heights) == L, f"{len(heights)} levels, locations for {L}"
+    assert starts.pop() == T, f"levels of {heights} x {widths} are not {T} tokens"
+    assert T * H * C < 2**31, f"{T} tokens of {H * C} channels are more than the kernel counts"
+    tile = _tile_for(value.device)
+    block_p, block_c = triton.next_power_of_2(P), triton.next_power_of_2(C)
+    options: dict[str, Any] = {"num_warps": tile.num_warps}
+    if kernel is forward_kernel:
+        room = tile.forward_bytes // value.element_size()
+    else:
+        room = tile.backward_bytes // locations.element_size()
+        options["TOGETHER"] = tile.adds_together
+    block_q = room // (block_p * block_c)
+    block_q = max(1, min(MOST_QUERIES, block_q, triton.next_power_of_2(Q)))
+    with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
+        kernel[(triton.cdiv(Q, block_q), H, B)](
+            *tensors,
+            T, Q, heights, widths, tuple(starts),
+            H=H, C=C, L=L, P=P,
+            BLOCK_Q=block_q, BLOCK_P=block_p, BLOCK_C=block_c,
+            EXACT=tl.float64 if locations.dtype is torch.float64 else tl.float32,
+            **options,
+        )  # fmt: skip
+
+
+def _tile_for(device: torch.device) -> _Tile:
+    if device.type != "cuda":
+        return _INTERPRETED
+    capability = torch.cuda.get_device_capability(device)
+    return next(tile for least, tile in _TILES.items() if capability >= least)

@@ -1,0 +1,106 @@
+"""A shard's pictures, read ahead in threads while the teacher is busy with earlier ones."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import torch
+
+from dkdetr.data.annotations import ImageInfo
+from dkdetr.data.image_files import UnreadableImageError, decode_image
+from dkdetr.data.splits import Split
+from pipeline.decoding import Decoder, EncodedImage, Pixels, decode_on_device, suits_a_device
+from pipeline.proposals import SourceImage
+
+READ_THREADS = max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+"""Decoders of a worker; Pillow lets the interpreter go while it works."""
+
+_Read = Pixels | EncodedImage | str
+Chunk = list[tuple[ImageInfo, SourceImage]]
+
+
+def readable_images(
+    split: Split,
+    images: Sequence[ImageInfo],
+    quarantined: dict[int, str],
+    *,
+    chunk_size: int,
+    decoder: Decoder,
+    device: torch.device,
+) -> Iterator[Chunk]:
+    """Yields the images that can be read, in order and by `chunk_size`; notes the others.
+
+    Two chunks are read ahead, or two pictures a thread. Which images share a chunk depends on the
+    files alone.
+
+    Args:
+        split: knows where they lie.
+        images: in the plan's order.
+        quarantined: is given image id -> why it cannot be used; no path of this machine in it.
+        chunk_size: images at once.
+        decoder: see pipeline.decoding.
+        device: decodes, if the decoder is torchvision's.
+    """
+
+    def read(image: ImageInfo) -> _Read:
+        path, size = split.image_path(image), (image.height, image.width)
+        try:
+            data = path.read_bytes()
+            if decoder == "torchvision" and suits_a_device(data, size):
+                return EncodedImage(data, path, size)
+            return decode_image(data, path, expected_hw=size)
+        except UnreadableImageError as error:
+            return _without_path(error, split, image)
+        except OSError as error:
+            return f"image {image.file_name}: {error.strerror or error}"
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = _ahead(pool, read, images, 2 * max(chunk_size, READ_THREADS))
+        good = _good(found, quarantined)
+        while chunk := list(islice(good, chunk_size)):
+            encoded = [(i, read) for i, read in chunk if isinstance(read, EncodedImage)]
+            decoded = iter(decode_on_device([read for _, read in encoded], device))
+            ready: Chunk = []
+            for image, pixels in chunk:
+                final = next(decoded) if isinstance(pixels, EncodedImage) else pixels
+                if isinstance(final, UnreadableImageError):
+                    quarantined[image.image_id] = _without_path(final, split, image)
+                else:
+                    ready.append((image, SourceImage(image.image_id, final)))
+            if ready:
+                yield ready
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    read: Callable[[ImageInfo], _Read],
+    images: Sequence[ImageInfo],
+    most: int,
+) -> Iterator[tuple[ImageInfo, _Read]]:
+    """Yields every image's result, in order; at most `most` of them wait."""
+    ahead: deque[tuple[ImageInfo, Future[_Read]]] = deque()
+    remaining = iter(images)
+    while True:
+        for image in islice(remaining, most - len(ahead)):
+            ahead.append((image, pool.submit(read, image)))
+        if not ahead:
+            return
+        image, future = ahead.popleft()
+        yield image, future.result()
+
+
+def _good(
+    results: Iterator[tuple[ImageInfo, _Read]], quarantined: dict[int, str]
+) -> Iterator[tuple[ImageInfo, Pixels | EncodedImage]]:
+    for image, result in results:
+        if isinstance(result, str):
+            quarantined[image.image_id] = result
+        else:
+            yield image, result
+
+
+def _without_path(error: UnreadableImageError, split: Split, image: ImageInfo) -> str:
+    """Returns why, without where this machine keeps its pictures: the cache must not depend on."""
+    return str(error).replace(str(split.image_path(image)), image.file_name)

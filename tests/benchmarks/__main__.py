@@ -1,0 +1,155 @@
+"""Every benchmark of speed, one after the other, kept as dated Markdown.
+
+    python -m tests.benchmarks [--device auto|cpu|cuda] [--only step inference] [--out FOLDER]
+
+`make bench` (a CPU, small sizes) and `make bench-gpu`. Each runs in a process of its own; one that
+fails is told, and the exit code is 1. Nothing is fetched: tests/benchmarks/requirements.txt lists
+what must be installed beside dkdetr.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.benchmarks import recorded
+from tests.benchmarks.machine import describe
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 3600
+_PACKAGES = ("torch", "torchvision", "triton", "transformers", "open_clip_torch", "faiss-cpu",
+             "zarr", "numpy", "pillow")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A module of this folder, its options on either device, and what others were seen to do."""
+
+    module: str
+    title: str
+    cpu: str = ""
+    gpu: str = ""
+    peers: str = ""
+
+
+BENCHMARKS = (
+    Benchmark("attention", "Deformable attention", peers=recorded.ATTENTION),
+    Benchmark("step", "A training step by part", peers=recorded.STEP),
+    Benchmark("matching", "Matching of the first stage", cpu="--tokens 5440 --targets 12"),
+    Benchmark(
+        "teacher_free", "The teacher: not there, cached, in the loop",
+        cpu="--steps 2 --crops 20",
+        gpu="--experiment lvis_r50_70e --batch 8 --image-size 1024 --device cuda --steps 10 "
+        "--teacher ViT-B-32-quickgelu:random --set optim.precision=auto",
+        peers=recorded.TEACHER,
+    ),
+    Benchmark(
+        "cache_fill", "The cache stage by part",
+        cpu="--teacher pictograms --images 32 --boxes 16 --repeats 1",
+        gpu="--images 528 --boxes 300 --workers 8 --repeats 1",
+        peers=recorded.CACHE,
+    ),
+    Benchmark("inference", "Inference", gpu="--compile", peers=recorded.INFERENCE),
+    Benchmark(
+        "cache_reader", "The cache's reader", cpu="--images 64 --seconds 1", peers=recorded.READER
+    ),
+    Benchmark(
+        "scoring", "Scoring", cpu="--images 100 --official", gpu="--official",
+        peers=recorded.SCORING,
+    ),
+    Benchmark("neighbors", "Neighbour lists", cpu="--images 500"),
+    Benchmark(
+        "annotations", "Reading annotations", cpu="--annotations 50000 --images 5000"
+    ),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--only", nargs="+", choices=[each.module for each in BENCHMARKS])
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "benchmarks" / "results")
+    options = parser.parse_args()
+    device = _device(options.device)
+    begun = datetime.now(UTC)
+    name = f"{begun:%Y-%m-%d}-{device}" + ("-" + "-".join(options.only) if options.only else "")
+    path = options.out / f"{name}.md"
+    pages = [f"# Benchmarks of {begun:%Y-%m-%d}, {device}\n\n{_machine(device)}\n"]
+    failed = 0
+    for each in BENCHMARKS:
+        if options.only is None or each.module in options.only:
+            page, code = _run(each, device)
+            print(page, flush=True)
+            pages.append(page)
+            failed += code != 0
+            # Kept after each: an interrupted run has said what it has seen.
+            options.out.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(pages), encoding="utf-8")
+    print(f"kept in {path}; {failed} failed")
+    return 1 if failed else 0
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        sys.exit("--device cuda: there is no GPU; use make bench for small sizes on a CPU")
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def _machine(device: str) -> str:
+    note = "Sizes of the design's page, times of a GPU."
+    if device == "cpu":
+        load = os.getloadavg()[0]
+        note = (
+            "Small sizes on one thread: only ratios within a table mean anything. Load average at "
+            f"the start: {load:.1f}."
+        )
+    return f"{describe(*_PACKAGES)}.\n{note}"
+
+
+def _run(benchmark: Benchmark, device: str) -> tuple[str, int]:
+    words = (benchmark.gpu if device == "cuda" else benchmark.cpu).split()
+    command = [sys.executable, "-m", f"tests.benchmarks.{benchmark.module}", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+            timeout=TIMEOUT_S,
+        )  # fmt: skip
+        said, code = done.stdout.strip(), done.returncode
+        if code:
+            said += f"\nFAILED with exit code {code}\n" + done.stderr.strip()[-2000:]
+    except subprocess.TimeoutExpired:
+        said, code = f"FAILED: not done after {TIMEOUT_S} s", 1
+    seconds = time.monotonic() - started
+    shown = " ".join(["python", *command[1:]])
+    page = f"## {benchmark.title}\n\n`{shown}`, {seconds:.0f} s\n\n```\n{said}\n```\n"
+    if benchmark.peers:
+        page += (
+            f"\nRecorded of others (tests/benchmarks/recorded.py):\n\n{_spaced(benchmark.peers)}\n"
+        )
+    return page, code
+
+
+def _spaced(text: str) -> str:
+    """Returns the text with empty lines around its table, as Markdown wants them."""
+    lines = text.splitlines()
+    spaced: list[str] = []
+    for before, line in zip(["", *lines], lines, strict=False):
+        if before and before.startswith("|") != line.startswith("|"):
+            spaced.append("")
+        spaced.append(line)
+    return "\n".join(spaced)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

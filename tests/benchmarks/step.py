@@ -1,0 +1,177 @@
+"""A whole training step by part, beside transformers' Deformable DETR in the same run.
+
+    python -m tests.benchmarks.step [--batch 8] [--size 1024] [--steps 10]
+
+Ours: all losses, distillation from a cache's embeddings, 300 + 20 queries; theirs: its own losses,
+300 queries. Both: ResNet-50, two stages, box refinement, as many classes, AdamW, clipping, the same
+precision (bfloat16 on a GPU that has it). A second table has large-scale jitter. Random weights.
+On a CPU the sizes are small, the time is the process's own (but in the table of parts, which a
+busy machine stretches), and the ratio is what to read.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from dkdetr.data.device_views import decoded_images, render_images
+from dkdetr.data.transforms import draw_geometry, render_view
+from dkdetr.engine.allocator import keep_freed_memory
+from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.step import TrainingStep, choose_precision
+from dkdetr.engine.step_parts import marked_modules, step_times
+from dkdetr.experiment_file import load_experiment
+from dkdetr.structures import DecodedImages, TrainingBatch
+from dkdetr.student.build import build_student
+from tests.benchmarks.machine import describe
+from tests.benchmarks.made_up import (
+    TEXT_DIM,
+    finish,
+    made_up_batch,
+    made_up_text,
+    peer_detector,
+    seconds_a_call,
+)
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=8 if on_gpu else 1)
+    parser.add_argument("--size", type=int, default=1024 if on_gpu else 192)
+    parser.add_argument("--classes", type=int, default=1203 if on_gpu else 80)
+    parser.add_argument("--queries", type=int, default=300 if on_gpu else 100)
+    parser.add_argument("--layers", type=int, default=6 if on_gpu else 3)
+    parser.add_argument("--steps", type=int, default=10 if on_gpu else 3)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--set", action="append", default=[], help="of our settings")
+    options = parser.parse_args()
+    keep_freed_memory()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.set_num_threads(1)
+    print(describe("torch", "torchvision", "triton", "transformers"))
+    print(
+        f"batch {options.batch} of {options.size} px, {options.classes} classes, {options.queries} "
+        f"queries, {options.layers} layers, {options.precision}, {device}, {options.steps} steps"
+    )
+    batch = made_up_batch(options.batch, options.size, options.classes)
+    ours, table = our_step(options, batch, device)
+    print(table)
+    memory = gib(device)
+    theirs = peer_step(options, batch, device)
+    print("\n| what | ms a step | images/s | of transformers' | peak GiB |\n|---|---|---|---|---|")
+    rows = (("ours, all losses", ours, memory), ("transformers", theirs, gib(device)))
+    for name, seconds, peak in rows:
+        rate = options.batch / seconds
+        print(f"| {name} | {1000 * seconds:.1f} | {rate:.2f} | {theirs / seconds:.2f} | {peak} |")
+    loader, there = jitter_rates(options, device)
+    print("\n| large-scale jitter to the step's size | images/s |\n|---|---|")
+    print(f"| in one loader process | {loader:.1f} |")
+    print(f"| on {device}, a batch at once | {there:.1f} |")
+
+
+def our_step(
+    options: argparse.Namespace, batch: TrainingBatch, device: torch.device
+) -> tuple[float, str]:
+    """Returns the seconds of a step, and the table of its parts."""
+    sizes = {"num_queries": options.queries, "num_encoder_layers": options.layers,
+             "num_decoder_layers": options.layers, "backbone.weights": "random",
+             "backbone.norm": "batch"}  # fmt: skip
+    overrides = [f"student.{name}={value}" for name, value in sizes.items()]
+    overrides += ["kd.start_epoch=0", f"optim.precision={options.precision}", *options.set]
+    config = load_experiment("lvis_r50_70e", overrides).config
+    torch.manual_seed(0)
+    student = build_student(config, text_dim=TEXT_DIM).to(device).train()
+    with tempfile.TemporaryDirectory() as folder:
+        step = TrainingStep(
+            student,
+            make_optimizer(student, config.optim),
+            made_up_text(options.classes).to(device),
+            config,
+            Ranks(rank=0, world_size=1, device=device),
+            precision=choose_precision(options.precision, device),
+            dumps=Path(folder),
+        )
+        reset_peak(device)
+        done = iter(range(10**6))
+        seconds = seconds_a_call(
+            lambda: step([batch], epoch=0, iteration=next(done)), device, options.steps
+        )
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        profiled = 1 + options.steps // 3
+        plan = schedule(wait=0, warmup=1, active=profiled, repeat=1)
+        with marked_modules(student), profile(activities=activities, schedule=plan) as profiler:
+            for _ in range(profiled + 1):
+                step([batch], epoch=0, iteration=next(done))
+                finish(device)
+                profiler.step()
+    return seconds, step_times(profiler.events() or []).table()
+
+
+def peer_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.device) -> float:
+    """Returns the seconds of a step of transformers' model."""
+    model = peer_detector(options.classes, options.queries, options.layers).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=1e-4)
+    labels = [{"class_labels": t.labels.to(device), "boxes": t.boxes_cxcywh.to(device)}
+              for t in batch.targets]  # fmt: skip
+    pixels = batch.images.pixels.to(device)
+    mask = (~batch.images.padding_mask).long().to(device)
+    dtype = choose_precision(options.precision, device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            loss = model(pixel_values=pixels, pixel_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+    reset_peak(device)
+    return seconds_a_call(step, device, options.steps)
+
+
+def jitter_rates(options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """Returns views a second: made by the loader's code, and on the device."""
+    random = np.random.default_rng(0)
+    count = max(2, options.batch)
+    images = [random.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(count)]
+    views = [
+        draw_geometry(
+            (480, 640), torch.zeros(0, 4), image_size=options.size, scale_range=(0.1, 2.0),
+            flip_probability=0.5, generator=torch.Generator().manual_seed(number),
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+    def by_loader() -> None:
+        for image, view in zip(images, views, strict=True):
+            render_view(image, view, image_size=options.size)
+
+    decoded: DecodedImages = decoded_images(images, views, range(count), image_size=options.size)
+    if device.type == "cuda":
+        decoded = decoded.pin_memory()
+    cpu = torch.device("cpu")
+    loader = seconds_a_call(by_loader, cpu, options.steps)
+    there = seconds_a_call(lambda: render_images(decoded.to(device)), device, options.steps)
+    return count / loader, count / there
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def gib(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "-"
+    return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"
+
+
+if __name__ == "__main__":
+    main()

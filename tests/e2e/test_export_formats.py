@@ -1,0 +1,76 @@
+"""`dkdetr export` as typed: each format, its words, and what makes no sense."""
+
+import json
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import onnxruntime
+import pytest
+from tiny_student import TEXT_DIM, tiny_config, tiny_student
+from typer.testing import CliRunner
+
+import cli
+from dkdetr.data.vocabulary import Vocabulary, save_vocabulary
+from dkdetr.student_file import StudentFile, save_student_file
+
+
+def vocabulary(names: tuple[str, ...], teacher: str = "t") -> Vocabulary:
+    many = len(names)
+    rows = np.eye(many, TEXT_DIM, dtype=np.float32)
+    groups = (tuple(range(1, many + 1)), (True,) * many, ("",) * many, ("{}",), teacher)
+    return Vocabulary(names, *groups, rows)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = StudentFile(tiny_student().state_dict(), tiny_config(), vocabulary(("cat", "dog")), {})
+    save_student_file(tmp_path / "s.safetensors", file)
+    save_vocabulary(vocabulary(("a", "b", "c")), tmp_path / "three.vocab")
+    save_vocabulary(vocabulary(("a",), "other"), tmp_path / "other.vocab")
+    jaxtyping.config.update("jaxtyping_disable", True)  # while traced, numbers are tensors
+    yield tmp_path
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def export(*words: str):
+    return CliRunner().invoke(cli.app, ["export", "s.safetensors", *words])
+
+
+def test_onnx_with_names_of_a_file(place):
+    done = export("--format", "onnx", "--vocab", "three.vocab", "--json", "told.json")
+    assert done.exit_code == 0, done.stderr
+    assert "written: s.onnx; 3 names" in done.stdout
+    assert "largest difference to PyTorch in onnxruntime" in done.stdout
+    told = json.loads((place / "told.json").read_text())
+    assert told["baked_names"] == 3
+    assert told["compared"]["boxes"] < 1e-5
+    session = onnxruntime.InferenceSession(place / "s.onnx")
+    pixels = np.zeros((1, 3, 128, 128), np.float32)
+    fed = {"pixels": pixels, "padding_mask": np.zeros((1, 128, 128), bool)}
+    assert session.run(["scores"], fed)[0].shape == (1, 12, 3)
+
+
+def test_torchscript_with_the_runs_own_names_and_another_path(place):
+    done = export("--format", "torchscript", "--bake", "--out", "deep/graph.pt")
+    assert done.exit_code == 0, done.stderr
+    assert "2 names" in done.stdout
+    assert (place / "deep/graph.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "mention"),
+    [
+        (("--format", "tflite"), 2, "safetensors, onnx, torchscript"),
+        (("--bake",), 2, "fix the names of onnx and torchscript"),
+        (("--format", "onnx", "--bake", "--vocab", "three.vocab"), 2, "one of them"),
+        (("--format", "onnx", "--vocab", "other.vocab"), 4, "nothing in common"),
+        (("--format", "onnx", "--vocab", "absent"), 3, "no vocabulary file absent"),
+    ],
+)
+def test_what_makes_no_sense(place, words, code, mention):
+    done = export(*words)
+    assert done.exit_code == code
+    assert mention in done.stderr
+    assert not (place / "s.onnx").exists()

@@ -1,0 +1,121 @@
+"""The Triton kernels on a CPU, through Triton's interpreter.
+
+`test_student_kernel` runs this file in a process of its own: TRITON_INTERPRET=1 must stand in the
+environment before Triton is imported for the first time.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dkdetr.errors import UsageError
+from dkdetr.student.attention_backend import picks_triton, use_backend
+from dkdetr.student.attention_op import triton_attention
+from dkdetr.student.attention_reference import SpatialShapes
+from dkdetr.student.deformable_attention import (
+    MultiScaleDeformableAttention,
+    deformable_attention,
+)
+from tests.attention_cases import CASES, check, draw
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name: str):
+    check(CASES[name](), triton_attention, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["the student's own", "on borders and middles", "far outside"])
+def test_equals_the_reference_in_other_types(name: str, dtype: torch.dtype):
+    check(CASES[name](), triton_attention, "cpu", dtype)
+
+
+def test_gradients_equal_finite_differences():
+    case = draw(((2, 2), (1, 2)), Q=2, C=2, P=1).to("cpu", torch.float64)
+    inputs = [t.clone().requires_grad_() for t in (case.value, case.locations, case.weights)]
+    assert torch.autograd.gradcheck(
+        lambda v, loc, w: triton_attention(v, case.shapes, loc, w),
+        inputs, eps=1e-7, atol=1e-5, fast_mode=True,
+    )  # fmt: skip
+
+
+# It looks at gradients of tensors of its own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_operators_keep_torch_s_contract():
+    """Schema, fake tensors, autograd, and tracing with static and dynamic shapes."""
+    case = draw(((2, 2), (1, 2)), Q=2, C=2, P=1)
+    tensors = [t.clone().requires_grad_() for t in (case.value, case.locations, case.weights)]
+    sizes = [2, 2, 1, 2]
+    torch.library.opcheck(torch.ops.dkdetr.deformable_attention.default, (*tensors, sizes))
+    fixed = [t.detach() for t in (torch.randn(1, 2, 2), *tensors)]
+    torch.library.opcheck(torch.ops.dkdetr.deformable_attention_backward.default, (*fixed, sizes))
+
+
+def test_tensors_of_any_strides_are_read():
+    case = draw(((3, 2), (1, 2)), H=2)
+    value = case.value.transpose(1, 2).contiguous().transpose(1, 2)
+    locations = case.locations.transpose(1, 2).contiguous().transpose(1, 2)
+    weights = case.weights.transpose(1, 2).contiguous().transpose(1, 2)
+    wanted = triton_attention(case.value, case.shapes, case.locations, case.weights)
+    assert torch.equal(triton_attention(value, case.shapes, locations, weights), wanted)
+
+
+def test_nothing_asked_is_nothing_done():
+    case = draw(((2, 2),), Q=0)
+    inputs = [t.clone().requires_grad_() for t in (case.value, case.locations, case.weights)]
+    out = triton_attention(inputs[0], case.shapes, inputs[1], inputs[2])
+    assert out.shape == (1, 0, 4)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_module_compiles_whole():
+    torch.manual_seed(0)
+    attention = MultiScaleDeformableAttention(8, num_heads=2, num_levels=2, num_points=1)
+    use_backend(attention, "triton", torch.device("cpu"))
+    shapes: SpatialShapes = ((2, 3), (1, 2))
+    tokens, query = torch.randn(1, 8, 8, requires_grad=True), torch.randn(1, 4, 8)
+    padding = torch.zeros(1, 8, dtype=torch.bool)
+    reference = torch.rand(1, 4, 2, 4)
+
+    def step(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        out = module(query, reference, tokens, padding, shapes)
+        return out, torch.autograd.grad(out.square().sum(), tokens)[0]
+
+    wanted = step(attention)
+    found = step(torch.compile(attention, fullgraph=True, backend="aot_eager"))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_under_autocast_locations_stay_exact():
+    attention = MultiScaleDeformableAttention(8, num_heads=2, num_levels=1, num_points=2)
+    use_backend(attention, "triton", torch.device("cpu"))
+    seen: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.dkdetr.deformable_attention.default:
+                seen.extend(tensor.dtype for tensor in args[:3])
+            return func(*args, **(kwargs or {}))
+
+    tokens = torch.randn(1, 4, 8)
+    padding = torch.zeros(1, 4, dtype=torch.bool)
+    with Watch(), torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(tokens, torch.rand(1, 4, 1, 2), tokens, padding, ((2, 2),))
+    assert seen[-3:] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_deterministic_algorithms_go_by_gathering():
+    case = draw(((2, 2),))
+    tensors = (case.value, case.shapes, case.locations, case.weights)
+    assert picks_triton("triton", torch.device("cpu"), torch.float32, (1, 4, 1, 2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(UsageError, match="deterministic"):
+            use_backend(torch.nn.Linear(1, 1), "triton", torch.device("cpu"))
+        found = deformable_attention(*tensors, backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, deformable_attention(*tensors, backend="torch"))

@@ -1,0 +1,84 @@
+"""What every command has: `--json` and `--offline`; one answer a command, errors included."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import cli
+
+
+def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every command of the program and its typed words."""
+    group = typer.main.get_command(cli.app) if group is None else group
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def run(*words: str):
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def test_there_are_commands():
+    names = {name for name, _ in commands()}
+    assert {"train", "cache export", "data prepare", "config check", "fetch"} <= names
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_every_command_has_the_common_options(name):
+    command = dict(commands())[name]
+    options = {word for parameter in command.params for word in parameter.opts}
+    assert {"--json", "--offline", "--verbose"} <= options
+    assert command.help, "a command says what it does"
+
+
+def test_an_error_is_the_json(tmp_path):
+    done = run("config", "show", "nothing", "--json", "-")
+    assert done.exit_code == 2
+    told = json.loads(done.stdout)["error"]
+    assert told["code"] == 2
+    assert "unknown experiment 'nothing'" in told["message"]
+    assert told["message"] in done.stderr
+    path = tmp_path / "e.json"
+    assert run("data", "check", "nothing", "--json", str(path)).exit_code == 2
+    assert json.loads(path.read_text())["error"]["code"] == 2
+
+
+def test_a_report_of_faults_stays_the_answer(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    content["images"] = [{"id": 1, "file_name": "absent.jpg", "height": 5, "width": 5}]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    done = run("data", "check", f"coco:{images}:{tmp_path / 'train.json'}", "--json", "-")
+    assert done.exit_code == 3
+    assert "error" not in json.loads(done.stdout)
+
+
+def test_config_check(tmp_path):
+    done = run("config", "check", "trial", "--json", "-")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["name"] == "trial"
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "trial"\nname = "mine"\n[optim]\nepochs = 3\nlr_drop_epochs = [2]\n')
+    assert run("config", "check", str(path)).exit_code == 0
+    for wrong, mention in (("epochs = -1", "optim.epochs"), ("epoch = 3", "optim.epoch")):
+        path.write_text(f'extends = "trial"\nname = "mine"\n[optim]\n{wrong}\n')
+        done = run("config", "check", str(path))
+        assert done.exit_code == 2
+        assert mention in done.stderr
+
+
+def test_making_the_embedded_data_set_answers_too(tmp_path, monkeypatch):
+    from pipeline.pictograms import dataset
+
+    monkeypatch.setattr(dataset, "prepare_pictograms", lambda root, **_: root / "pictograms")
+    done = run("data", "prepare", "pictograms", "--data-root", str(tmp_path), "--json", "-")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {"folder": str(tmp_path / "pictograms")}

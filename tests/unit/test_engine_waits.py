@@ -1,0 +1,116 @@
+"""How often forward pass and loss make the CPU wait for a GPU: once, for the matching.
+
+There is no GPU here. The student is built of fake tensors on a fake CUDA device, which have shapes
+and no numbers: whatever asks the device for a number, or for a shape that depends on one, raises.
+Copies between the devices are counted.
+"""
+
+import numpy as np
+import pytest
+import torch
+from step_options import option_config, training_batch
+from tiny_student import NUM_CLASSES, TEXT_DIM
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dkdetr.engine.pairing import pair_with_teacher
+from dkdetr.losses.alignment import Alignment
+from dkdetr.losses.criterion import Criterion, Normalisers
+from dkdetr.losses.distillation import distillation_statistics
+from dkdetr.structures import DenoisingQueries, TrainingBatch
+from dkdetr.student.attention_backend import use_backend
+from dkdetr.student.build import build_student
+
+
+class Copies(TorchDispatchMode):
+    """Remembers the copies from one device to another, and whether one waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down: list[str] = []
+        self.up: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if func in copies and isinstance(result, Tensor):
+            source = args[1] if func is copies[1] else args[0]
+            if source.device != result.device:
+                (self.down if source.is_cuda else self.up).append(str(tuple(source.shape)))
+                assert source.is_cuda or (kwargs or {}).get("non_blocking")
+        return result
+
+
+def without_numbers(self: Tensor) -> np.ndarray:
+    """What `Tensor.numpy` gives here of a fake tensor: some numbers, all of them different."""
+    return np.arange(self.numel(), dtype=np.float32).reshape(self.shape)
+
+
+def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
+    config = option_config(name)
+    batch: TrainingBatch = training_batch(config)
+    monkeypatch.setattr(FakeTensor, "numpy", without_numbers, raising=False)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    copies = Copies()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            student = build_student(config, text_dim=TEXT_DIM).train()
+            text = torch.zeros(NUM_CLASSES, TEXT_DIM)
+            normalisers = Normalisers(torch.ones(()), torch.ones(()))
+        use_backend(student, "torch", torch.device("cpu"))
+        batch = batch.to("cuda")
+        denoising = fake_denoising(config.student.denoising) if config.student.denoising else None
+        criterion = Criterion(config.detection, config.kd, teacher_mean=text[0])
+        with copies:
+            regions = batch.regions if config.kd.auxiliary_queries else None
+            output = student(
+                batch.images, text, regions,
+                hybrid=config.kd.hybrid_queries > 0, denoising=denoising,
+            )  # fmt: skip
+            pairs = pair_with_teacher(output, batch, Alignment(config.kd), criterion, None)
+            paired, regions = (output, None) if pairs is None else (pairs.output, pairs.regions)
+            report = criterion(paired, batch.targets, regions, normalisers, denoising=denoising)
+            if pairs is not None:
+                distillation_statistics(pairs)
+        assert report.total.is_cuda
+    return copies
+
+
+def fake_denoising(groups: int) -> DenoisingQueries:
+    places = 2 * groups
+    with torch.device("cuda"):
+        boxes, labels = torch.zeros(2, places, 4), torch.zeros(2, places, dtype=torch.long)
+        valid = torch.zeros(2, places, dtype=torch.bool)
+    return DenoisingQueries(boxes, labels, valid, boxes, labels, groups)
+
+
+def test_the_watch_sees_what_waits():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        numbers = torch.zeros(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            numbers[0].item()
+        with pytest.raises(DynamicOutputShapeException):
+            numbers[numbers > 0]
+        with pytest.raises(AssertionError), Copies():
+            numbers.new_tensor([1.0, 2.0])
+        with Copies() as copies:
+            numbers.cpu()
+        assert len(copies.down) == 1
+
+
+@pytest.mark.parametrize("name", ["cached", "siglip_bias", "everything extra", "masks", "iou"])
+def test_the_matching_alone_waits(name: str, monkeypatch: pytest.MonkeyPatch):
+    copies = waits_of(name, monkeypatch)
+    assert len(copies.down) == 1, copies.down
+    assert len(copies.up) == 1, copies.up
+
+
+def test_pairs_that_depend_on_matches_wait_once_more(monkeypatch: pytest.MonkeyPatch):
+    copies = waits_of("cached without auxiliary", monkeypatch)
+    assert (len(copies.down), len(copies.up)) == (2, 2), (copies.down, copies.up)

@@ -1,0 +1,83 @@
+"""torch.compile sees the student as one graph: nothing in it falls back to Python.
+
+In processes of their own, because torch.compile cannot look through the shape checks of tests.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.commands import ROOT
+
+_WHOLE = """
+import torch
+from step_options import option_config, training_batch
+from tiny_student import text_embeddings, tiny_student
+
+torch.set_num_threads(1)
+for name in {names}:
+    config = option_config(name)
+    plain, compiled = (tiny_student(config).train() for _ in range(2))
+    compiled.compile(backend="eager", fullgraph=True)
+    batch = training_batch(config)
+    for regions in (None, batch.regions):  # burn-in, distillation
+        wanted, found = (
+            student(batch.images, text_embeddings(), regions) for student in (plain, compiled)
+        )
+        torch.testing.assert_close(found.logits, wanted.logits)
+        if regions is not None:
+            torch.testing.assert_close(found.distillation.features, wanted.distillation.features)
+"""
+
+_PARTS = """
+import torch
+from tiny_student import image_batch, tiny_student
+
+torch.set_num_threads(1)
+student = tiny_student().train()
+_, grid, _ = student.trunk(image_batch())
+num_tokens = grid.padding_mask.shape[1]
+tokens, places = torch.randn(2, num_tokens, 32), torch.randn(2, num_tokens, 32)
+queries, positions, anchors = torch.randn(2, 6, 32), torch.randn(2, 6, 32), torch.rand(2, 6, 4)
+blocked = torch.eye(6, dtype=torch.bool).roll(1, 0).expand(8, -1, -1)
+for part, args in (
+    (student.trunk.encoder, (tokens, places, grid)),
+    (student.decoder, (queries, positions, anchors, tokens, grid, blocked)),
+):
+    compiled = torch.compile(part, backend="aot_eager", fullgraph=True)
+    wanted, found = part(*args), compiled(*args)
+    torch.testing.assert_close(found, wanted)
+    if len(args) > 3:  # the decoder's queries, without the boxes
+        wanted, found = wanted[0], found[0]
+    weights = list(part.parameters())
+    one, other = (
+        torch.autograd.grad(each.sum(), weights, allow_unused=True, materialize_grads=True)
+        for each in (wanted, found)
+    )
+    torch.testing.assert_close(one, other)
+"""
+
+
+def run(code: str) -> None:
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_student_is_one_graph_with_and_without_distillation():
+    run(_WHOLE.format(names=["cached"]))
+
+
+@pytest.mark.slow
+def test_the_student_is_one_graph_under_other_settings():
+    run(_WHOLE.format(names=["iou", "hybrid", "slots", "siglip_bias", "masks"]))
+
+
+def test_encoder_and_decoder_are_one_graph_each_with_gradients():
+    """Through AOTAutograd, as the compiler sees them."""
+    run(_PARTS)

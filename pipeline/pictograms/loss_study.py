@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--spaces", default="plain,cone")
     parser.add_argument("--losses", help="only these: none,bce,bce_biased,...")
+    parser.add_argument("--weights", help="of SKD, only these: 0.3,1,...")
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
@@ -313,6 +314,8 @@ def main() -> None:
         bias = 0.0 if space == "cone" else -4.0
         for recipe in recipes(bias):
             if words.losses and recipe.name not in words.losses.split(","):
+                continue
+            if words.weights and recipe.skd_weight not in map(float, words.weights.split(",")):
                 continue
             began = time.process_time()
             scores = [

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache.location import CachePath, cache_path
 from cache.store import CacheReader, open_cache
 from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split, load_split
@@ -31,9 +30,9 @@ _BATCH = 16
 _GROUPS = {True: "base", False: "novel"}
 
 
-def source_recall(split: Split, source: str, cache: CachePath) -> dict[str, Any]:
+def source_recall(split: Split, source: str, cache: Path) -> dict[str, Any]:
     """Returns recall by group and number of boxes, of `fit:CACHE`, `student:RUN` or `file:PATH`."""
-    prepared = prepare_source(parse_proposals(source), Path(cache), split)
+    prepared = prepare_source(parse_proposals(source), cache, split)
     proposer = open_source(prepared, torch.device("cpu"), batch_size=_BATCH)
     boxes: dict[int, np.ndarray] = {}
     for start in range(0, len(split.images), _BATCH):
@@ -86,7 +85,7 @@ def _read(split: Split, start: int) -> Sequence[SourceImage]:
 def main() -> None:
     """Prints the report as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cache", type=cache_path)
+    parser.add_argument("cache", type=Path)
     parser.add_argument("--val", required=True)
     parser.add_argument("--sources", nargs="*", default=[])
     parser.add_argument("--data-root", type=Path, default=Path("data"))

@@ -18,7 +18,8 @@ GroupScores = Mapping[str, Mapping[str, float]]
 
 _SCORE: Mapping[Protocol, str] = {"lvis": "AP", "ovcoco": "AP50"}
 _COLUMN_OF = {
-    "r": "APr", "c": "APc", "f": "APf", "novel": "AP50_novel", "base": "AP50_base",
+    "rare": "APr", "common": "APc", "frequent": "APf",
+    "novel": "AP50_novel", "base": "AP50_base",
 }  # fmt: skip
 
 

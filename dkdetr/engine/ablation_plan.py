@@ -21,7 +21,7 @@ from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import portable_name
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError, UsageError
-from dkdetr.experiment_file import ConfigError, config_hash, load_experiment
+from dkdetr.experiment_file import ConfigError, config_from_dict, config_hash, load_experiment
 
 BURN_IN = "burn_in"
 ROW_FILE = "row.json"
@@ -110,6 +110,7 @@ class AblationPlan:
         if not path.is_file():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
+        record["config_hash"] = _hash_today(record)
         wanted = {"config_hash": run.hash, "split": self.split}
         wanted["cache_fingerprint"] = self.cache_fingerprint
         for key, value in wanted.items():
@@ -160,6 +161,16 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         burn_ins=tuple(maker.burn_in(seed) for seed in seeds) if base.kd.start_epoch else (),
         wanted=wanted,
     )
+
+
+def _hash_today(record: Mapping[str, Any]) -> str:
+    """Returns the hash of a row's settings; those that did not exist then have their defaults."""
+    try:
+        if record.get("config"):
+            return config_hash(config_from_dict(record["config"]))
+    except ConfigError:  # a setting of then is none of today's: these are other settings
+        pass
+    return str(record["config_hash"])
 
 
 def seconds_per_step(run: PlannedRun) -> float | None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dkdetr.engine.ablation_plan import (
 )
 from dkdetr.engine.ablation_results import COLUMNS
 from dkdetr.engine.metric_log import in_brief, read_metrics
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.evaluation.protocols import OVERALL_KEYS
 
 _KEPT_LINES = 8
@@ -30,6 +32,7 @@ def record_row(plan: AblationPlan, run: PlannedRun) -> None:
         "row": run.run,
         "seed": run.seed,
         "config_hash": run.hash,
+        "config": _settings_of(run),
         "cache_fingerprint": plan.cache_fingerprint,
         "split": plan.split,
         "evaluator": scored.get("evaluator"),
@@ -41,6 +44,11 @@ def record_row(plan: AblationPlan, run: PlannedRun) -> None:
         "log": in_brief(read_metrics(run.folder / "metrics.jsonl"), _KEPT_LINES),
     }
     write_text(run.folder / ROW_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _settings_of(run: PlannedRun) -> dict[str, Any]:
+    path = RunFolder(run.folder).config
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _names_of(plan: AblationPlan, scored: Mapping[str, Any]) -> GroupScores:

@@ -9,9 +9,9 @@ from dkdetr.engine.ablation_results import AblationResult, RowResult, markdown
 from dkdetr.engine.ablation_tables import TableRow, table_of
 
 CSV = """category_id,name,group,AP,AP50,AP75,num_gt,num_detections
-1,apple,f,0.5,0.75,0.25,3,9
-2,pear,r,0.25,0.5,0.125,2,4
-3,plum,r,,,,0,4
+1,apple,frequent,0.5,0.75,0.25,3,9
+2,pear,rare,0.25,0.5,0.125,2,4
+3,plum,rare,,,,0,4
 4,fig,novel,0.125,0.5,0.0,2,4
 """
 

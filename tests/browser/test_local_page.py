@@ -157,7 +157,9 @@ def test_the_cache_and_the_curves(page: WebDriver, world):
     assert page.current_url == asked
     assert len(page.find_elements(By.TAG_NAME, "article")) == 1
     page.find_element(By.LINK_TEXT, "← pictures and words").click()
+    wait(page, lambda: page.find_elements(By.LINK_TEXT, "curves"))  # its script fills the links in
     page.find_element(By.LINK_TEXT, "curves").click()
+    wait(page, lambda: page.title == "Curves")
     assert page.title == "Curves"
     assert len(page.find_elements(By.CSS_SELECTOR, ".chart path")) == 2
     assert "<s>mine</s>" in page.find_element(By.TAG_NAME, "main").text

@@ -188,6 +188,7 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                 raise typer.Exit(code) from None
 
         _add_option(guarded, "offline", Offline)
+        _complete_names(function)
         full = name if group is app else f"{group.info.name} {name}"
         lines = [f"  {example}" for example in _EXAMPLES.get(full, ())]
         epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
@@ -218,6 +219,27 @@ def _report_error(sentence: str, code: int, destination: str | None) -> None:
         return
     with contextlib.suppress(OSError):  # the error itself is told already
         _report({"error": {"code": code, "message": sentence}}, destination)
+
+
+def _complete_names(command: Callable[..., None]) -> None:
+    """Lets the shell complete the values of --split and --experiment."""
+    for option, names in (("split", _split_names), ("experiment", _experiment_names)):
+        for described in getattr(command.__annotations__.get(option), "__metadata__", ()):
+            described.autocompletion = names
+
+
+def _split_names(incomplete: str) -> list[str]:
+    from dkdetr.data.split_sources import PICTOGRAM_SIZES, SOURCES
+
+    parts = ("train", "val")
+    drawn = [f"pictograms_{size}_{part}" for size in PICTOGRAM_SIZES for part in parts]
+    return [name for name in (*SOURCES, *drawn) if name.startswith(incomplete)]
+
+
+def _experiment_names(incomplete: str) -> list[str]:
+    from dkdetr.experiment_file import shipped_experiments
+
+    return [name for name in shipped_experiments() if name.startswith(incomplete)]
 
 
 def _reader_is_gone() -> bool:

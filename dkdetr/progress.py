@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 _LINE_EVERY_S = 30.0
 
@@ -49,7 +50,8 @@ def progress(title: str, total: int, *, done: int = 0, quiet: bool = False) -> I
         yield lambda _done, _note: None
     elif sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"),
+            # A split of a user's own is named by its paths, which would leave the bar no room.
+            TextColumn("{task.description}", table_column=Column(max_width=32, no_wrap=True)),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

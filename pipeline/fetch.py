@@ -50,7 +50,7 @@ def fetch(
     Args:
         teacher: its specification; None: no teacher.
         experiment: a shipped name or a TOML file; None: no backbone.
-        bundle: a tar to write; None: the downloads stay where they are.
+        bundle: a tar to write, if there is anything to put into it; None: none is wanted.
         say: takes a line before each download.
 
     Raises:
@@ -70,6 +70,7 @@ def fetch(
             say("ResNet-50 of torchvision")
             weights = fetch_imagenet_weights()
             files.append(BundleFile(f"torch/{weights.name}", weights))
+    bundle = bundle if files else None  # an empty one would look like a full one
     manifest = write_bundle(bundle, files, made_for) if bundle else None
     files.sort(key=lambda each: each.name)
     new = tuple(each.name for each in files if each.source not in before)

@@ -108,7 +108,8 @@ def _machine(device: str) -> str:
         load = os.getloadavg()[0]
         note = (
             "Small sizes on one thread: only ratios within a table mean anything. Load average at "
-            f"the start: {load:.1f}."
+            f"the start: {load:.1f}. Tables on the wall clock (the teacher, the reader, scoring, "
+            "attention) carry a busy machine's noise: a negative price of distillation is such."
         )
     return f"{describe(*_PACKAGES)}.\n{note}"
 

@@ -61,6 +61,9 @@ def test_every_command_has_a_purpose_and_an_example(path: tuple[str, ...]):
         ("dkdetr tr", {"train"}),
         ("dkdetr cache re", {"repair"}),
         ("dkdetr train --smo", {"--smoke"}),
+        ("dkdetr train --experiment ovc", {"ovcoco_r50"}),
+        ("dkdetr config show lvis_r50_3", {"lvis_r50_36e"}),
+        ("dkdetr eval --split lvis_m", {"lvis_minival"}),
     ],
 )
 def test_bash_completion(words: str, offered: set[str]):

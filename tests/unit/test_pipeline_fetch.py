@@ -139,8 +139,9 @@ def test_the_backbone_of_an_experiment(machine, monkeypatch, tmp_path):
 
 def test_what_needs_no_network_is_said(machine, tmp_path):
     machine("here")
-    fetched = fetch("pictograms", "pictograms_tiny", None, print)
+    fetched = fetch("pictograms", "pictograms_tiny", tmp_path / "b.tar", print)
     assert fetched.files == ()
+    assert not (tmp_path / "b.tar").exists()
     assert "nothing to fetch" in fetched.lines()[0]
 
 

@@ -80,6 +80,7 @@ def install_bundle(path: Path, places: Mapping[str, Path]) -> tuple[Manifest, tu
     with _opened(path) as tar:
         manifest = _manifest(tar, path)
         targets = {name: _target(name, places, path) for name in manifest.sizes}
+        _refuse_files_as_folders(targets, path)
         for name, content in _contents(tar, manifest, path):
             if _digest(content) != manifest.hashes[name]:
                 raise CorruptArtefactError(f"'{path}' is damaged: {name} has another hash")
@@ -128,7 +129,7 @@ def _manifest(tar: tarfile.TarFile, path: Path) -> Manifest:
         sizes = {str(name): int(size) for name, size in found["sizes"].items()}
         hashes = {str(name): str(digest) for name, digest in found["hashes"].items()}
         made_for = {str(key): str(value) for key, value in found["made_for"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CorruptArtefactError(f"'{path}': its manifest cannot be read") from None
     if not known or sizes.keys() != hashes.keys():
         raise CorruptArtefactError(f"'{path}': its manifest is of another format")
@@ -162,6 +163,13 @@ def _target(name: str, places: Mapping[str, Path], path: Path) -> Path:
     if not target.parent.resolve().is_relative_to(root.resolve()):
         raise CorruptArtefactError(f"'{path}': {name!r} leads out of '{root}' by a link")
     return target
+
+
+def _refuse_files_as_folders(targets: Mapping[str, Path], path: Path) -> None:
+    files = set(targets.values())
+    for name, target in targets.items():
+        if any(folder in files or folder.is_file() for folder in target.parents):
+            raise CorruptArtefactError(f"'{path}': {name!r} lies below what is a file")
 
 
 def _place(content: IO[bytes], target: Path, expected: str, path: Path) -> None:

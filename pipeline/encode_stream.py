@@ -76,8 +76,9 @@ class _Rows:
         if features.is_cuda:
             self._rows = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
             self._rows.copy_(features, non_blocking=True)
+            # By name: the current device may be another one, whose stream is idle.
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(features.device))
 
     def fetch(self) -> np.ndarray:
         if self._event is not None:
@@ -113,6 +114,7 @@ class BusyClock:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
 
@@ -137,5 +139,5 @@ class BusyClock:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event

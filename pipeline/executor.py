@@ -140,7 +140,8 @@ def _client(executor: Executor) -> Iterator[Client]:
             except OSError as error:
                 raise UsageError(
                     f"no Dask scheduler answers at '{executor.scheduler}' ({error}); start one "
-                    "with `dask scheduler` and workers with `dask worker`, or use --workers N"
+                    "with `dask scheduler` and workers with `dask worker --nthreads 2` (one "
+                    "embeds, one writes), or use --workers N"
                 ) from None
             return
         with (

@@ -135,7 +135,8 @@ class TrainingStep:
         if skipped and not (self.scaler.is_enabled() and self._overflows_in_row <= MAX_OVERFLOWS):
             self._give_up(group, [parts for parts, _ in results], epoch, iteration)
         with marked("optimiser"):
-            self.scaler.step(self.optimizer)
+            if not skipped:  # finite gradients can have a norm that is not, which the scaler misses
+                self.scaler.step(self.optimizer)
             self.scaler.update()
         if skipped:
             self._put_back(buffers)

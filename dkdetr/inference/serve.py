@@ -5,6 +5,7 @@ a number into a list made at the start) and fetches nothing. `serve_guard` says 
 """
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ DEFAULT_PORT = 8537
 _UPLOAD_SECONDS = 60
 _MAX_REQUESTS_AT_ONCE = 24
 _MAX_HEADER_BYTES = 64 * 1024
-_EVERY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
 _PICTURE_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -105,14 +105,17 @@ def serve(
     Raises:
         UsageError: an address that is not this machine's, or a port in use.
     """
-    if host in _EVERY_ADDRESS:
+    listener = listen(host, port)
+    # What it is bound to, not how it was spelt: 0 and 0.0 are 0.0.0.0.
+    bound = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    if bound.is_unspecified:
+        listener.close()
         raise UsageError(
             f"--host {host} would listen everywhere, without a password: name one address, or "
             "keep 127.0.0.1 and reach it through a tunnel (ssh -L)"
         )
-    listener = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
-    if not (host.startswith("127.") or host in ("localhost", "::1")):
+    if not bound.is_loopback:
         say(f"anybody who reaches {shown} can use this page: it has no password")
     address = f"http://{shown}:{listener.getsockname()[1]}/"
     say(f"{address}  (Ctrl-C ends it)")
@@ -232,7 +235,8 @@ class _Page:
         path = self._parts.examples[number]
         if not path.is_file():
             return _error(404, f"'{path.name}' is gone")
-        return Response(path.read_bytes(), media_type=_PICTURE_TYPES[path.suffix.lower()])
+        content = await to_thread.run_sync(path.read_bytes)
+        return Response(content, media_type=_PICTURE_TYPES[path.suffix.lower()])
 
     async def cache(self, request: Request) -> Response:
         """Regions of the cache, their neighbours and the teacher's names."""
@@ -248,9 +252,11 @@ class _Page:
     async def curves(self, request: Request) -> Response:
         """The losses of the runs so far."""
         del request
-        if self._parts.histories is None:
+        histories = self._parts.histories
+        if histories is None:
             return _error(404, "no run is served: dkdetr serve RUN")
-        return _document(curves_page(self._parts.histories()))
+        # Beside the loop: a long diary would hold every other request up.
+        return _document(await to_thread.run_sync(lambda: curves_page(histories())))
 
     async def report(self, request: Request) -> Response:
         """The page that `dkdetr report` or the demo wrote."""
@@ -258,7 +264,7 @@ class _Page:
         path = self._parts.report
         if path is None or not path.is_file():
             return _error(404, "there is no report: dkdetr report RUN")
-        return _document(path.read_text(encoding="utf-8"))
+        return _document(await to_thread.run_sync(lambda: path.read_text(encoding="utf-8")))
 
 
 class _TooLargeError(Exception):

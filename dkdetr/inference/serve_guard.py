@@ -2,8 +2,9 @@
 
 A page on 127.0.0.1 is reachable from every site that the same browser shows. Three things keep
 those out: the Host header must be this server's (a name that somebody else's DNS points here is
-not), whatever changes or computes must come from the page itself (Origin, Sec-Fetch-Site), and no
-answer may be framed, sniffed, kept or read by another origin.
+not), what is posted must come from the page itself and what is asked for must not be part of
+somebody else's (Origin, Sec-Fetch-Site; a link may be followed), and no answer may be framed,
+sniffed, kept or read by another origin.
 """
 
 from dataclasses import dataclass
@@ -56,6 +57,9 @@ def refusal(method: str, headers: Headers, hosts: frozenset[str]) -> Refusal | N
     if host.lower() not in hosts or len(headers.getlist("host")) != 1:
         return Refusal(421, f"this server is not '{host[:80]}': open the address that it printed")
     if method in ("GET", "HEAD"):
+        followed = {headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")}
+        if headers.get("sec-fetch-site") == "cross-site" and followed != {"navigate", "document"}:
+            return Refusal(403, "a page of another site may not ask for this")
         return None
     origin = headers.get("origin")
     if origin is not None and origin.lower() != f"http://{host.lower()}":

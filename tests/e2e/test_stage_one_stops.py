@@ -50,7 +50,7 @@ STAGES = {
     "planning": (build, "create_or_resume", 1, False),
     "first shard": (shard_worker, "commit_shard", 1, False),
     "between shards": (shard_worker, "commit_shard", 2, True),
-    "crops": (Teacher, "crop_features", 40, False),
+    "crops": (Teacher, "features_on_device", 30, False),
     "text": (build, "build_vocabulary", 1, False),
     "sealing": (build.CacheWriter, "seal", 1, False),
     "neighbours": (build, "add_neighbors", 1, False),

@@ -183,6 +183,19 @@ def test_another_origin_may_not_post(port: int, headers: dict[str, str]):
     assert predict(port, encoded(), **own)[0] == 200
 
 
+def test_what_another_site_shows_is_no_part_of_this_page(port: int):
+    inside = {
+        "sec-fetch-site": "cross-site",
+        "sec-fetch-mode": "no-cors",
+        "sec-fetch-dest": "image",
+    }
+    framed = inside | {"sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}
+    followed = framed | {"sec-fetch-dest": "document"}
+    assert ask(port, "GET", "/cache?images=3,", headers=inside)[0] == 403
+    assert ask(port, "GET", "/", headers=framed)[0] == 403
+    assert ask(port, "GET", "/", headers=followed)[0] == 200
+
+
 def bomb() -> bytes:
     """A PNG of a few hundred bytes that claims 60,000 by 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
@@ -276,7 +289,7 @@ def test_a_page_without_words_student_or_cache():
 
 
 def test_addresses_and_ports_that_cannot_be():
-    for host in ("0.0.0.0", "::", ""):
+    for host in ("0.0.0.0", "0", "0.0", "::", "::0", ""):
         with pytest.raises(UsageError, match="without a password"):
             serve(ServedParts(about={}), host=host, port=0, say=print)
     with listen("127.0.0.1", 0) as taken, pytest.raises(UsageError, match="try --port 0"):

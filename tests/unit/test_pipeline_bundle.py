@@ -132,6 +132,26 @@ def test_a_file_that_the_manifest_does_not_know(tmp_path):
         install_bundle(forged(tmp_path / "f.tar", "hub/a", more=1), places(tmp_path))
 
 
+def test_a_file_is_no_folder_of_another(bundle, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/torch").write_bytes(b"mine")
+    with pytest.raises(CorruptArtefactError, match=r"'torch/r\.pth' lies below what is a file"):
+        install_bundle(bundle, places(tmp_path))
+    assert written(tmp_path) == ["torch"]
+
+
+@pytest.mark.parametrize("size", ["Infinity", "[" * 100_000])
+def test_a_manifest_that_no_number_fits(tmp_path, size):
+    text = f'{{"format": "dkdetr-bundle-1", "sizes": {{"hub/a": {size}'.encode()
+    text += b'}, "hashes": {"hub/a": ""}, "made_for": {}}' if size == "Infinity" else b""
+    with tarfile.open(tmp_path / "f.tar", "w") as tar:
+        first = tarfile.TarInfo(MANIFEST)
+        first.size = len(text)
+        tar.addfile(first, io.BytesIO(text))
+    with pytest.raises(CorruptArtefactError, match="manifest cannot be read"):
+        install_bundle(tmp_path / "f.tar", places(tmp_path))
+
+
 def test_a_link_in_the_place_leads_nowhere(bundle, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

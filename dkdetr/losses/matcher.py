@@ -121,9 +121,24 @@ def _cheapest_of(stage: Stage, costs: MatchingCosts) -> Iterator[tuple[Tensor, T
         cost = cost.masked_fill(~cost.isfinite(), -torch.inf)
         if stage.valid is not None:
             cost = cost.masked_fill(~stage.valid[image][:, None], torch.inf)
-        k = min(num_targets, cost.shape[1])
-        best = cost.topk(k, dim=1, largest=False)
-        yield best.values, best.indices.to(cost.dtype)
+        chosen = _smallest(cost, min(num_targets, cost.shape[1]))
+        yield cost.gather(1, chosen), chosen.to(cost.dtype)
+
+
+def _smallest(
+    cost: Float[Tensor, "num_layers num_queries num_targets"], k: int
+) -> Int[Tensor, "num_layers k num_targets"]:
+    """Returns which k queries are cheapest for each target, the earlier ones of equals.
+
+    topk leaves open which of several equals it takes, and a GPU takes others than a CPU. So the
+    first says only how dear the last one is; the second has numbers that are all different.
+    """
+    last = cost.topk(k, dim=1, largest=False).values[:, -1:]
+    num_queries = cost.shape[1]
+    place = torch.arange(num_queries, dtype=torch.int32, device=cost.device)[:, None]
+    rank = torch.where(cost < last, place, place + num_queries)
+    rank = rank.masked_fill(cost > last, 2 * num_queries)
+    return rank.topk(k, dim=1, largest=False).values.long() % num_queries
 
 
 def _in_one_copy(tensors: Sequence[Tensor]) -> list[NDArray[np.floating]]:

@@ -111,3 +111,29 @@ def test_a_broken_output_is_named(bad: float):
     boxes[7] = bad
     with pytest.raises(NonFiniteLossError, match="not finite"):
         match_image(torch.zeros(50, 1), boxes, target, COSTS)
+
+
+@pytest.mark.parametrize("num_queries", [7, 300, 3000])
+def test_of_equal_costs_the_earlier_queries_are_taken(
+    num_queries: int, monkeypatch: pytest.MonkeyPatch
+):
+    """On a device, too, whose topk prefers the later of equals; boxes of five kinds: most are."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randint(5, (num_queries,), generator=generator)
+    boxes = at(0.1, 0.3, 0.5, 0.7, 0.9)[kinds]
+    target = Targets(torch.zeros(4, dtype=torch.long), at(0.3, 0.3, 0.5, 0.62))
+    cost = matching_cost(torch.zeros(num_queries, 1), boxes, target, BOX_ONLY)
+    wanted = cost.sort(dim=0, stable=True).indices[:4].sort(dim=0).values
+    topk = torch.Tensor.topk
+
+    def from_behind(tensor: torch.Tensor, k: int, dim: int, largest: bool):
+        values, places = topk(tensor.flip(dim), k, dim, largest)
+        return torch.return_types.topk((values, tensor.shape[dim] - 1 - places))
+
+    for patch in (False, True):
+        if patch:
+            monkeypatch.setattr(torch.Tensor, "topk", from_behind)
+        found = matcher._smallest(cost[None], 4)[0].sort(dim=0).values
+        assert torch.equal(found, wanted)
+        query, _ = match_image(torch.zeros(num_queries, 1), boxes, target, BOX_ONLY)
+        assert set(query.tolist()) <= set(wanted.flatten().tolist())

@@ -25,10 +25,39 @@ def _place(location, size):
     The share is that of the exact product: x alone, rounded to float32, would be 4e-6 of a cell
     off on a map of 128. Nine maps away is outside, as infinity is.
     """
-    location = tl.clamp(location, -9.0, 9.0)
+    location = tl.minimum(tl.maximum(location, -9.0), 9.0)  # tl.clamp knows no float64
     x = tl.fma(location, size, -0.5)
     cell = tl.floor(x)
     return cell.to(tl.int32), (x - cell) + tl.fma(location, size, -(x + 0.5))
+
+
+@triton.jit
+@no_type_check
+def _samples(locations_ptr, weights_ptr, place, asked, width, height, EXACT: tl.constexpr):
+    """Returns (weight, left, right_share, top, bottom_share) of a level's samples at `place`.
+
+    `left` and `top` are the cell that a sample begins in. What is not asked for lies outside.
+    """
+    weight = tl.load(weights_ptr + place, mask=asked, other=0.0)
+    x = tl.load(locations_ptr + 2 * place, mask=asked, other=-1.0)
+    y = tl.load(locations_ptr + 2 * place + 1, mask=asked, other=-1.0)
+    left, right_share = _place(x, width.to(EXACT))
+    top, bottom_share = _place(y, height.to(EXACT))
+    return weight, left, right_share, top, bottom_share
+
+
+@triton.jit
+@no_type_check
+def _corner(left, right_share, top, bottom_share, width, height, corner: tl.constexpr):
+    """Returns (share across, share down, cell in the map, is there one) of one of four corners.
+
+    Corners are counted in rows from the top left: 1 and 3 lie right, 2 and 3 below.
+    """
+    column, line = left + corner % 2, top + corner // 2
+    share_x = right_share if corner % 2 else 1 - right_share
+    share_y = bottom_share if corner // 2 else 1 - bottom_share
+    inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+    return share_x, share_y, line * width + column, inside
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -51,21 +80,17 @@ def forward_kernel(
     for level in tl.static_range(L):
         height, width, start = heights[level], widths[level], starts[level]
         place = row[:, None] * (L * P) + level * P + p[None, :]
-        weight = tl.load(weights_ptr + place, mask=asked, other=0.0)
-        x = tl.load(locations_ptr + 2 * place, mask=asked, other=-1.0)
-        y = tl.load(locations_ptr + 2 * place + 1, mask=asked, other=-1.0)
-        left, right_share = _place(x, width.to(EXACT))
-        top, bottom_share = _place(y, height.to(EXACT))
+        weight, left, right_share, top, bottom_share = _samples(
+            locations_ptr, weights_ptr, place, asked, width, height, EXACT
+        )
         for corner in tl.static_range(4):
-            column, line = left + corner % 2, top + corner // 2
-            share = right_share if corner % 2 else 1 - right_share
-            share *= bottom_share if corner // 2 else 1 - bottom_share
-            inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
-            token = start + line * width + column
-            cells = maps + token[:, :, None] * (H * C) + c[None, None, :]
+            share_x, share_y, number, inside = _corner(
+                left, right_share, top, bottom_share, width, height, corner
+            )
+            cells = (start + number)[:, :, None] * (H * C) + c[None, None, :]
             read = inside[:, :, None] & (c < C)[None, None, :]
-            cell = tl.load(cells, mask=read, other=0.0).to(EXACT)
-            total += (weight * share)[:, :, None] * cell
+            cell = tl.load(maps + cells, mask=read, other=0.0).to(EXACT)
+            total += (weight * (share_x * share_y))[:, :, None] * cell
     written = (q < num_queries)[:, None] & (c < C)[None, :]
     out = tl.sum(total, axis=1).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * C + c[None, :], out, mask=written)
@@ -100,21 +125,17 @@ def backward_kernel(
     for level in tl.static_range(L):
         height, width, start = heights[level], widths[level], starts[level]
         place = row[:, None] * (L * P) + level * P + p[None, :]
-        weight = tl.load(weights_ptr + place, mask=asked, other=0.0)
-        x = tl.load(locations_ptr + 2 * place, mask=asked, other=-1.0)
-        y = tl.load(locations_ptr + 2 * place + 1, mask=asked, other=-1.0)
-        left, right_share = _place(x, width.to(EXACT))
-        top, bottom_share = _place(y, height.to(EXACT))
+        weight, left, right_share, top, bottom_share = _samples(
+            locations_ptr, weights_ptr, place, asked, width, height, EXACT
+        )
         by_weight = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
         by_x = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
         by_y = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
         for corner in tl.static_range(4):
-            column, line = left + corner % 2, top + corner // 2
-            share_x = right_share if corner % 2 else 1 - right_share
-            share_y = bottom_share if corner // 2 else 1 - bottom_share
-            inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
-            token = start + line * width + column
-            cells = token[:, :, None] * (H * C) + c[None, None, :]
+            share_x, share_y, number, inside = _corner(
+                left, right_share, top, bottom_share, width, height, corner
+            )
+            cells = (start + number)[:, :, None] * (H * C) + c[None, None, :]
             read = inside[:, :, None] & (c < C)[None, None, :]
             cell = tl.load(maps + cells, mask=read, other=0.0).to(EXACT)
             likeness = tl.sum(cell * grad, axis=2)

@@ -72,10 +72,10 @@ def triton_attention(
 def _forward(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
     B, _, H, C = value.shape
     Q = locations.shape[1]
-    out = value.new_zeros(B, Q, H * C)
-    if out.numel() and weights.numel():
-        tensors = [value.contiguous(), locations.contiguous(), weights.contiguous(), out]
-        _launch(forward_kernel, tensors, sizes)
+    out = value.new_empty(B, Q, H * C)
+    if not (out.numel() and weights.numel()):
+        return out.zero_()
+    _launch(forward_kernel, [*_laid_out(value, locations, weights), out], sizes)
     return out
 
 
@@ -88,15 +88,14 @@ def _(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -
 def _backward(
     grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_value = torch.zeros_like(
-        value, dtype=locations.dtype, memory_format=torch.contiguous_format
-    )
-    grad_locations = torch.zeros_like(locations, memory_format=torch.contiguous_format)
-    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    given = _laid_out(value, locations, weights, grad_out)
+    grad_value = torch.zeros_like(given[0], dtype=locations.dtype)  # is added to
+    grad_locations, grad_weights = torch.empty_like(given[1]), torch.empty_like(given[2])
     if grad_out.numel() and weights.numel():
-        given = [value.contiguous(), locations.contiguous(), weights.contiguous()]
-        made = [grad_value, grad_locations, grad_weights]
-        _launch(backward_kernel, [*given, grad_out.contiguous(), *made], sizes)
+        _launch(backward_kernel, [*given, grad_value, grad_locations, grad_weights], sizes)
+    else:
+        grad_locations.zero_()
+        grad_weights.zero_()
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
@@ -125,6 +124,11 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
+def _laid_out(*tensors: Tensor) -> list[Tensor]:
+    """Returns the tensors as the kernels read them: without gaps, last axis first."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
 def _launch(kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
     """Runs a kernel over all queries; the first three tensors are value, locations, weights."""
     value, locations = tensors[:2]
@@ -144,7 +148,7 @@ def _launch(kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Non
         room = tile.forward_bytes // value.element_size()
     else:
         room = tile.backward_bytes // locations.element_size()
-        options["TOGETHER"] = tile.adds_together
+        options["TOGETHER"] = min(tile.adds_together, block_c)
     block_q = room // (block_p * block_c)
     block_q = max(1, min(MOST_QUERIES, block_q, triton.next_power_of_2(Q)))
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():

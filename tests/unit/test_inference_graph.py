@@ -138,7 +138,9 @@ def test_torchscript(tmp_path, bake):
     check(made.compared)
     extra = {"dkdetr.json": ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
+        # torch.jit is deprecated; torch 2.11 says so by another category than 2.14.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         loaded = torch.jit.load(io.BytesIO(made.path.read_bytes()), _extra_files=extra)
     assert ("names" in json.loads(extra["dkdetr.json"])) == bake
     example = Example.drawn(3, (136, 104), 3, TEXT_DIM, seed=1)

@@ -53,10 +53,11 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks --device cpu
 
 # The design's sizes on the GPU at hand. Installs nothing: BENCH_PYTHON=python3 takes one that has
-# dkdetr's dependencies and tests/benchmarks/requirements.txt.
+# dkdetr's dependencies and tests/benchmarks/requirements.txt; ONLY="attention step" does some.
 BENCH_PYTHON ?= $(BIN)/python
+ONLY ?=
 bench-gpu:
-	$(BENCH_PYTHON) -m tests.benchmarks --device cuda
+	$(BENCH_PYTHON) -m tests.benchmarks --device cuda $(if $(ONLY),--only $(ONLY))
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -3,15 +3,21 @@
     python -m tests.benchmarks [--device auto|cpu|cuda] [--only step inference] [--out FOLDER]
 
 `make bench` (a CPU, small sizes) and `make bench-gpu`. Each runs in a process of its own; one that
-fails is told, and the exit code is 1. Nothing is fetched: tests/benchmarks/requirements.txt lists
-what must be installed beside dkdetr.
+fails is told, and the exit code is 1. Every line is in the file as soon as it is said: whoever is
+stopped has lost nothing. Nothing is fetched: tests/benchmarks/requirements.txt lists what must be
+installed beside dkdetr.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,23 +33,36 @@ _PACKAGES = ("torch", "torchvision", "triton", "transformers", "open_clip_torch"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A module of this folder, its options on either device, and what others were seen to do."""
+    """A module of this folder, its options on either device, and what others were seen to do.
+
+    `cpu` is None for what is not done there; `part` tells two runs of one module apart.
+    """
 
     module: str
     title: str
-    cpu: str = ""
+    cpu: str | None = ""
     gpu: str = ""
     peers: str = ""
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """What `--only` calls it."""
+        return self.part or self.module
 
 
 BENCHMARKS = (
     Benchmark("attention", "Deformable attention", peers=recorded.ATTENTION),
     Benchmark("step", "A training step by part", peers=recorded.STEP),
+    Benchmark(
+        "step", "The training step, compiled", cpu=None,
+        gpu="--alone --set compute.compile=inductor", part="step-compiled",
+    ),
     Benchmark("matching", "Matching of the first stage", cpu="--tokens 5440 --targets 12"),
     Benchmark(
         "teacher_free", "The teacher: not there, cached, in the loop",
         cpu="--steps 2 --crops 20",
-        gpu="--experiment lvis_r50_70e --batch 8 --image-size 1024 --device cuda --steps 10 "
+        gpu="--experiment lvis_r50_70e --batch 8 --image-size 1024 --device cuda --steps 20 "
         "--teacher ViT-B-32-quickgelu:random --set optim.precision=auto",
         peers=recorded.TEACHER,
     ),
@@ -71,24 +90,28 @@ BENCHMARKS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--only", nargs="+", choices=[each.module for each in BENCHMARKS])
+    parser.add_argument("--only", nargs="+", choices=[each.name for each in BENCHMARKS])
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "benchmarks" / "results")
     options = parser.parse_args()
     device = _device(options.device)
     begun = datetime.now(UTC)
     name = f"{begun:%Y-%m-%d}-{device}" + ("-" + "-".join(options.only) if options.only else "")
     path = options.out / f"{name}.md"
-    pages = [f"# Benchmarks of {begun:%Y-%m-%d}, {device}\n\n{_machine(device)}\n"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
-    for each in BENCHMARKS:
-        if options.only is None or each.module in options.only:
-            page, code = _run(each, device)
-            print(page, flush=True)
-            pages.append(page)
-            failed += code != 0
-            # Kept after each: an interrupted run has said what it has seen.
-            options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(pages), encoding="utf-8")
+    with path.open("w", encoding="utf-8", buffering=1) as page:
+
+        def say(text: str) -> None:
+            page.write(text)
+            page.flush()
+            print(text, end="", flush=True)
+
+        say(f"# Benchmarks of {begun:%Y-%m-%d}, {device}\n\n{_machine(device)}\n")
+        for each in BENCHMARKS:
+            wanted = each.name in options.only if options.only else True
+            if wanted and (device == "cuda" or each.cpu is not None):
+                failed += _run(each, device, say) != 0
     print(f"kept in {path}; {failed} failed")
     return 1 if failed else 0
 
@@ -114,31 +137,46 @@ def _machine(device: str) -> str:
     return f"{describe(*_PACKAGES)}.\n{note}"
 
 
-def _run(benchmark: Benchmark, device: str) -> tuple[str, int]:
-    words = (benchmark.gpu if device == "cuda" else benchmark.cpu).split()
+def _run(benchmark: Benchmark, device: str, say: Callable[[str], None]) -> int:
+    """Returns the exit code of a benchmark, after saying all that it says, line by line."""
+    words = (benchmark.gpu if device == "cuda" else benchmark.cpu or "").split()
     command = [sys.executable, "-m", f"tests.benchmarks.{benchmark.module}", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    say(f"\n## {benchmark.title}\n\n`{' '.join(['python', *command[1:]])}`\n\n```\n")
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-            timeout=TIMEOUT_S,
-        )  # fmt: skip
-        said, code = done.stdout.strip(), done.returncode
+    with tempfile.TemporaryFile("w+") as errors:
+        # A session of its own, so that its loader processes end with it.
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+            start_new_session=True,
+        ) as child:  # fmt: skip
+            timer = threading.Timer(TIMEOUT_S, _end, [child])
+            timer.start()
+            try:
+                for line in child.stdout or ():
+                    say(line)
+            except BaseException:
+                _end(child)
+                raise
+            finally:
+                timer.cancel()
+        code = child.returncode
+        errors.seek(0)
         if code:
-            said += f"\nFAILED with exit code {code}\n" + done.stderr.strip()[-2000:]
-    except subprocess.TimeoutExpired:
-        said, code = f"FAILED: not done after {TIMEOUT_S} s", 1
-    seconds = time.monotonic() - started
-    shown = " ".join(["python", *command[1:]])
-    page = f"## {benchmark.title}\n\n`{shown}`, {seconds:.0f} s\n\n```\n{said}\n```\n"
+            late = f", not done after {TIMEOUT_S} s" if code == -signal.SIGKILL else ""
+            say(f"FAILED with exit code {code}{late}\n{errors.read().strip()[-2000:]}\n")
+    say(f"```\n\n{time.monotonic() - started:.0f} s\n")
     if benchmark.peers:
-        page += (
-            f"\nRecorded of others (tests/benchmarks/recorded.py):\n\n{_spaced(benchmark.peers)}\n"
-        )
-    return page, code
+        peers = _spaced(benchmark.peers)
+        say(f"\nRecorded of others (tests/benchmarks/recorded.py):\n\n{peers}\n")
+    return code
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _spaced(text: str) -> str:

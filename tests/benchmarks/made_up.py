@@ -1,11 +1,10 @@
-"""Made-up training batches of the paper's shape, and the peer that always installs."""
+"""Made-up training batches of the paper's shape, and the clock."""
 
 from collections.abc import Callable
 from time import perf_counter, process_time
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from dkdetr.boxes import xyxy_to_cxcywh
@@ -48,26 +47,6 @@ def _boxes(count: int, generator: torch.Generator) -> Tensor:
 def made_up_text(num_classes: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return normalize(torch.randn(num_classes, TEXT_DIM, generator=generator), dim=-1)
-
-
-def peer_detector(num_classes: int, num_queries: int, layers: int) -> nn.Module:
-    """Returns transformers' Deformable DETR: two-stage, box refinement, ResNet-50."""
-    torch.manual_seed(0)
-    return transformers.DeformableDetrForObjectDetection(
-        transformers.DeformableDetrConfig(
-            backbone_config=transformers.TimmBackboneConfig(
-                backbone="resnet50", out_indices=[2, 3, 4], use_pretrained_backbone=False
-            ),
-            two_stage=True,
-            with_box_refine=True,
-            tie_word_embeddings=False,
-            disable_custom_kernels=True,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            two_stage_num_proposals=num_queries,
-            num_labels=num_classes,
-        )
-    )
 
 
 def seconds_a_call(function: Callable[[], object], device: torch.device, repeats: int) -> float:

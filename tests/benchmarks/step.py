@@ -1,10 +1,11 @@
 """A whole training step by part, beside transformers' Deformable DETR in the same run.
 
-    python -m tests.benchmarks.step [--batch 8] [--size 1024] [--steps 10]
+    python -m tests.benchmarks.step [--batch 8] [--size 1024] [--set compute.compile=inductor]
 
 Ours: all losses, distillation from a cache's embeddings, 300 + 20 queries; theirs: its own losses,
 300 queries. Both: ResNet-50, two stages, box refinement, as many classes, AdamW, clipping, the same
 precision (bfloat16 on a GPU that has it). A second table has large-scale jitter. Random weights.
+`--alone` leaves out transformers and the jitter; a compiled step has no table of parts.
 On a CPU the sizes are small, the time is the process's own (but in the table of parts, which a
 busy machine stretches), and the ratio is what to read.
 """
@@ -24,68 +25,57 @@ from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.step import TrainingStep, choose_precision
 from dkdetr.engine.step_parts import marked_modules, step_times
-from dkdetr.experiment_file import load_experiment
+from dkdetr.engine.student_setup import prepare_student
 from dkdetr.structures import DecodedImages, TrainingBatch
-from dkdetr.student.build import build_student
-from tests.benchmarks.machine import describe
-from tests.benchmarks.made_up import (
-    TEXT_DIM,
-    finish,
-    made_up_batch,
-    made_up_text,
+from tests.benchmarks.detectors import (
+    as_loaded,
+    begin,
+    our_student,
+    peak_gib,
     peer_detector,
-    seconds_a_call,
+    peer_inputs,
+    reset_peak,
+    size_options,
 )
+from tests.benchmarks.made_up import finish, made_up_batch, made_up_text, seconds_a_call
 
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser()
+    size_options(parser)
     parser.add_argument("--batch", type=int, default=8 if on_gpu else 1)
-    parser.add_argument("--size", type=int, default=1024 if on_gpu else 192)
-    parser.add_argument("--classes", type=int, default=1203 if on_gpu else 80)
-    parser.add_argument("--queries", type=int, default=300 if on_gpu else 100)
-    parser.add_argument("--layers", type=int, default=6 if on_gpu else 3)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 3)
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--set", action="append", default=[], help="of our settings")
+    parser.add_argument("--alone", action="store_true", help="our step and nothing else")
     options = parser.parse_args()
     keep_freed_memory()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    torch.set_num_threads(1)
-    print(describe("torch", "torchvision", "triton", "transformers"))
-    print(
-        f"batch {options.batch} of {options.size} px, {options.classes} classes, {options.queries} "
-        f"queries, {options.layers} layers, {options.precision}, {device}, {options.steps} steps"
-    )
-    batch = made_up_batch(options.batch, options.size, options.classes)
-    ours, table = our_step(options, batch, device)
-    print(table)
-    memory = gib(device)
+    device = begin(options)
+    print(f"batch {options.batch}, {options.steps} steps")
+    batch = as_loaded(made_up_batch(options.batch, options.size, options.classes), device)
+    ours = our_step(options, batch, device)
+    print("\n| what | ms a step | images/s | peak GiB |\n|---|---|---|---|")
+    report("ours, all losses", ours, options, device)
+    if options.alone:
+        return
     theirs = peer_step(options, batch, device)
-    print("\n| what | ms a step | images/s | of transformers' | peak GiB |\n|---|---|---|---|---|")
-    rows = (("ours, all losses", ours, memory), ("transformers", theirs, gib(device)))
-    for name, seconds, peak in rows:
-        rate = options.batch / seconds
-        print(f"| {name} | {1000 * seconds:.1f} | {rate:.2f} | {theirs / seconds:.2f} | {peak} |")
+    report("transformers", theirs, options, device)
+    print(f"ours is {theirs / ours:.2f} times as fast")
     loader, there = jitter_rates(options, device)
     print("\n| large-scale jitter to the step's size | images/s |\n|---|---|")
     print(f"| in one loader process | {loader:.1f} |")
     print(f"| on {device}, a batch at once | {there:.1f} |")
 
 
-def our_step(
-    options: argparse.Namespace, batch: TrainingBatch, device: torch.device
-) -> tuple[float, str]:
-    """Returns the seconds of a step, and the table of its parts."""
-    sizes = {"num_queries": options.queries, "num_encoder_layers": options.layers,
-             "num_decoder_layers": options.layers, "backbone.weights": "random",
-             "backbone.norm": "batch"}  # fmt: skip
-    overrides = [f"student.{name}={value}" for name, value in sizes.items()]
-    overrides += ["kd.start_epoch=0", f"optim.precision={options.precision}", *options.set]
-    config = load_experiment("lvis_r50_70e", overrides).config
-    torch.manual_seed(0)
-    student = build_student(config, text_dim=TEXT_DIM).to(device).train()
+def report(name: str, seconds: float, options: argparse.Namespace, device: torch.device) -> None:
+    rate = options.batch / seconds
+    print(f"| {name} | {1000 * seconds:.1f} | {rate:.2f} | {peak_gib(device)} |")
+
+
+def our_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.device) -> float:
+    """Returns the seconds of a step; prints its parts."""
+    student, config = our_student(options, ["kd.start_epoch=0"])
+    student = student.to(device).train()
+    prepare_student(student, config.compute)
     with tempfile.TemporaryDirectory() as folder:
         step = TrainingStep(
             student,
@@ -101,33 +91,38 @@ def our_step(
         seconds = seconds_a_call(
             lambda: step([batch], epoch=0, iteration=next(done)), device, options.steps
         )
+        if config.compute.compile != "off":  # marks within a compiled graph would break it
+            return seconds
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         profiled = 1 + options.steps // 3
         plan = schedule(wait=0, warmup=1, active=profiled, repeat=1)
-        with marked_modules(student), profile(activities=activities, schedule=plan) as profiler:
+        with (
+            marked_modules(student),
+            profile(activities=activities, schedule=plan, acc_events=True) as profiler,
+        ):
             for _ in range(profiled + 1):
                 step([batch], epoch=0, iteration=next(done))
                 finish(device)
                 profiler.step()
-    return seconds, step_times(profiler.events() or []).table()
+    print(step_times(profiler.events() or []).table())
+    return seconds
 
 
 def peer_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.device) -> float:
     """Returns the seconds of a step of transformers' model."""
-    model = peer_detector(options.classes, options.queries, options.layers).to(device).train()
+    model = peer_detector(options).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=1e-4)
-    labels = [{"class_labels": t.labels.to(device), "boxes": t.boxes_cxcywh.to(device)}
-              for t in batch.targets]  # fmt: skip
-    pixels = batch.images.pixels.to(device)
-    mask = (~batch.images.padding_mask).long().to(device)
     dtype = choose_precision(options.precision, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
+        moved = batch.to(device)
+        labels = [{"class_labels": each.labels, "boxes": each.boxes_cxcywh}
+                  for each in moved.targets]  # fmt: skip
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            loss = model(pixel_values=pixels, pixel_mask=mask, labels=labels).loss
+            loss = model(**peer_inputs(moved.images, device), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
@@ -160,17 +155,6 @@ def jitter_rates(options: argparse.Namespace, device: torch.device) -> tuple[flo
     loader = seconds_a_call(by_loader, cpu, options.steps)
     there = seconds_a_call(lambda: render_images(decoded.to(device)), device, options.steps)
     return count / loader, count / there
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def gib(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "-"
-    return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"
 
 
 if __name__ == "__main__":

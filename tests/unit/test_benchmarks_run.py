@@ -1,11 +1,14 @@
 """The run of all benchmarks: complete, and honest about what fails."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.benchmarks.__main__ import BENCHMARKS, Benchmark, _run
+from tests.benchmarks.__main__ import BENCHMARKS, ROOT, Benchmark, _run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-NOT_ALONE = {"__main__", "machine", "made_up", "recorded", "scale"}
+NOT_ALONE = {"__main__", "detectors", "machine", "made_up", "recorded", "scale"}
 
 
 def test_every_benchmark_takes_part() -> None:
@@ -13,14 +16,42 @@ def test_every_benchmark_takes_part() -> None:
     assert there <= {each.module for each in BENCHMARKS}
 
 
+def said_of(benchmark: Benchmark) -> tuple[list[str], int]:
+    said: list[str] = []
+    return said, _run(benchmark, "cpu", said.append)
+
+
 def test_a_page_has_command_output_and_peers_and_a_failure_is_told() -> None:
     peers = "figures\n| a |\n|---|\n| 1 |\nAim: 2."
-    page, code = _run(Benchmark("matching", "M", "--tokens 64 --targets 2", peers=peers), "cpu")
+    said, code = said_of(Benchmark("matching", "M", "--tokens 64 --targets 2", peers=peers))
+    page = "".join(said)
     assert code == 0
     assert "`python -m tests.benchmarks.matching --tokens 64 --targets 2`" in page
     assert "targets   cost" in page
     assert "figures\n\n| a |\n|---|\n| 1 |\n\nAim: 2." in page
-    page, code = _run(Benchmark("matching", "M", "--tokens none"), "cpu")
+    assert len(said) > 4  # line by line, not at the end
+    said, code = said_of(Benchmark("matching", "M", "--tokens none"))
     assert code == 2
-    assert "FAILED with exit code 2" in page
-    assert "invalid int value" in page
+    assert "FAILED with exit code 2" in "".join(said)
+    assert "invalid int value" in "".join(said)
+
+
+def test_what_takes_too_long_is_ended_and_has_said_what_it_knew(monkeypatch) -> None:
+    monkeypatch.setattr("tests.benchmarks.__main__.TIMEOUT_S", 6)
+    said, code = said_of(Benchmark("cache_reader", "R", "--images 16 --seconds 60"))
+    assert code == -signal.SIGKILL
+    assert "not done after 6 s" in "".join(said)
+    assert "16 images of 300 regions" in "".join(said)
+
+
+def test_a_run_that_is_killed_leaves_its_lines(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--only", "cache_reader", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.benchmarks", *words]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("64 images"):
+                break
+        run.terminate()
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "64 images of 300 regions" in page

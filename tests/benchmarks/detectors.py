@@ -1,0 +1,104 @@
+"""What the benchmarks of whole detectors share: sizes as options, our student, its peer."""
+
+import argparse
+import gc
+from collections.abc import Sequence
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from dkdetr.config import ExperimentConfig
+from dkdetr.experiment_file import load_experiment
+from dkdetr.structures import ImageBatch, TrainingBatch
+from dkdetr.student.build import build_student
+from dkdetr.student.detector import DKDETR
+from tests.benchmarks.machine import describe
+from tests.benchmarks.made_up import TEXT_DIM
+
+
+def size_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what both benchmarks may be told: the paper's sizes on a GPU, small ones on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--size", type=int, default=1024 if on_gpu else 192)
+    parser.add_argument("--classes", type=int, default=1203 if on_gpu else 80)
+    parser.add_argument("--queries", type=int, default=300 if on_gpu else 100)
+    parser.add_argument("--layers", type=int, default=6 if on_gpu else 3)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--set", action="append", default=[], help="of our settings")
+
+
+def begin(options: argparse.Namespace) -> torch.device:
+    """Prints what is measured on what; returns the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    print(describe("torch", "torchvision", "triton", "transformers"))
+    print(
+        f"{options.size} px, {options.classes} classes, {options.queries} queries, "
+        f"{options.layers} layers, {options.precision}, {device}, {' '.join(options.set)}"
+    )
+    return device
+
+
+def our_student(
+    options: argparse.Namespace, more: Sequence[str] = ()
+) -> tuple[DKDETR, ExperimentConfig]:
+    """Returns the student of these sizes, of random weights on the CPU, and its settings."""
+    sizes = {
+        "num_queries": options.queries,
+        "num_encoder_layers": options.layers,
+        "num_decoder_layers": options.layers,
+        "backbone.weights": "random",
+        "backbone.norm": "batch",
+    }
+    overrides = [f"student.{name}={value}" for name, value in sizes.items()]
+    overrides += [f"optim.precision={options.precision}", *more, *options.set]
+    config = load_experiment("lvis_r50_70e", overrides).config
+    torch.manual_seed(0)
+    return build_student(config, text_dim=TEXT_DIM), config
+
+
+def peer_detector(options: argparse.Namespace) -> nn.Module:
+    """Returns transformers' Deformable DETR: two-stage, box refinement, ResNet-50."""
+    torch.manual_seed(0)
+    return transformers.DeformableDetrForObjectDetection(
+        transformers.DeformableDetrConfig(
+            backbone_config=transformers.TimmBackboneConfig(
+                backbone="resnet50", out_indices=[2, 3, 4], use_pretrained_backbone=False
+            ),
+            two_stage=True,
+            with_box_refine=True,
+            tie_word_embeddings=False,
+            disable_custom_kernels=True,
+            encoder_layers=options.layers,
+            decoder_layers=options.layers,
+            two_stage_num_proposals=options.queries,
+            num_labels=options.classes,
+        )
+    )
+
+
+def peer_inputs(images: ImageBatch, device: torch.device) -> dict[str, Tensor]:
+    """Returns the pictures as transformers takes them, copied to the device as ours are."""
+    moved = images.to(device)
+    return {"pixel_values": moved.pixels, "pixel_mask": (~moved.padding_mask).long()}
+
+
+def as_loaded(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
+    """Returns the batch as a loader hands it over: for a GPU in page-locked memory."""
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def reset_peak(device: torch.device) -> None:
+    """Frees what is left of the one before, and counts memory anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> str:
+    """Returns the most memory since `reset_peak`, on a GPU."""
+    if device.type != "cuda":
+        return "-"
+    return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"

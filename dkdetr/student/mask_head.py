@@ -176,8 +176,8 @@ def picture_positions(
     A place stands for its right and bottom edge, unlike in `encode_positions` (no offset of half
     a place: SOIT's configuration); in padding the count stands still.
     """
-    inside = (~padding_mask).to(dtype)
-    rows, columns = inside.cumsum(1), inside.cumsum(2)
+    # Counted in whole numbers, as in `encode_positions`.
+    rows, columns = ((~padding_mask).cumsum(axis).to(dtype) for axis in (1, 2))
     rows = rows / (rows[:, -1:, :] + 1e-6)
     columns = columns / (columns[:, :, -1:] + 1e-6)
     return torch.stack((columns, rows), dim=-1)

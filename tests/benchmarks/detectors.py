@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dkdetr.config import ExperimentConfig
 from dkdetr.experiment_file import load_experiment
 from dkdetr.structures import ImageBatch, TrainingBatch
+from dkdetr.student.attention_backend import picks_triton, use_backend
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
 from tests.benchmarks.machine import describe
@@ -56,6 +57,18 @@ def our_student(
     config = load_experiment("lvis_r50_70e", overrides).config
     torch.manual_seed(0)
     return build_student(config, text_dim=TEXT_DIM), config
+
+
+def take_attention(
+    student: DKDETR, config: ExperimentConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Lets the student take the attention of `ops.backend`, and says which that is here."""
+    use_backend(student, config.ops.backend, device)
+    settings = config.student
+    heads, points = settings.num_heads, settings.num_points
+    dims = (heads, settings.embed_dim // heads, student.trunk.neck.num_levels, points)
+    triton = picks_triton(config.ops.backend, device, dtype, dims)
+    print("attention by", "the Triton kernel" if triton else "plain PyTorch")
 
 
 def peer_detector(options: argparse.Namespace) -> nn.Module:

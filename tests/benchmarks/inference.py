@@ -12,6 +12,7 @@ import argparse
 import torch
 from torch import nn
 
+from dkdetr.engine.step import choose_precision
 from dkdetr.evaluation.compiled import compile_for_inference
 from dkdetr.evaluation.detect import autocast, detect
 from dkdetr.structures import ImageBatch
@@ -22,6 +23,7 @@ from tests.benchmarks.detectors import (
     peer_detector,
     peer_inputs,
     size_options,
+    take_attention,
 )
 from tests.benchmarks.made_up import made_up_batch, made_up_text, seconds_a_call
 
@@ -36,8 +38,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours, once more, compiled")
     options = parser.parse_args()
     device = begin(options)
+    student, config = our_student(options)
+    student = student.to(device).eval()
+    take_attention(student, config, device, choose_precision(options.precision, device))
     print("| what | batch | ms | images/s | of transformers' |\n|---|---|---|---|---|")
-    student = our_student(options)[0].to(device).eval()
     peer = peer_detector(options).to(device).eval()
     theirs: dict[int, float] = {}
     for size in options.batches:

@@ -36,6 +36,7 @@ from tests.benchmarks.detectors import (
     peer_inputs,
     reset_peak,
     size_options,
+    take_attention,
 )
 from tests.benchmarks.made_up import finish, made_up_batch, made_up_text, seconds_a_call
 
@@ -75,6 +76,8 @@ def our_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.de
     """Returns the seconds of a step; prints its parts."""
     student, config = our_student(options, ["kd.start_epoch=0"])
     student = student.to(device).train()
+    precision = choose_precision(options.precision, device)
+    take_attention(student, config, device, precision)
     prepare_student(student, config.compute)
     with tempfile.TemporaryDirectory() as folder:
         step = TrainingStep(
@@ -83,7 +86,7 @@ def our_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.de
             made_up_text(options.classes).to(device),
             config,
             Ranks(rank=0, world_size=1, device=device),
-            precision=choose_precision(options.precision, device),
+            precision=precision,
             dumps=Path(folder),
         )
         reset_peak(device)

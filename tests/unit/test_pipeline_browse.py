@@ -23,7 +23,7 @@ from pipeline.neighbor_stage import add_neighbors, ensure_neighbors
 from pipeline.region_views import RegionViews, neighbors_command
 from tests.colored_cache import BOXES, COLORS, KINDS, kind_of, write_colored_cache
 from tests.e2e import commands
-from tests.e2e.commands import dkdetr, start_dkdetr, succeed
+from tests.e2e.commands import call, call_well, start_dkdetr
 
 EVIL = ("<b>red</b>", 'green" onload="x', "blue & <script>alert(1)</script>", "yellow")
 
@@ -185,20 +185,20 @@ def test_pictures_that_are_gone(tmp_path):
 
 def test_the_commands(path, tmp_path):
     words = ("cache", "neighbors", str(path), "--neighbors", "5")
-    assert "are there already" in succeed(*words, cwd=tmp_path)
-    table = json.loads(succeed(*words, "--image", "4", "--box", "1", "--json", "-", cwd=tmp_path))
+    assert "are there already" in call_well(*words, cwd=tmp_path)
+    table = json.loads(call_well(*words, "--image", "4", "--box", "1", "--json", "-", cwd=tmp_path))
     assert (table["region"]["image_id"], table["region"]["region"]) == (4, 1)
     assert len(table["neighbors"]) == 5
     first = table["neighbors"][0]
     assert set(first) == {"region", "cosine"}
     assert first["region"]["names"][0]["name"] == EVIL[kind_of(4, 1)]
-    lines = succeed(*words, "--image", "4", cwd=tmp_path).splitlines()
+    lines = call_well(*words, "--image", "4", cwd=tmp_path).splitlines()
     assert len(lines) == 4
     assert KINDS[kind_of(4, 0)] in lines[1]
-    wrong = dkdetr(*words, "--image", "4", "--box", "3", cwd=tmp_path)
+    wrong = call(*words, "--image", "4", "--box", "3", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "takes no part" in wrong.stderr
-    succeed("cache", "browse", str(path), "--images", "1,2", cwd=tmp_path)
+    call_well("cache", "browse", str(path), "--images", "1,2", cwd=tmp_path)
     assert (tmp_path / "browse.html").stat().st_size > 10_000
 
 

@@ -207,19 +207,17 @@ def test_sigterm_ends_the_builder_too(tmp_path, monkeypatch):
     ensure_neighbors(path, NeighborSettings(k=2))
     older = (path / "neighbors" / "manifest.json").read_bytes()
     (tmp_path / "shadow").mkdir()
-    slow = "import pathlib, os, time\npathlib.Path(os.environ['MARK']).touch()\ntime.sleep(60)\n"
+    slow = "import pathlib, os, time\npathlib.Path(os.environ['MARK']).touch()\ntime.sleep(3600)\n"
     (tmp_path / "shadow" / "faiss.py").write_text(slow)
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     monkeypatch.setattr(commands, "ROOT", f"{tmp_path / 'shadow'}:{commands.ROOT}")
     process = start_dkdetr("cache", "neighbors", str(path), "--rebuild", cwd=tmp_path)
     children = _wait_for(tmp_path / "mark", process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert "the same command builds them" in errors
-    deadline = time.monotonic() + 20
-    while any(_alive(child) for child in children):
-        assert time.monotonic() < deadline, "the builder outlives its command"
+    while any(_alive(child) for child in children):  # it would sleep for an hour
         time.sleep(0.05)
     assert (path / "neighbors" / "manifest.json").read_bytes() == older
 

@@ -22,7 +22,7 @@ check: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # The local page in headless Chromium; wants the programs chromium and chromedriver.
 browser: $(INSTALLED)

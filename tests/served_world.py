@@ -59,7 +59,7 @@ def serving(parts: ServedParts) -> Iterator[int]:
             yield listener.getsockname()[1]
         finally:
             server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(timeout=500)
             assert not thread.is_alive(), "the server does not end"
 
 
@@ -72,7 +72,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
     """Returns status, headers and body; nothing is tidied on the way, the path neither."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=500)
     try:
         connection.request(method, path, body=body, headers=dict(headers or {}))
         answer = connection.getresponse()

@@ -1,8 +1,6 @@
 """The house's rules that the linters of `make test` do not see."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,36 +67,6 @@ def test_no_text_names_somebodys_machine():
         if absolute.search(line) and path != Path(__file__).resolve()
     ]
     assert not found
-
-
-def imported_by(code: str, *, suspects: set[str]) -> set[str]:
-    """Which of the suspects are in sys.modules after the code has run in a fresh interpreter."""
-    report = f"import sys\n{code}\nprint(*sorted({suspects!r} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split())
-
-
-def test_training_leaves_clip_dask_and_faiss_alone():
-    suspects = {"open_clip", "dask", "distributed", "faiss"}
-    assert imported_by("import dkdetr.engine.train", suspects=suspects) == set()
-
-
-def test_the_suspects_would_be_noticed():
-    assert imported_by("import dask", suspects={"dask", "faiss"}) == {"dask"}
-
-
-def test_help_is_light():
-    code = (
-        "sys.argv = ['dkdetr', '--help']\n"
-        "import contextlib, io, cli\n"
-        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        "    cli.main()"
-    )
-    suspects = {"torch", "zarr", "open_clip", "dask", "faiss", "torchvision", "scipy"}
-    assert imported_by(code, suspects=suspects) == set()
 
 
 @pytest.mark.parametrize("name", shipped_experiments())

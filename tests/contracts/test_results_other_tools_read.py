@@ -11,7 +11,7 @@ from dkdetr.evaluation.mask_column import encode_segmentation
 from dkdetr.evaluation.official import import_lvis
 from dkdetr.evaluation.results import read_results
 from dkdetr.evaluation.results_writer import ResultsWriter
-from tests.e2e.commands import dkdetr, succeed
+from tests.e2e.commands import call, call_well
 from tests.unit.data_world import coco_document, write_world
 
 
@@ -114,10 +114,10 @@ def test_masks_are_scored_from_a_file(tmp_path):
     assert read.masks is not None
     assert read.boxes_xywh[0, 2] > 3
     words = ("eval", "--predictions", "results.json", "--split", split, "--json", "-")
-    values = json.loads(succeed(*words, cwd=tmp_path))
+    values = json.loads(call_well(*words, cwd=tmp_path))
     assert values["segm.AP"] == 1
     assert "AP" not in values
-    table = succeed(*words[:-2], cwd=tmp_path)
+    table = call_well(*words[:-2], cwd=tmp_path)
     assert "segm." in table
     both = [
         mask | {"bbox": box["bbox"]}
@@ -128,14 +128,14 @@ def test_masks_are_scored_from_a_file(tmp_path):
         )
     ]
     (tmp_path / "both.json").write_text(json.dumps(both))
-    values = json.loads(succeed(*words[:2], "both.json", *words[3:], cwd=tmp_path))
+    values = json.loads(call_well(*words[:2], "both.json", *words[3:], cwd=tmp_path))
     assert values["AP"] == pytest.approx(1, abs=1e-6)
     assert values["segm.AP"] == 1
     assert any("areas of the boxes" in note for note in values["notes"])
     for each in both:
         each["segmentation"]["size"].reverse()
     (tmp_path / "both.json").write_text(json.dumps(both))
-    done = dkdetr(*words[:2], "both.json", *words[3:], cwd=tmp_path)
+    done = call(*words[:2], "both.json", *words[3:], cwd=tmp_path)
     assert done.returncode == 3
     assert "another size than their image" in done.stderr
 
@@ -143,18 +143,18 @@ def test_masks_are_scored_from_a_file(tmp_path):
 def test_data_commands(tmp_path):
     document = document_with_areas()
     split = write_world(tmp_path, document, "val")
-    assert "48 base and 17 novel" in succeed("data", "check", split, cwd=tmp_path)
+    assert "48 base and 17 novel" in call_well("data", "check", split, cwd=tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     document["annotations"][3]["bbox"] = [1, 1, -4, 4]
     (tmp_path / "val.json").write_text(json.dumps(document))
-    done = dkdetr("data", "check", split, "--json", "-", cwd=tmp_path)
+    done = call("data", "check", split, "--json", "-", cwd=tmp_path)
     assert done.returncode == 3
     (error,) = json.loads(done.stdout)["errors"]
     assert error["first"] == ["/annotations/3 (id 4)"]
     assert "error: 1 record of /annotations: negative width or height" in done.stderr
-    listed = succeed("data", "list", cwd=tmp_path)
+    listed = call_well("data", "list", cwd=tmp_path)
     for name in ("objects365_val", "voc2007_test", "lvis_minival", "ovcoco_val5k"):
         assert name in listed
-    done = dkdetr("data", "prepare", "lvis", cwd=tmp_path)
+    done = call("data", "prepare", "lvis", cwd=tmp_path)
     assert done.returncode == 3
     assert "lvis_v1_train.json" in done.stderr

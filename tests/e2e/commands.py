@@ -1,10 +1,19 @@
-"""Commands as a user types them, each in a process of its own."""
+"""Commands as a user types them: each in a process of its own, or in this one.
 
+A process costs seconds of imports: it is for what only a process can show (a cold start, signals,
+pipes and terminals, settings that stay behind). All else is called here.
+"""
+
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+import cli
 
 ROOT = Path(__file__).parents[2]
 DKDETR = (sys.executable, "-c", "from cli import main; main()")
@@ -33,6 +42,20 @@ def dkdetr(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def succeed(*words: str, cwd: Path) -> str:
     """Returns what a `dkdetr` command printed; fails the test if it failed."""
     done = dkdetr(*words, cwd=cwd)
+    assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def call(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Returns what a `dkdetr` command of this process came to, whatever its exit code."""
+    with contextlib.chdir(cwd):
+        done = CliRunner().invoke(cli.app, words, prog_name="dkdetr")
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
+def call_well(*words: str, cwd: Path) -> str:
+    """Returns what a `dkdetr` command of this process printed; fails the test if it failed."""
+    done = call(*words, cwd=cwd)
     assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

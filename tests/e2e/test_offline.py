@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,12 @@ RUNNER = """
 import json, sys
 import cli
 for words in json.loads(sys.argv[1]):
-    print("$", *words, flush=True)
     try:
         cli.app(words, prog_name="dkdetr")
     except SystemExit as ended:
-        if ended.code:
-            sys.exit(ended.code)
+        print("ended:", ended.code or 0, *words, file=sys.stderr, flush=True)
 """
+ENDED = re.compile(r"^ended: (\d+) .*$", re.MULTILINE)
 TINY = [
     "--set", "optim.epochs=1", "--set", "optim.lr_drop_epochs=[]", "--set", "data.image_size=96",
     "--set", "data.batch_size=4", "--set", "student.num_queries=12", "--set", "kd.start_epoch=0",
@@ -68,30 +68,44 @@ def test_the_main_commands_make_no_call(tmp_path):
         ["export", "r", "--out", "s.safetensors"],
     ]  # fmt: skip
     done = run(tmp_path, *([*words, "--offline"] for words in commands))
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, done.stderr
+    assert ENDED.findall(done.stderr) == ["0"] * len(commands), done.stderr
     assert "a network call" not in done.stderr
     assert (tmp_path / "predictions/predictions.json").is_file()
     assert (tmp_path / "s.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "mentions"),
-    [
-        (["vocab", "build", "names.txt", "-o", "v"], 3,
-         ("timm/vit_base_patch32_clip_224.openai", "dkdetr fetch")),
-        (["fetch"], 3, ("timm/vit_base_patch32_clip_224.openai",)),
-        (["fetch", "--only", "backbone"], 3, ("resnet50-0676ba61.pth", "dkdetr fetch --bundle")),
-        (["cache", "info", "https://example.org/cache"], 2, ("--offline forbids it",)),
-    ],
-)  # fmt: skip
-def test_what_is_missing_is_named(tmp_path, words, code, mentions):
-    (tmp_path / "names.txt").write_text("cat\n")
-    done = run(tmp_path, [*words, "--offline", "--json", "error.json"])
-    assert done.returncode == code, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+MISSING = [
+    (["vocab", "build", "names.txt", "-o", "v"], 3,
+     ("timm/vit_base_patch32_clip_224.openai", "dkdetr fetch")),
+    (["fetch"], 3, ("timm/vit_base_patch32_clip_224.openai",)),
+    (["fetch", "--only", "backbone"], 3, ("resnet50-0676ba61.pth", "dkdetr fetch --bundle")),
+    (["cache", "info", "https://example.org/cache"], 2, ("--offline forbids it",)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told_of_what_is_missing(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder in which all of MISSING were typed, and what was said; errors lie as N.json."""
+    folder = tmp_path_factory.mktemp("missing")
+    (folder / "names.txt").write_text("cat\n")
+    commands = [
+        [*words, "--offline", "--json", f"{number}.json"]
+        for number, (words, _, _) in enumerate(MISSING)
+    ]
+    return folder, run(folder, *commands)
+
+
+@pytest.mark.parametrize("number", range(len(MISSING)))
+def test_what_is_missing_is_named(told_of_what_is_missing, number):
+    folder, done = told_of_what_is_missing
+    _, code, mentions = MISSING[number]
+    assert ENDED.findall(done.stderr) == [str(code) for _, code, _ in MISSING], done.stderr
+    said = ENDED.split(done.stderr)[2 * number]
+    last = said.strip().splitlines()[-1]
     assert last.startswith(f"error [{code}]")
     assert all(mention in last for mention in mentions)
     assert "a network call" not in done.stderr
-    told = json.loads((tmp_path / "error.json").read_text())["error"]
+    told = json.loads((folder / f"{number}.json").read_text())["error"]
     assert told["code"] == code
     assert mentions[0] in told["message"]

@@ -19,7 +19,7 @@ from pipeline.neighbor_stage import ensure_neighbors
 from pipeline.open_vocabulary import build_vocabulary_file
 from pipeline.served_page import PageRequest, open_page
 from tests.colored_cache import write_colored_cache
-from tests.e2e.commands import DKDETR, dkdetr, environment
+from tests.e2e.commands import DKDETR, call, environment
 from tests.served_world import ask, encoded
 
 
@@ -86,7 +86,7 @@ def test_served_as_typed_and_ended_by_ctrl_c(place: Path):
         assert b"<path" in ask(port, "GET", "/curves")[2]
     finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
 
@@ -104,7 +104,7 @@ def test_served_as_typed_and_ended_by_ctrl_c(place: Path):
     ],
 )
 def test_mistakes_are_told_before_anything_is_served(place: Path, words, code, message):
-    done = dkdetr("serve", *words, cwd=place)
+    done = call("serve", *words, cwd=place)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

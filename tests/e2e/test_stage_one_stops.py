@@ -1,6 +1,5 @@
 """SIGTERM in every stage of `cache-teacher`: exit code 75, and the same command makes the rest."""
 
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,16 +27,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheRequest, str]:
 
 
 def _terminating(function: Callable[..., Any], *, call: int, after: bool) -> Callable[..., Any]:
-    """Returns the function, which sends this process a SIGTERM at one of its calls."""
+    """Returns the function, which sends this process a SIGTERM at one of its calls.
+
+    `raise_signal` sends it to the calling thread: `os.kill` leaves the choice to the kernel, and
+    another thread of a busy machine may take it to where the stage is long over.
+    """
     count = iter(range(1, 1000))
 
     def terminate(*args: Any, **kwargs: Any) -> Any:
         now = next(count) == call
         if now and not after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         result = function(*args, **kwargs)
         if now and after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return result
 
     return terminate

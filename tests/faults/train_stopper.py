@@ -1,8 +1,8 @@
 """Forks `dkdetr train` processes and sends each a SIGTERM after a while.
 
-Its standard input holds JSON lines `{"words", "steps_file", "after_s"}`; it answers each with the
-exit code. `steps_file` gets one byte for every step that was finished. Forking here is safe: no
-thread runs yet, and no file is open.
+Its standard input holds JSON lines `{"words", "steps_file", "after_s", "after_steps"}`; it answers
+each with the exit code. `steps_file` gets one byte for every step that was finished. Forking here
+is safe: no thread runs yet, and no file is open.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -33,7 +34,15 @@ def _train(words: list[str], steps_file: str) -> None:
     cli.main()
 
 
-def _trial(words: list[str], steps_file: str, after_s: float) -> int:
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _trial(words: list[str], steps_file: str, after_s: float, after_steps: int) -> int:
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -47,6 +56,8 @@ def _trial(words: list[str], steps_file: str, after_s: float) -> int:
         finally:
             os._exit(code)
     os.read(ready, 1)
+    while _size(Path(steps_file)) < after_steps and not _has_ended(pid):
+        time.sleep(0.001)
     time.sleep(after_s)
     os.kill(pid, signal.SIGTERM)
     os.close(ready)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,41 +18,54 @@ def ten_times(key: int) -> int:
     return 10 * key
 
 
-def slowly(key: int) -> int:
-    time.sleep(3.5)
+def when_let_go(key: str) -> str:
+    """Returns the key once a file of this name is there."""
+    while not Path(key).exists():
+        time.sleep(0.05)
     return key
 
 
 _SILENT = """
+import sys
 from dkdetr.data.batch_stream import BatchStream
-from tests.unit.test_data_batch_stream import slowly
+from tests.unit.test_data_batch_stream import when_let_go
 
 if __name__ == "__main__":
-    assert list(BatchStream(slowly, [4], workers=1, patience_s=1.0)) == [4]
+    key = sys.argv[1]
+    assert list(BatchStream(when_let_go, [key], workers=1, patience_s=1.0)) == [key]
 """
 
 
 def test_silence_is_broken_and_the_batch_still_comes(tmp_path) -> None:
     """In a program of its own: the loader processes' stacks go to their server's stderr."""
-    script = tmp_path / "silent.py"
+    script, said = tmp_path / "silent.py", tmp_path / "said"
     script.write_text(_SILENT)
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=90, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "no batch for" in done.stderr
-    assert "in slowly" in done.stderr  # the loader process's own stack
+    with said.open("w") as stderr:
+        program = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "go")], cwd=ROOT, stderr=stderr,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    # The loader process's own stack; it is asked for again and again.
+    while "in when_let_go" not in said.read_text():
+        assert program.poll() is None, said.read_text()
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    assert program.wait() == 0, said.read_text()
+    assert "no batch for" in said.read_text()
 
 
-def test_waiting_ends_when_asked_to_stop() -> None:
-    asked = []
+def test_waiting_ends_when_asked_to_stop(tmp_path) -> None:
+    go, asked = tmp_path / "go", []
 
     def should_stop() -> bool:
-        asked.append(time.monotonic())
-        return len(asked) > 2
+        asked.append(go.exists())
+        if len(asked) > 2:
+            go.touch()  # for the loader process, which must end too
+        return go.exists()
 
-    assert list(BatchStream(slowly, [1, 2, 3], workers=1, should_stop=should_stop)) == []
+    keys = [str(go)] * 3
+    assert list(BatchStream(when_let_go, keys, workers=1, should_stop=should_stop)) == []
+    assert asked == [False] * 3
     assert list(BatchStream(ten_times, [1, 2], workers=0, should_stop=lambda: True)) == []
 
 
@@ -88,6 +102,6 @@ def test_a_stream_that_nobody_closed_does_not_keep_the_program_alive(tmp_path) -
     script.write_text(_LEFT_OPEN)
     done = subprocess.run(
         [sys.executable, str(script)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=90, check=False,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0

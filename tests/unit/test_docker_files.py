@@ -86,6 +86,6 @@ def test_a_warned_job_saves_and_is_requeued(tmp_path, template) -> None:
     while not (tmp_path / "begun").is_file():
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == 0
+    assert job.wait() == 0
     assert (tmp_path / "saved").is_file()
     assert requeued(tmp_path)

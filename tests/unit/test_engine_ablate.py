@@ -176,7 +176,7 @@ def test_rows_not_asked_for_are_not_run_and_say_so(tmp_path, stand_in, planned):
 
 
 def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, planned):
-    planned(plan_of(tmp_path, seeds=(0,), seconds=20.0))
+    planned(plan_of(tmp_path, seeds=(0,), seconds=3600.0))
 
     def stop_when_alive():
         while len(list(tmp_path.glob("seed0/*/alive"))) < 2:  # a burn-in and a row

@@ -48,6 +48,10 @@ def test_help_imports_typer_and_nothing_else(arguments: list[str]):
     assert number < 400
 
 
+def test_what_is_imported_would_be_noticed():
+    assert "dask" in imported_by("import dask")[1]
+
+
 def test_the_package_itself_imports_nothing():
     _, foreign = imported_by("import dkdetr")
     assert foreign == set()
@@ -63,8 +67,9 @@ def test_the_package_itself_imports_nothing():
         ),
         (
             "import dkdetr.engine.train",
-            {"open_clip", "zarr", "dask", "faiss", "matplotlib", "jinja2", "huggingface_hub",
-             "transformers", "lvis", "starlette", "av", "supervision", "tensorboard"},
+            {"open_clip", "zarr", "dask", "distributed", "faiss", "matplotlib", "jinja2",
+             "huggingface_hub", "transformers", "lvis", "starlette", "av", "supervision",
+             "tensorboard"},
         ),
         ("import cache.store", {"torch", "zarr", "faiss", "dask"}),
     ],

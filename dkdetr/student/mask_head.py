@@ -177,7 +177,7 @@ def picture_positions(
     a place: SOIT's configuration); in padding the count stands still.
     """
     # Counted in whole numbers, as in `encode_positions`.
-    rows, columns = ((~padding_mask).cumsum(axis).to(dtype) for axis in (1, 2))
+    rows, columns = ((~padding_mask).long().cumsum(axis).to(dtype) for axis in (1, 2))
     rows = rows / (rows[:, -1:, :] + 1e-6)
     columns = columns / (columns[:, :, -1:] + 1e-6)
     return torch.stack((columns, rows), dim=-1)

@@ -29,7 +29,7 @@ def encode_positions(
     -0.5), and scaled to (0, 2 pi) (Deformable DETR).
     """
     # Counted in whole numbers: of others a GPU has no deterministic `cumsum`.
-    rows, columns = ((~padding_mask).cumsum(axis).to(dtype) for axis in (1, 2))
+    rows, columns = ((~padding_mask).long().cumsum(axis).to(dtype) for axis in (1, 2))
     rows = (rows - 0.5) / (rows[:, -1:, :] + 1e-6) * (2 * math.pi)
     columns = (columns - 0.5) / (columns[:, :, -1:] + 1e-6) * (2 * math.pi)
     half = embed_dim // 2

@@ -32,7 +32,7 @@ def _photographs(count: int) -> list[Path]:
 
 
 @pytest.mark.skipif(REAL_COCO not in os.environ, reason=f"{REAL_COCO} is not set")
-@pytest.mark.parametrize(("spec", "count"), [("ViT-B-32:random", 2), ("pictograms", 8)])
+@pytest.mark.parametrize(("spec", "count"), [("ViT-B-32:random", 1), ("pictograms", 8)])
 def test_crops_embed_as_those_of_pillow_and_open_clip(spec: str, count: int) -> None:
     teacher = load_teacher(spec)
     how = teacher.preprocessing

@@ -88,7 +88,7 @@ def weights_after(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parts, dropout, out = int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
-    with join_ranks("cpu", timeout_s=60) as ranks:
+    with join_ranks("cpu", timeout_s=500) as ranks:
         micro_batches = parts // ranks.world_size
         weights = weights_after(
             ranks, micro_batches, dropout=dropout, relations=("image", "batch"), dumps=out.parent

@@ -14,7 +14,7 @@ from dkdetr.errors import UsageError
 from dkdetr.experiment_file import load_experiment
 from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.proposal_network import load_network
-from tests.e2e.commands import DKDETR, run_command, succeed
+from tests.e2e.commands import DKDETR, call_well, run_command
 from tests.e2e.small_coco import write_coco_folder
 
 # What a rank computes alone must not depend on the rest of the batch, nor on dropout's draws.
@@ -43,7 +43,7 @@ def fit_words(out: str, *more: str, epochs: int = 2) -> tuple[str, ...]:
 
 
 def test_two_ranks_train_the_network_of_one_process_and_one_goes_on(folder: Path) -> None:
-    succeed(*fit_words("one", "--only-proposals"), cwd=folder)
+    call_well(*fit_words("one", "--only-proposals"), cwd=folder)
     assert not (folder / "one" / "CACHE.json").exists()
     done = run_command([*TORCHRUN, *DKDETR, *fit_words("two", "--json", "two.json")], folder)
     assert done.returncode == 0, done.stderr

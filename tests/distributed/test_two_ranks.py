@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
-from tests.e2e.commands import DKDETR, run_command, succeed
+from tests.e2e.commands import DKDETR, call_well, run_command
 from tests.e2e.small_coco import write_coco_folder
 
 # What a rank computes alone must not depend on the rest of the batch: no batch statistics, no
@@ -24,12 +24,12 @@ SETTINGS = [
 def two_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     split = write_coco_folder(folder, "train2017", num_images=12, seed=3)
-    succeed(
+    call_well(
         "cache-teacher", "--split", split, "--out", "c", "--teacher", "pictograms", "--prompts",
         "single", "--keep", "8", "--fit-epochs", "1", *SETTINGS, cwd=folder,
     )  # fmt: skip
     words = ("train", "--cache", "c", *SETTINGS, "--device", "cpu")
-    succeed(*words, "--run", "one", cwd=folder)
+    call_well(*words, "--run", "one", cwd=folder)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--no-python", "--", *DKDETR)  # fmt: skip
     done = run_command([*torchrun, *words, "--run", "two"], folder)

@@ -9,7 +9,7 @@ import pytest
 from dkdetr.engine.ablate import ablate, price_ablation
 from dkdetr.engine.ablation_plan import AblateRequest, make_plan
 from dkdetr.errors import UsageError
-from tests.e2e.commands import succeed
+from tests.e2e.commands import call_well, succeed
 from tests.e2e.small_coco import write_coco_folder
 
 SETTINGS = (
@@ -23,9 +23,9 @@ def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
     train = write_coco_folder(tmp_path, "train2017", num_images=12, seed=1)
     val = write_coco_folder(tmp_path, "val2017", num_images=4, seed=2)
     tiny = [word for setting in SETTINGS for word in ("--set", setting)]
-    succeed("cache-teacher", "--teacher", "pictograms", "--prompts", "single", "--keep", "12",
-            "--split", train, "--out", "cache/trial", "--experiment", "trial", "--fit-epochs", "1",
-            *tiny, cwd=tmp_path)  # fmt: skip
+    call_well("cache-teacher", "--teacher", "pictograms", "--prompts", "single", "--keep", "12",
+              "--split", train, "--out", "cache/trial", "--experiment", "trial", "--fit-epochs",
+              "1", *tiny, cwd=tmp_path)  # fmt: skip
     words = ("ablate", "--cache", "cache/trial", "--experiment", "trial", "--table", "5",
              "--split", val, "--out", "ablation", "--rows", ",".join(ROWS), "--jobs", "2",
              "--json", "table.json", *tiny)  # fmt: skip
@@ -45,10 +45,11 @@ def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
 
     _look_again(tmp_path, val, printed)
 
-    agreed = succeed("eval", "ablation/seed0/baseline", "--agreement", "cache/trial", cwd=tmp_path)
+    words = ("eval", "ablation/seed0/baseline", "--agreement", "cache/trial")
+    agreed = call_well(*words, cwd=tmp_path)
     assert "TRAINING (not held out) images" in agreed
     runs = [f"ablation/seed0/{row}" for row in ROWS]
-    succeed("report", *runs, "--split", val, "--out", "page.html", cwd=tmp_path)
+    call_well("report", *runs, "--split", val, "--out", "page.html", cwd=tmp_path)
     page = (tmp_path / "page.html").read_text()
     assert "Agreement with the teacher" in page
     assert "kd.rkd.weight" in page

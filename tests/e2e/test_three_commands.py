@@ -1,4 +1,8 @@
-"""The three commands, as a user types them, on a few pictures: each in a process of its own."""
+"""The three commands, as a user types them, on a few pictures.
+
+The first of each starts cold, in a process of its own, and so does whatever is about a process:
+pipes, terminals, SIGTERM. What then looks at the same folder is called in this one.
+"""
 
 import contextlib
 import json
@@ -13,7 +17,15 @@ import pytest
 import torch
 
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
-from tests.e2e.commands import DKDETR, dkdetr, environment, start_dkdetr, succeed
+from tests.e2e.commands import (
+    DKDETR,
+    call,
+    call_well,
+    dkdetr,
+    environment,
+    start_dkdetr,
+    succeed,
+)
 from tests.e2e.small_coco import write_coco_folder
 
 TINY = [
@@ -89,7 +101,7 @@ def test_a_terminal_has_a_bar_and_no_color_takes_the_colours(
         while piece := os.read(reader, 4096):
             shown += piece
     os.close(reader)
-    assert process.wait(timeout=60) == 0, shown
+    assert process.wait() == 0, shown
     colours = re.findall(rb"\x1b\[[\d;]*?(?:3[0-7]|38;5;\d+|9[0-7])m", shown)
     assert bool(colours) == (not no_color), shown
     assert "━".encode() in shown
@@ -98,7 +110,7 @@ def test_a_terminal_has_a_bar_and_no_color_takes_the_colours(
 def test_a_finished_run_is_not_trained_again(trial) -> None:
     folder, _, _, words = trial
     before = (folder / "runs/a/metrics.jsonl").read_bytes()
-    succeed("train", *words, cwd=folder)
+    call_well("train", *words, cwd=folder)
     assert (folder / "runs/a/metrics.jsonl").read_bytes() == before
 
 
@@ -119,20 +131,20 @@ def test_a_student_with_a_mask_head_is_trained_and_scored(trial) -> None:
         "optim.lr_drop_epochs=[]", "kd.start_epoch=0", "data.batch_size=10",
     ]  # fmt: skip
     settings = [part for change in changes for part in ("--set", change)]
-    succeed("train", *words, *settings, "--run", "runs/masks", cwd=folder)
+    call_well("train", *words, *settings, "--run", "runs/masks", cwd=folder)
     last = json.loads((folder / "runs/masks/metrics.jsonl").read_text().splitlines()[-1])
     assert {"dice", "dice.0", "mask_bce", "mask_bce.0", "skd"} <= last.keys()
     checkpoint = load_checkpoint(find_checkpoint(folder / "runs/masks"))
     assert checkpoint.progress.iteration == 2
     assert checkpoint.student["mask_head.linear3.weight"].shape[0] == 441
-    printed = succeed("eval", "runs/masks", "--split", val, "--json", "masks.json", cwd=folder)
+    printed = call_well("eval", "runs/masks", "--split", val, "--json", "masks.json", cwd=folder)
     scores = json.loads((folder / "masks.json").read_text())
     assert {"AP50_novel", "segm.AP", "segm.AP50_novel"} <= scores.keys()
     assert "segm." in printed
     records = json.loads((folder / scores["files"]["results_segm"]).read_text())
     assert records
     assert all("bbox" not in record for record in records)
-    again = succeed(
+    again = call_well(
         "eval", "--predictions", scores["files"]["results_segm"], "--split", val,
         "--evaluator", "official", "--json", "-", cwd=folder,
     )  # fmt: skip
@@ -142,7 +154,7 @@ def test_a_student_with_a_mask_head_is_trained_and_scored(trial) -> None:
 def test_cache_teacher_again_makes_nothing(trial) -> None:
     folder, train, _, _ = trial
     before = (folder / "cache/trial/COMPLETE.json").read_bytes()
-    succeed(
+    call_well(
         "cache-teacher", "--split", train, "--out", "cache/trial", "--teacher", "pictograms",
         "--experiment", "trial", "--fit-epochs", "1", "--keep", "12", "--prompts", "single",
         *TINY, cwd=folder,
@@ -152,20 +164,20 @@ def test_cache_teacher_again_makes_nothing(trial) -> None:
 
 def test_verify_finds_nothing_and_info_names_the_teacher(trial) -> None:
     folder, *_ = trial
-    assert "no problem found" in succeed("cache", "verify", "cache/trial", cwd=folder)
-    assert "teacher" in succeed("cache", "info", "cache/trial", cwd=folder)
+    assert "no problem found" in call_well("cache", "verify", "cache/trial", cwd=folder)
+    assert "teacher" in call_well("cache", "info", "cache/trial", cwd=folder)
 
 
 def test_other_settings_in_the_same_run_are_refused(trial) -> None:
     folder, _, _, words = trial
-    refused = dkdetr("train", *words, "--set", "optim.lr=0.1", cwd=folder)
+    refused = call("train", *words, "--set", "optim.lr=0.1", cwd=folder)
     assert refused.returncode == 4
     assert "optim.lr" in refused.stderr
 
 
 def test_a_cache_of_another_teacher_is_refused(trial) -> None:
     folder, train, _, _ = trial
-    refused = dkdetr(
+    refused = call(
         "cache-teacher", "--split", train, "--out", "cache/trial", "--teacher", "RN50:random",
         "--experiment", "trial", "--fit-epochs", "1", "--keep", "12", "--prompts", "single",
         *TINY, cwd=folder,
@@ -180,17 +192,17 @@ def test_a_run_stopped_by_sigterm_equals_one_that_was_never_stopped(trial) -> No
     folder, *_ = trial
     words = ("--cache", "cache/trial", "--experiment", "trial", *TINY, "--set",
              "student.dropout=0.1", "--set", "checkpoint_every_s=0")  # fmt: skip
-    succeed("train", *words, "--run", "runs/whole", cwd=folder)
+    call_well("train", *words, "--run", "runs/whole", cwd=folder)
     command = start_dkdetr("train", *words, "--run", "runs/cut", cwd=folder)
     while not list((folder / "runs/cut").glob("checkpoints/*.json")):
         assert command.poll() is None, "ended before its first checkpoint"
         time.sleep(0.02)
     command.terminate()
-    _, message = command.communicate(timeout=120)
+    _, message = command.communicate()
     assert command.returncode == 75, message
     cut = load_checkpoint(find_checkpoint(folder / "runs/cut"))
     assert f"iteration {cut.progress.iteration}" in message
-    succeed("train", *words, "--run", "runs/cut", cwd=folder)
+    call_well("train", *words, "--run", "runs/cut", cwd=folder)
     whole, resumed = (
         load_checkpoint(find_checkpoint(folder / "runs" / name)) for name in ("whole", "cut")
     )
@@ -205,7 +217,7 @@ def test_an_unsealed_cache_is_refused(trial, tmp_path) -> None:
     folder, *_ = trial
     shutil.copytree(folder / "cache/trial", tmp_path / "c")
     (tmp_path / "c" / "COMPLETE.json").unlink()
-    refused = dkdetr("train", "--cache", str(tmp_path / "c"), "--experiment", "trial", cwd=tmp_path)
+    refused = call("train", "--cache", str(tmp_path / "c"), "--experiment", "trial", cwd=tmp_path)
     assert refused.returncode == 4
     assert "cache-teacher" in refused.stderr
 
@@ -215,13 +227,13 @@ def test_a_random_teacher_is_named_by_every_reader(trial, tmp_path) -> None:
     # The shipped small model's architecture with random weights.
     words = ("cache-teacher", "--split", train, "--out", "random", "--teacher", "RN50:random",
              "--proposals", "fit:cache/trial", "--keep", "2", "--prompts", "single")  # fmt: skip
-    assert "RANDOM" in succeed(*words, cwd=folder)
-    assert "RANDOM" in succeed("cache", "info", "random", cwd=folder)
-    done = dkdetr("train", "--cache", "random", "--experiment", "trial", "--run", "runs/random",
-                  *TINY, cwd=folder)  # fmt: skip
+    assert "RANDOM" in call_well(*words, cwd=folder)
+    assert "RANDOM" in call_well("cache", "info", "random", cwd=folder)
+    done = call("train", "--cache", "random", "--experiment", "trial", "--run", "runs/random",
+                *TINY, cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "RANDOM TEACHER" in done.stderr
-    scored = dkdetr("eval", "runs/random", "--split", val, cwd=folder)
+    scored = call("eval", "runs/random", "--split", val, cwd=folder)
     assert scored.returncode == 0, scored.stderr
     assert "RANDOM TEACHER" in scored.stderr
 
@@ -233,13 +245,13 @@ def test_the_three_commands_on_real_photographs(tmp_path) -> None:
         name: f"ovcoco:{coco / name}:{coco / 'annotations' / f'instances_{name}.json'}"
         for name in ("train2017", "val2017")
     }
-    succeed(
+    call_well(
         "cache-teacher", "--split", part["train2017"], "--out", "cache/coco", "--teacher",
         "pictograms", "--experiment", "trial", "--fit-epochs", "1", "--keep", "20", "--prompts",
         "single", *TINY, cwd=tmp_path,
     )  # fmt: skip
-    succeed("train", "--cache", "cache/coco", "--experiment", "trial", *TINY, cwd=tmp_path)
-    succeed("eval", "--split", part["val2017"], "--json", "scores.json", cwd=tmp_path)
+    call_well("train", "--cache", "cache/coco", "--experiment", "trial", *TINY, cwd=tmp_path)
+    call_well("eval", "--split", part["val2017"], "--json", "scores.json", cwd=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["num_images"] > 0
 
@@ -249,7 +261,7 @@ def test_options_that_ask_more_of_the_cache(trial, setting: str) -> None:
     """The teacher itself, and the mean of its embeddings."""
     folder, *_ = trial
     words = ("--cache", "cache/trial", "--experiment", "trial", *TINY)
-    succeed("train", *words, "--set", setting, "--run", f"runs/{setting}", cwd=folder)
+    call_well("train", *words, "--set", setting, "--run", f"runs/{setting}", cwd=folder)
     last = json.loads((folder / f"runs/{setting}/metrics.jsonl").read_text().splitlines()[-1])
     assert last["kd_regions_per_image"] > 0
     assert last["skd"] > 0

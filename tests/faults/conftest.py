@@ -39,7 +39,7 @@ def _trials(module: str, place: str) -> Iterator[Callable[..., int]]:
     yield run
     process.stdin.close()
     process.stdout.close()
-    assert process.wait(timeout=30) == 0
+    assert process.wait() == 0
 
 
 @pytest.fixture(scope="module")

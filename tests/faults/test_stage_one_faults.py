@@ -22,9 +22,10 @@ from pipeline.build import cache_teacher
 from pipeline.executor import Executor
 from pipeline.request import CacheRequest
 from tests.distributed.test_fit_ranks import TORCHRUN, fit_words
-from tests.e2e.commands import DKDETR, dkdetr, environment, run_command
+from tests.e2e.commands import DKDETR, dkdetr, environment
 from tests.e2e.small_coco import write_coco_folder
 from tests.e2e.tiny_stage_one import tiny_request, write_tiny_teacher, write_world
+from tests.faults.ends_of_jobs import end_after, start_job
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,10 @@ def test_a_scheduler_that_runs_already_gives_the_same_root(
         )
     ]  # fmt: skip
     try:
-        address = _address(where)
+        while not where.is_file() or not where.stat().st_size:
+            assert [each.poll() for each in started] == [None, None]
+            time.sleep(0.1)
+        address = str(json.loads(where.read_text())["address"])
         other = replace(request, out=tmp_path / "c", executor=Executor(scheduler=address))
         assert cache_teacher(other).merkle_root == root
         # The cluster is not ours: it is still there.
@@ -129,16 +133,7 @@ def test_a_scheduler_that_runs_already_gives_the_same_root(
         for process in started:
             process.terminate()
         for process in started:
-            process.wait(timeout=30)
-
-
-def _address(where: Path) -> str:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if where.is_file() and where.stat().st_size:
-            return str(json.loads(where.read_text())["address"])
-        time.sleep(0.1)
-    raise AssertionError("the scheduler did not start")
+            process.wait()
 
 
 def test_the_command_answers_sigterm_with_75(
@@ -175,13 +170,12 @@ def test_an_error_of_the_first_rank_ends_the_others(folder: Path) -> None:
     picture = folder / "train2017" / "000005.jpg"
     picture.rename(folder / "away.jpg")
     try:
-        started = time.monotonic()
-        done = run_command([*TORCHRUN, *DKDETR, *fit_words("three")], folder)
-        assert time.monotonic() - started < 60
+        job = start_job([*TORCHRUN, *DKDETR, *fit_words("three")], folder, folder / "said")
+        said = end_after(job, folder / "said", "000005.jpg", patience_s=60)
     finally:
         (folder / "away.jpg").rename(picture)
-    assert done.returncode != 0
-    assert "000005.jpg" in done.stderr
+    assert job.returncode != 0
+    assert said.count("error [3]") == 1
 
 
 def test_sigterm_to_all_ranks_keeps_the_state_and_the_same_command_goes_on(folder: Path) -> None:
@@ -191,11 +185,11 @@ def test_sigterm_to_all_ranks_keeps_the_state_and_the_same_command_goes_on(folde
         text=True,
     )  # fmt: skip
     state = folder / "four" / "proposals" / "fit_state.safetensors"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not state.exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode != 0
     assert "stopped by SIGTERM at step" in said, said
     assert state.exists()

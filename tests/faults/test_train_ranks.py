@@ -1,18 +1,20 @@
 """A rank that dies or hangs ends the job soon, and the reason is named once."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dkdetr.engine.train import train
 from dkdetr.experiment_file import dump_toml
 from tests.e2e.commands import ROOT
+from tests.faults.ends_of_jobs import end_after, start_job
+from tests.faults.faulty_rank import LAST_WORD
 from tests.training_world import checkpoint_of, make_world, settings
 
 TIMEOUT_S = 8
@@ -30,20 +32,14 @@ def world(tmp_path_factory):
     return world
 
 
-def start(world, fault: str) -> subprocess.Popen[str]:
+def start(world, fault: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Returns the job, and the file of what it says."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--no-python", "--", sys.executable, "-m", "tests.faults.faulty_rank")  # fmt: skip
     words = ("train", "--cache", str(world.cache), "--experiment", str(world.root / "ranks.toml"),
              "--run", str(world.root / "runs" / fault), "--device", "cpu")  # fmt: skip
-    return subprocess.Popen(
-        [*torchrun, fault, *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    said = world.root / f"{fault}.said"
+    return start_job([*torchrun, fault, *words], ROOT, said), said
 
 
 def processes_of(session: int) -> list[int]:
@@ -56,11 +52,9 @@ def processes_of(session: int) -> list[int]:
 
 @pytest.mark.parametrize("fault", ["raise", "kill", "stall"])
 def test_a_rank_in_trouble_ends_the_job(world, fault) -> None:
-    job = start(world, fault)
-    begun = time.monotonic()
-    _, errors = job.communicate(timeout=120)
-    # Start-up, the time that the others wait for an answer, and 60 s for the end itself.
-    assert time.monotonic() - begun < 60 + 20 + TIMEOUT_S
+    job, said = start(world, fault)
+    # The time that the others wait for an answer, and 60 s for the end itself.
+    errors = end_after(job, said, LAST_WORD, patience_s=60 + TIMEOUT_S)
     assert job.returncode != 0
     assert processes_of(job.pid) == []
     lines = errors.splitlines()
@@ -74,14 +68,15 @@ def test_a_rank_in_trouble_ends_the_job(world, fault) -> None:
 
 
 def test_sigterm_to_torchrun_saves_on_both_ranks_and_one_process_goes_on(world) -> None:
-    job = start(world, "slow")
+    job, said = start(world, "slow")
     metrics = world.root / "runs" / "slow" / "run.json"
     while not metrics.is_file():
-        assert job.poll() is None, job.communicate()
+        assert job.poll() is None, said.read_text()
         time.sleep(0.1)
     time.sleep(3)
     job.send_signal(signal.SIGTERM)
-    _, errors = job.communicate(timeout=60)
+    job.wait()
+    errors = said.read_text()
     assert errors.count("error [75]: stopped by SIGTERM") == 2, errors
     assert processes_of(job.pid) == []
     cut = checkpoint_of(world, "slow")

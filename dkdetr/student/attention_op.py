@@ -89,8 +89,10 @@ def _backward(
     grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = _laid_out(value, locations, weights, grad_out)
-    grad_value = torch.zeros_like(given[0], dtype=locations.dtype)  # is added to
-    grad_locations, grad_weights = torch.empty_like(given[1]), torch.empty_like(given[2])
+    plain = torch.contiguous_format
+    grad_value = torch.zeros_like(given[0], dtype=locations.dtype, memory_format=plain)  # added to
+    grad_locations = torch.empty_like(given[1], memory_format=plain)
+    grad_weights = torch.empty_like(given[2], memory_format=plain)
     if grad_out.numel() and weights.numel():
         _launch(backward_kernel, [*given, grad_value, grad_locations, grad_weights], sizes)
     else:

@@ -165,7 +165,8 @@ def _run(benchmark: Benchmark, device: str, say: Callable[[str], None]) -> int:
         code = child.returncode
         errors.seek(0)
         if code:
-            late = f", not done after {TIMEOUT_S} s" if code == -signal.SIGKILL else ""
+            too_long = code == -signal.SIGKILL and time.monotonic() - started >= TIMEOUT_S
+            late = f", not done after {TIMEOUT_S} s" if too_long else ""
             say(f"FAILED with exit code {code}{late}\n{errors.read().strip()[-2000:]}\n")
     say(f"```\n\n{time.monotonic() - started:.0f} s\n")
     if benchmark.peers:

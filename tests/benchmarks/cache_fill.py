@@ -258,6 +258,8 @@ def usual_rate(
 
 def seconds(function: Callable[[], object]) -> float:
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a warm-up may still be under way
     start = clock()
     function()
     if torch.cuda.is_available():

@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def call(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Returns what a `dkdetr` command of this process came to, whatever its exit code."""
     with contextlib.chdir(cwd):
         done = CliRunner().invoke(cli.app, words, prog_name="dkdetr")
-    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+    error = done.exception
+    escaped = error is not None and not isinstance(error, SystemExit)
+    trace = "".join(traceback.format_exception(error)) if escaped else ""
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr + trace)
 
 
 def call_well(*words: str, cwd: Path) -> str:

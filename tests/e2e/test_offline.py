@@ -15,9 +15,10 @@ from tests.e2e.small_coco import write_coco_folder
 NO_NETWORK = ROOT / "tests/e2e/no_network"
 # All in one process, as a user's shell would run them one after another: imports take seconds.
 RUNNER = """
-import json, sys
+import json, os, sys
 import cli
 for words in json.loads(sys.argv[1]):
+    os.environ.pop("DKDETR_OFFLINE", None)  # what a command before said of itself
     try:
         cli.app(words, prog_name="dkdetr")
     except SystemExit as ended:

@@ -20,6 +20,7 @@ import json, sys, sysconfig
 packages = sysconfig.get_paths()["purelib"]
 files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
 foreign = {name.partition(".")[0] for name, file in files.items() if file.startswith(packages)}
+foreign |= {"torch", "zarr", "open_clip", "dask", "faiss"} & set(sys.modules)  # wherever they lie
 print(json.dumps([len(files), sorted(foreign)]))
 """
 # Packages that an installation may load before any code of ours (editable installs, coverage).

@@ -297,6 +297,9 @@ class ComputeConfig:
     """Computes encoder and decoder layers twice instead of keeping what backward needs."""
     compile: Literal["off", "inductor", "aot_eager", "eager"] = "off"
     """The backend of torch.compile for the student."""
+    cuda_graphs: bool = False
+    """Replays the compiled student's forward and backward pass as CUDA graphs; wants a GPU,
+    `compile = "inductor"` and one micro-batch."""
     rank_timeout_s: float = 600.0
     """How long a rank waits for the others before it gives the job up."""
 

@@ -193,8 +193,9 @@ class TrainingStep:
         kd = self._config.kd
         hybrid = kd.hybrid_queries > 0 and epoch >= kd.start_epoch
         regions = batch.regions if kd.auxiliary_queries else None
-        enabled = self._precision is not torch.float32
-        device = self._ranks.device.type
+        device, enabled = self._ranks.device.type, self._precision is not torch.float32
+        if self._config.compute.cuda_graphs:  # nothing of the last step is needed any more
+            torch.compiler.cudagraph_mark_step_begin()
         with (
             marked("rest of forward"),
             torch.autocast(device, dtype=self._precision, enabled=enabled),

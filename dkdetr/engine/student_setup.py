@@ -11,15 +11,23 @@ from torch.utils.checkpoint import checkpoint
 
 from dkdetr.config import ComputeConfig
 from dkdetr.engine.distributed import Ranks
+from dkdetr.errors import UsageError
 from dkdetr.student.detector import DKDETR
 
 
 def prepare_student(student: DKDETR, config: ComputeConfig) -> None:
-    """Makes the student compute as the settings say; its weights and their names stay."""
+    """Makes the student, on its device, compute as the settings say; weights and names stay.
+
+    Raises:
+        UsageError: CUDA graphs are wanted where they cannot be recorded.
+    """
     if config.activation_checkpointing:
         recompute_layers(student)
+    if config.cuda_graphs:
+        _check_graphs(student, config)
     if config.compile != "off":
-        student.compile(backend=config.compile)
+        mode = "reduce-overhead" if config.cuda_graphs else None
+        student.compile(backend=config.compile, mode=mode)
 
 
 def recompute_layers(student: DKDETR) -> None:
@@ -48,6 +56,18 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _check_graphs(student: DKDETR, config: ComputeConfig) -> None:
+    if config.compile != "inductor":
+        raise UsageError("compute.cuda_graphs wants compute.compile=inductor, which records them")
+    # A gradient lies in the graph's memory, which its next replay overwrites: those of several
+    # micro-batches add up to something else, silently (pytorch #96693).
+    if config.micro_batches > 1:
+        raise UsageError("compute.cuda_graphs wants compute.micro_batches=1")
+    device = student.trunk.level_embeddings.device
+    if device.type != "cuda":
+        raise UsageError(f"compute.cuda_graphs wants a GPU; this is '{device.type}'")
 
 
 def _recomputed(forward: Any, *args: Any) -> Any:

@@ -58,6 +58,11 @@ BENCHMARKS = (
         "step", "The training step, compiled", cpu=None,
         gpu="--alone --set compute.compile=inductor", part="step-compiled",
     ),
+    Benchmark(
+        "step", "The training step, compiled, by CUDA graphs", cpu=None,
+        gpu="--alone --set compute.compile=inductor --set compute.cuda_graphs=true",
+        part="step-graphs",
+    ),
     Benchmark("matching", "Matching of the first stage", cpu="--tokens 5440 --targets 12"),
     Benchmark(
         "teacher_free", "The teacher: not there, cached, in the loop",

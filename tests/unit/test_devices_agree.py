@@ -224,6 +224,43 @@ for count in (2, 1, 2, 2):
 """
 
 
+REPLAYED = """
+import torch
+from tests.unit.test_devices_agree import *
+from dkdetr.engine.student_setup import prepare_student
+
+config, device = option_config("cached"), torch.device("{device}")
+config = replace(
+    config,
+    student=replace(config.student, dropout=0.0), kd=replace(config.kd, start_epoch=1),
+)
+losses = []
+for compute in (
+    config.compute,
+    replace(config.compute, compile="{backend}", cuda_graphs=device.type == "cuda"),
+):
+    under = replace(config, compute=compute)
+    torch.manual_seed(0)
+    student = tiny_student(under).to(device).train()
+    prepare_student(student, compute)
+    step = TrainingStep(
+        student, make_optimizer(student, under.optim), text_embeddings().to(device), under,
+        Ranks(rank=0, world_size=1, device=device),
+        precision=torch.float32, dumps=Path("nonfinite"),
+    )
+    batch = training_batch(under)
+    batch = batch.pin_memory() if device.type == "cuda" else batch
+    batches = [replace(batch, regions=None)] * 4 + [batch] * 4  # burn-in, distillation
+    losses.append([
+        step([each], epoch=number // 4, iteration=number).parts["total"].item()
+        for number, each in enumerate(batches)
+    ])
+assert len(set(losses[0])) == 8
+torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=1e-2)
+assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+"""
+
+
 def alone(code: str, **words: str) -> None:
     root = Path(__file__).parents[2]
     paths = os.pathsep.join((str(root), str(root / "tests")))
@@ -239,12 +276,21 @@ def test_deterministic_steps_are_bitwise_the_same(device: str):
     alone(TWICE, device=device)
 
 
-@pytest.mark.parametrize(
+BACKENDS = pytest.mark.parametrize(
     ("device", "backend"),
     [
         pytest.param("cpu", "aot_eager", marks=pytest.mark.slow),
         pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
     ],
 )
+
+
+@BACKENDS
 def test_compiled_students_say_the_same(device: str, backend: str):
     alone(COMPILED, device=device, backend=backend)
+
+
+@BACKENDS
+def test_compiled_steps_learn_the_same(device: str, backend: str):
+    """Burn-in, then distillation; on a GPU by CUDA graphs, replayed over weights that moved."""
+    alone(REPLAYED, device=device, backend=backend)

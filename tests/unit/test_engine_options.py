@@ -3,16 +3,20 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from dkdetr.config import ComputeConfig
+from dkdetr.engine import student_setup
 from dkdetr.engine.checkpoint import load_student
-from dkdetr.engine.student_setup import recompute_layers
+from dkdetr.engine.student_setup import prepare_student, recompute_layers
 from dkdetr.engine.train import train
 from dkdetr.engine.weight_average import WeightAverage
 from dkdetr.errors import UsageError
 from tests.e2e.commands import ROOT
+from tests.step_options import option_config, step_under, training_batch
 from tests.tiny_student import (
     image_batch,
     loss_of,
@@ -124,6 +128,38 @@ def test_a_compiled_student_computes_the_same() -> None:
         [sys.executable, "-c", _COMPILED], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings_of_compute", "reason"),
+    [
+        ({}, "compile=inductor"),
+        ({"compile": "inductor", "micro_batches": 2}, "micro_batches=1"),
+        ({"compile": "inductor"}, "wants a GPU"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be(
+    world, settings_of_compute: dict[str, Any], reason: str
+) -> None:
+    config = settings(compute={"cuda_graphs": True} | settings_of_compute)
+    with pytest.raises(UsageError, match=reason):
+        train(world.request("graphs", config))
+
+
+def test_cuda_graphs_are_asked_for_and_each_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = ComputeConfig(compile="inductor", cuda_graphs=True)
+    student, asked = tiny_student(), []
+    monkeypatch.setattr(student_setup, "_check_graphs", lambda *_: None)
+    monkeypatch.setattr(student, "compile", lambda **words: asked.append(words))
+    prepare_student(student, compute)
+    assert asked == [{"backend": "inductor", "mode": "reduce-overhead"}]
+    told: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
+    for graphs in (False, True):
+        config = option_config("cached")
+        config = replace(config, compute=replace(config.compute, cuda_graphs=graphs))
+        step_under(config).step([training_batch(config)], epoch=0, iteration=0)
+        assert len(told) == graphs
 
 
 def test_other_machine_settings_go_on_with_the_same_run(world) -> None:

@@ -47,6 +47,21 @@ class Copies(TorchDispatchMode):
         return result
 
 
+class OnTheCPU(TorchDispatchMode):
+    """Remembers what is made in the CPU's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, Tensor) and each.device.type == "cpu":
+                self.made.append(str(func))
+        return result
+
+
 def without_numbers(self: Tensor) -> np.ndarray:
     """What `Tensor.numpy` gives here of a fake tensor: some numbers, all of them different."""
     return np.arange(self.numel(), dtype=np.float32).reshape(self.shape)
@@ -114,3 +129,23 @@ def test_the_matching_alone_waits(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_pairs_that_depend_on_matches_wait_once_more(monkeypatch: pytest.MonkeyPatch):
     copies = waits_of("cached without auxiliary", monkeypatch)
     assert (len(copies.down), len(copies.up)) == (2, 2), (copies.down, copies.up)
+
+
+@pytest.mark.parametrize("name", ["cached", "siglip_bias", "masks"])
+@pytest.mark.parametrize("distil", [False, True])
+def test_the_forward_pass_keeps_to_the_gpu(name: str, distil: bool):
+    """A graph that touches the CPU is not recorded as a CUDA graph (compute.cuda_graphs)."""
+    config = option_config(name)
+    batch = training_batch(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            student = build_student(config, text_dim=TEXT_DIM).train()
+            text = torch.zeros(NUM_CLASSES, TEXT_DIM)
+        use_backend(student, "torch", torch.device("cpu"))
+        batch = batch.to("cuda")
+        with OnTheCPU() as cpu:
+            student(batch.images, text, batch.regions if distil else None)
+        assert not cpu.made
+        with OnTheCPU() as cpu:
+            text.cpu()
+        assert cpu.made

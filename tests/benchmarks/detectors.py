@@ -5,7 +5,6 @@ import gc
 from collections.abc import Sequence
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from dkdetr.config import ExperimentConfig
@@ -16,6 +15,7 @@ from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
 from tests.benchmarks.machine import describe
 from tests.benchmarks.made_up import TEXT_DIM
+from tests.peer_detector import two_stage_deformable_detr
 
 
 def size_options(parser: argparse.ArgumentParser) -> None:
@@ -74,20 +74,11 @@ def take_attention(
 def peer_detector(options: argparse.Namespace) -> nn.Module:
     """Returns transformers' Deformable DETR: two-stage, box refinement, ResNet-50."""
     torch.manual_seed(0)
-    return transformers.DeformableDetrForObjectDetection(
-        transformers.DeformableDetrConfig(
-            backbone_config=transformers.TimmBackboneConfig(
-                backbone="resnet50", out_indices=[2, 3, 4], use_pretrained_backbone=False
-            ),
-            two_stage=True,
-            with_box_refine=True,
-            tie_word_embeddings=False,
-            disable_custom_kernels=True,
-            encoder_layers=options.layers,
-            decoder_layers=options.layers,
-            two_stage_num_proposals=options.queries,
-            num_labels=options.classes,
-        )
+    return two_stage_deformable_detr(
+        encoder_layers=options.layers,
+        decoder_layers=options.layers,
+        two_stage_num_proposals=options.queries,
+        num_labels=options.classes,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from peer_detector import two_stage_deformable_detr
 from safetensors.torch import save_file
 from tiny_student import image_batch, unit_rows
 from torch import Tensor, nn
@@ -58,14 +58,7 @@ def experiment(student: dict[str, int]) -> ExperimentConfig:
 
 
 def reference_model(student: dict[str, int], dtype: torch.dtype) -> nn.Module:
-    settings = transformers.DeformableDetrConfig(
-        backbone_config=transformers.TimmBackboneConfig(
-            backbone="resnet50", out_indices=[2, 3, 4], use_pretrained_backbone=False
-        ),
-        two_stage=True,
-        with_box_refine=True,
-        tie_word_embeddings=False,
-        disable_custom_kernels=True,
+    model = two_stage_deformable_detr(
         d_model=student["embed_dim"],
         encoder_layers=student["num_encoder_layers"],
         decoder_layers=student["num_decoder_layers"],
@@ -75,8 +68,7 @@ def reference_model(student: dict[str, int], dtype: torch.dtype) -> nn.Module:
         decoder_ffn_dim=student["ffn_dim"],
         two_stage_num_proposals=student["num_queries"],
         num_labels=NUM_CLASSES,
-    )
-    model = transformers.DeformableDetrForObjectDetection(settings).eval()
+    ).eval()
     _randomise(model)
     return model.to(dtype)
 

@@ -101,11 +101,11 @@ def main() -> int:
     device = _device(options.device)
     begun = datetime.now(UTC)
     name = f"{begun:%Y-%m-%d}-{device}" + ("-" + "-".join(options.only) if options.only else "")
-    path = options.out / f"{name}.md"
     options.out.mkdir(parents=True, exist_ok=True)
+    path = new_page(options.out, name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed = 0
-    with path.open("w", encoding="utf-8", buffering=1) as page:
+    with path.open("x", encoding="utf-8", buffering=1) as page:
 
         def say(text: str) -> None:
             page.write(text)
@@ -119,6 +119,15 @@ def main() -> int:
                 failed += _run(each, device, say) != 0
     print(f"kept in {path}; {failed} failed")
     return 1 if failed else 0
+
+
+def new_page(folder: Path, name: str) -> Path:
+    """Returns where no page is yet: a day's second run spoils nothing of the first."""
+    path, number = folder / f"{name}.md", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}.md"
+    return path
 
 
 def _device(wanted: str) -> str:

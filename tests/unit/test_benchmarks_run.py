@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.__main__ import BENCHMARKS, ROOT, Benchmark, _run
+from tests.benchmarks.__main__ import BENCHMARKS, ROOT, Benchmark, _run, new_page
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 NOT_ALONE = {"__main__", "detectors", "machine", "made_up", "recorded", "scale"}
@@ -18,6 +18,13 @@ NOT_ALONE = {"__main__", "detectors", "machine", "made_up", "recorded", "scale"}
 def test_every_benchmark_takes_part() -> None:
     there = {path.stem for path in FOLDER.glob("*.py")} - NOT_ALONE
     assert there <= {each.module for each in BENCHMARKS}
+
+
+def test_a_second_page_of_a_day_leaves_the_first_alone(tmp_path) -> None:
+    for name in ("day-cpu.md", "day-cpu-2.md", "day-cpu-3.md"):
+        path = new_page(tmp_path, "day-cpu")
+        assert path.name == name
+        path.touch()
 
 
 def said_of(benchmark: Benchmark) -> tuple[list[str], int]:

@@ -1,7 +1,6 @@
 """k micro-batches are k ranks: to 1e-6 against one process and against two gloo ranks."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -42,25 +41,17 @@ def test_the_normalisers_are_the_group_s(tmp_path) -> None:
         assert_same(whole, halves)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_are_ranks(tmp_path, parts) -> None:
     """Dropout and batch relations included; four parts on two ranks exchange once a step."""
     out = tmp_path / "ranks.safetensors"
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.grouped_steps", str(parts), "0.1", str(out)],
-            cwd=ROOT,
-            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "tests.distributed.grouped_steps"]
+    job = subprocess.Popen(
+        [*command, str(parts), "0.1", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     alone = weights_after(ALONE, parts, dropout=0.1, relations=("image", "batch"), dumps=tmp_path)
-    assert [process.wait() for process in processes] == [0, 0]
+    assert job.wait() == 0
     assert_same(alone, load_file(out))

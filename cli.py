@@ -229,11 +229,9 @@ def _complete_names(command: Callable[..., None]) -> None:
 
 
 def _split_names(incomplete: str) -> list[str]:
-    from dkdetr.data.split_sources import PICTOGRAM_SIZES, SOURCES
+    from dkdetr.data.split_sources import PICTOGRAMS, SOURCES
 
-    parts = ("train", "val")
-    drawn = [f"pictograms_{size}_{part}" for size in PICTOGRAM_SIZES for part in parts]
-    return [name for name in (*SOURCES, *drawn) if name.startswith(incomplete)]
+    return [name for name in (*SOURCES, *PICTOGRAMS) if name.startswith(incomplete)]
 
 
 def _experiment_names(incomplete: str) -> list[str]:

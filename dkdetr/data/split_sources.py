@@ -11,7 +11,13 @@ from dkdetr.errors import DataError, UsageError
 
 Protocol = Literal["lvis", "coco", "ovcoco", "voc"]
 
-PICTOGRAM_SIZES = ("tiny", "small", "full", "full70")
+PICTOGRAMS: dict[str, tuple[str, str]] = {
+    f"pictograms_{size}_{part}": (size, part)
+    for size in ("tiny", "small", "full", "full70")
+    for part in ("train", "val", "held")
+    if (size, part) != ("tiny", "held")
+}
+"""Size and part of the embedded data set's splits; `held` shows drawings in a style of its own."""
 KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
 
@@ -91,9 +97,8 @@ class OwnSplit:
 
 def known_splits() -> tuple[str, ...]:
     """Returns every split name, the forms for a user's own folders last."""
-    pictograms = [f"pictograms_{s}_{part}" for s in PICTOGRAM_SIZES for part in ("train", "val")]
     own = [f"{kind}:IMAGES_DIR:ANNOTATIONS.json" for kind in KINDS]
-    return (*SOURCES, *pictograms, *own, "voc:VOCDEVKIT_DIR:LIST")
+    return (*SOURCES, *PICTOGRAMS, *own, "voc:VOCDEVKIT_DIR:LIST")
 
 
 def list_splits(data_root: Path) -> dict[str, str]:
@@ -119,7 +124,7 @@ def _places(name: str, data_root: Path) -> tuple[list[Path], Path]:
     if name in SOURCES:
         source = SOURCES[name]
         return [data_root / file for file in source.annotations], data_root / source.image_root
-    _, size, part = name.split("_")
+    size, part = PICTOGRAMS[name]
     root = data_root / "pictograms" / size
     return [root / "annotations" / f"{part}.json"], root / "images" / part
 

@@ -29,7 +29,7 @@ from dkdetr.data.image_files import FolderLayout, ImageFolder, check_file_name
 from dkdetr.data.problems import Problems
 from dkdetr.data.split_sources import (
     KINDS,
-    PICTOGRAM_SIZES,
+    PICTOGRAMS,
     SOURCES,
     OwnSplit,
     Protocol,
@@ -171,9 +171,8 @@ def load_split(name: str, data_root: Path, problems: Problems | None = None) -> 
         )  # fmt: skip
     if name in SOURCES:
         return _load_source(name, SOURCES[name], data_root, problems)
-    size, _, part = name.removeprefix("pictograms_").rpartition("_")
-    if name.startswith("pictograms_") and size in PICTOGRAM_SIZES and part in {"train", "val"}:
-        return _load_pictograms(name, size, part, data_root, problems)
+    if name in PICTOGRAMS:
+        return _load_pictograms(name, *PICTOGRAMS[name], data_root, problems)
     raise UsageError(f"unknown split '{name}'; known: {', '.join(known_splits())}")
 
 

@@ -76,7 +76,9 @@ def experiment_of_split(split: str) -> str:
     Raises:
         UsageError: the split says nothing about it (plain COCO, say).
     """
-    kind = split.partition(":")[0].removesuffix("_train").removesuffix("_val")
+    kind = split.partition(":")[0]
+    for part in ("_train", "_val", "_held"):
+        kind = kind.removesuffix(part)
     experiment = _BY_SPLIT.get(kind.partition("_")[0], kind)
     if experiment not in shipped_experiments():
         known = ", ".join(shipped_experiments())

@@ -84,6 +84,18 @@ def test_every_size_is_a_split_and_has_an_experiment_of_its_own():
     for size in SIZES:
         assert f"pictograms_{size}_train" in known_splits()
         assert experiment_of_split(f"pictograms_{size}_train") == f"pictograms_{size}"
+        assert experiment_of_split(f"pictograms_{size}_held") == f"pictograms_{size}"
+        assert (f"pictograms_{size}_held" in known_splits()) == (SIZES[size].num_held > 0)
+
+
+def test_pictures_of_the_held_out_style_are_a_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SIZES", {"small": MINI})
+    prepare_pictograms(tmp_path, size="small", protocol="lvis-like", seed=3)
+    held = load_split("pictograms_small_held", tmp_path)
+    assert (len(held.images), held.is_train, held.protocol) == (MINI.num_held, False, "lvis")
+    assert all(held.image_path(image).is_file() for image in held.images)
+    with pytest.raises(UsageError, match="unknown split"):
+        load_split("pictograms_tiny_held", tmp_path)
 
 
 def test_other_seeds_draw_other_names():

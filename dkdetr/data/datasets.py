@@ -4,7 +4,7 @@ Novel boxes are left behind in the main process: a loader process never receives
 """
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ class TrainingImages:
         keep = np.arange(len(self.images)) < count
         boxes = self.boxes.keep_images(keep)
         labels = self.labels[: len(boxes.category_ids)]
-        return TrainingImages(self.folder, self.images[:count], boxes, labels)
+        # Outlines are found by a box's row, and the first rows stay where they are.
+        return replace(self, images=self.images[:count], boxes=boxes, labels=labels)
 
 
 @dataclass(frozen=True)

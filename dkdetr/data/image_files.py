@@ -21,7 +21,8 @@ from dkdetr.errors import DataError
 MAX_IMAGE_PIXELS = 89_478_485
 """Larger pictures are refused: a few kilobytes of PNG can unpack to gigabytes."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+"""Kinds of pixels, as Pillow calls them, with 8 bits a channel or fewer."""
 _LONGEST_NAME = 255
 _COCO_FOLDERS = ("train2017", "val2017")
 FolderLayout = Literal["plain", "coco", "patches"]
@@ -177,7 +178,7 @@ def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int] |
             f"image {path} is {width} x {height} pixels, its annotation says "
             f"{expected_hw[1]} x {expected_hw[0]}: boxes would lie elsewhere"
         )
-    if image.mode not in _MODES:
+    if image.mode not in MODES:
         raise UnreadableImageError(
             f"image {path}: pixels of kind '{image.mode}', more than 8 bits a channel"
         )

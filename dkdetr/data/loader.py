@@ -69,7 +69,7 @@ def make_training_loader(
 
     A sample is a function of the seed, its epoch and its place in the epoch's order: neither the
     number of ranks nor that of loader processes changes it (with `kd.rkd.neighbor_fraction` the
-    order itself depends on the images a rank). Teacher regions come with epochs from
+    order itself depends on the images a part). Teacher regions come with epochs from
     `kd.start_epoch` on, if anything distils. Images that stage 1 quarantined are left out, and so
     are those without a base box. The last, incomplete batch of an epoch is dropped.
 
@@ -194,7 +194,7 @@ def _company(
     fraction = config.kd.rkd.neighbor_fraction
     if fraction == 0 or reader is None:
         return None
-    share = plan.batch_size // plan.world_size
+    share = plan.batch_size // (plan.world_size * config.compute.micro_batches)
     places = places_for_neighbors(fraction, share)
     lists = reader.neighbors()
     if lists is None:

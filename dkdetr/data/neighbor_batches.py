@@ -1,7 +1,7 @@
 """Batches of related images: the epoch's own images, in another order. Our addition to the paper.
 
-RKD compares the regions of a rank's batch with each other. Regions of images drawn at random are
-nearly all equally unlike; among related images there are relations worth imitating.
+RKD compares the regions of a rank's micro-batch with each other. Regions of images drawn at random
+are nearly all equally unlike; among related images there are relations worth imitating.
 """
 
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ def related_images(
 
 @dataclass(frozen=True, eq=False)
 class RelatedCompany:
-    """Rearranges the epochs that distil; a function of (seed, epoch, images a rank)."""
+    """Rearranges the epochs that distil; a function of (seed, epoch, images a part)."""
 
     related: RelatedImages
     factors: Float[np.ndarray, "num_images"]
     share: int
-    """Images of a rank's batch."""
+    """Images of a part: a rank's micro-batch, whose regions are compared."""
     num_neighbors: int
     """Of these, places for related images."""
     seed: int
@@ -82,7 +82,7 @@ class RelatedCompany:
 
 
 def places_for_neighbors(fraction: float, share: int) -> int:
-    """Returns how many of a rank's `share` images a batch are related ones.
+    """Returns how many of a part's `share` images are related ones.
 
     Raises:
         UsageError: so small a share has no place for them.
@@ -90,7 +90,7 @@ def places_for_neighbors(fraction: float, share: int) -> int:
     places = min(round(fraction * share), share - 1)
     if places < 1:
         raise UsageError(
-            f"kd.rkd.neighbor_fraction={fraction:g} of {share} images a rank and batch is not one "
+            f"kd.rkd.neighbor_fraction={fraction:g} of {share} images a micro-batch is not one "
             "image: raise it or data.batch_size, or set it to 0"
         )
     return places
@@ -108,7 +108,7 @@ def gather_related(
 ) -> Int[np.ndarray, "num_samples"]:
     """Returns the same samples, so that of every `share` of them some are related to the others.
 
-    Each group of `share` samples (one rank's part of a batch) starts with the next samples of
+    Each group of `share` samples (one micro-batch of a rank) starts with the next samples of
     `order` that no group before has taken: its seeds. `num_neighbors` places are for images
     related to the seeds, drawn in proportion to their repeat factors from those that the epoch
     has still to show; where these do not suffice, further seeds take the places. So an epoch shows

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dkdetr.data.image_files import decode_any_size
+from dkdetr.data.image_files import MODES, decode_any_size
 from dkdetr.data.transforms import evaluation_geometry, render_view
 from dkdetr.errors import DataError, UsageError
 from dkdetr.structures import ImageBatch
@@ -26,7 +26,7 @@ def rgb_pixels(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
 
     Raises:
         DataError: a file that cannot be read (see `decode_image`).
-        UsageError: an array or a tensor of another shape, type or range.
+        UsageError: pixels of another shape, type, range or depth.
     """
     if isinstance(picture, str | Path):
         path = Path(picture)
@@ -35,6 +35,8 @@ def rgb_pixels(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
         except OSError as error:
             raise DataError(f"image {path}: {error.strerror or error}") from None
     if isinstance(picture, Image.Image):
+        if picture.mode not in MODES:
+            raise UsageError(f"a picture of kind '{picture.mode}' has more than 8 bits a channel")
         return np.array(picture.convert("RGB"))
     if isinstance(picture, Tensor):
         return _from_tensor(picture)

@@ -67,7 +67,10 @@ def row_overrides(base: ExperimentConfig) -> dict[str, dict[str, Any]]:
         "neighbors_50": {"kd.rkd.neighbor_fraction": 0.5},
         "both_hybrid": {"kd.alignment": "hybrid"},
         "both_online": {"kd.alignment": "online"},
-        "extra_queries": no_skd | no_rkd | {"kd.hybrid_queries": kd.regions_per_image},
+        # One to one: repeats would force nearly each of so few queries onto some object.
+        "extra_queries": no_skd
+        | no_rkd
+        | {"kd.hybrid_queries": kd.regions_per_image, "kd.hybrid_repeats": 1},
         "layers_last": {"kd.layers": "last"},
         "layers_all": {"kd.layers": "all"},
     }
@@ -116,8 +119,9 @@ _TABLES = {
             TableRow("both_iou", "SKD + RKD, auxiliary, iou"),
         ),
         "Without auxiliary queries the alignment changes too: a detection query learns from the "
-        "cached region that its anchor overlaps. The last row has auxiliary queries and that "
-        "alignment, so that the two effects can be told apart; the paper has no such row.",
+        "cached region that its anchor overlaps. The last row has auxiliary queries and such an "
+        "alignment, as a control; it still differs in how many regions it may choose from. The "
+        "paper has no such row.",
     ),
     "6": AblationTable(
         "6",
@@ -141,6 +145,7 @@ _TABLES = {
             TableRow("rkd_batch", "batch", _lvis(19.2, 31.2, 37.6, 31.6)),
             TableRow("rkd", "image + batch", _RKD.paper),
         ),
+        "Each relation has the weight of RKD: both together weigh twice as much as either alone.",
     ),
     "neighbors": AblationTable(
         "neighbors",

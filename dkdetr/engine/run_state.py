@@ -1,5 +1,6 @@
 """What changes with every step, as one thing: trained on, saved, found again."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ class RunState:
         torch.manual_seed(config.seed)
         self.student: DKDETR = build_student(config, text_dim=vocabulary.embed_dim)
         if config.student.weights is not None:
-            start_from_file(self.student, Path(config.student.weights), split)
+            for line in start_from_file(self.student, Path(config.student.weights), split):
+                if ranks.is_first:
+                    print(line, file=sys.stderr)
         self.student.to(ranks.device)
         use_backend(self.student, config.ops.backend, ranks.device)
         prepare_student(self.student, config.compute)

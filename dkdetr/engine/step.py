@@ -116,8 +116,7 @@ class TrainingStep:
         config = self._config.optim
         factor = learning_rate_factor(config, epoch=epoch, iteration=iteration)
         learning_rate = set_learning_rate(self.optimizer, config, factor)
-        counts = self._mean_counts(group)
-        buffers = self._copy_of_buffers()
+        counts, buffers = self._mean_counts(group), self._copy_of_buffers()
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for number, batch in enumerate(group):
@@ -147,8 +146,9 @@ class TrainingStep:
         return {"scaler": self.scaler.state_dict(), "overflows_in_row": self._overflows_in_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
-        self.scaler.load_state_dict(dict(state["scaler"]))
+        """Goes on from a `state_dict`; a scaler after a run without one finds its own scale."""
+        if state["scaler"]:
+            self.scaler.load_state_dict(dict(state["scaler"]))
         self._overflows_in_row = int(state["overflows_in_row"])
 
     def _backward(

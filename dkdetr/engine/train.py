@@ -17,6 +17,7 @@ from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.initial_weights import boxes_seen_before
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
 from dkdetr.engine.pairing import TeacherBuilder, teacher_side
@@ -117,7 +118,7 @@ class _Run:
                 f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
                 file=sys.stderr,
             )
-        self.folder = self._open_folder()
+        self.folder = self._open_folder(boxes_seen_before(config.student.weights, split))
         self.state = RunState(
             config,
             split,
@@ -252,7 +253,7 @@ class _Run:
             "the same command goes on from there"
         )
 
-    def _open_folder(self) -> RunFolder:
+    def _open_folder(self, saw_boxes_of: str | None) -> RunFolder:
         provenance = {
             "experiment": self.config.name,
             "config_hash": config_hash(self.config),
@@ -263,6 +264,7 @@ class _Run:
             "teacher_spec": self.cache.provenance.get("teacher_spec"),
             "random_teacher": self.cache.random_teacher,
             "started_from": str(self.request.start_from or ""),
+            "saw_boxes_of": saw_boxes_of,
             "world_size": self.ranks.world_size,
             **describe_machine(self.ranks.device),
         }

@@ -93,6 +93,8 @@ def _card(
         "knows of them.",
         *([f"* Weights: running average, decay {config.optim.ema_decay}."]
           if told.get("averaged") else []),
+        *([f"* **It began from weights that had seen {told['saw_boxes_of']}.**"]
+          if told.get("saw_boxes_of") else []),
         *(["* **The teacher was random: this is a trial, not a detector.**"]
           if told.get("random_teacher") else []),
         "",

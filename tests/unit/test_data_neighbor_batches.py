@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from cache.image_graph import image_graph
 from cache.neighbor_lists import NeighborLists
 from cache.neighbors import NeighborSettings, build_neighbors
-from dkdetr.config import RelationalKDConfig
+from dkdetr.config import ComputeConfig, RelationalKDConfig
 from dkdetr.data.loader import make_training_loader
 from dkdetr.data.neighbor_batches import (
     RelatedCompany,
@@ -189,10 +189,26 @@ def test_the_loader_brings_related_images_together(world, tmp_path):
     assert_same(resumed, mixed[per_epoch + 1 :])
 
 
+def test_each_micro_batch_has_related_images_of_its_own(world, tmp_path):
+    """RKD sees one part at a time: k parts of one rank are the parts of k ranks."""
+    _, split, _ = world
+    path = write_cache(tmp_path / "c", split)
+    build_neighbors(path, NeighborSettings(k=3, device="cpu"))
+    settings = with_fraction(0.5, batch_size=4)
+    in_parts = dataclasses.replace(settings, compute=ComputeConfig(micro_batches=2))
+    parts = [batch.images.image_ids for batch in run(world, settings=in_parts, cache_path=path)]
+    first, second = (
+        [b.images.image_ids
+         for b in run(world, settings=settings, cache_path=path, rank=rank, world_size=2)]
+        for rank in range(2)
+    )  # fmt: skip
+    assert parts == [ids for pair in zip(first, second, strict=True) for ids in pair]
+
+
 def test_impossible_fractions_are_refused(world):
     _, split, path = world
     assert [places_for_neighbors(f, 8) for f in (0.1, 0.25, 0.5, 0.99)] == [1, 2, 4, 7]
-    with pytest.raises(UsageError, match="of 1 images a rank"):
+    with pytest.raises(UsageError, match="of 1 images a micro-batch"):
         make_training_loader(
             split, vocabulary_of(split), with_fraction(0.5, batch_size=2), cache_path=path,
             world_size=2,

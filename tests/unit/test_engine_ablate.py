@@ -277,6 +277,8 @@ def test_every_table_is_of_known_rows_and_its_settings_load():
         config = load_experiment("lvis_r50_36e", set_words(overrides)).config
         assert config.kd.start_epoch == base.kd.start_epoch, run
         assert (config == base) == (run in ("both", "layers_last")), run
+    control = load_experiment("lvis_r50_36e", set_words(known["extra_queries"])).config.kd
+    assert (control.hybrid_queries, control.hybrid_repeats) == (base.kd.regions_per_image, 1)
     eight = {row.run for name in "567" for row in table_of(name).rows} - {"both_iou"}
     assert len(eight) == 8
     with pytest.raises(UsageError, match="no table '8'"):

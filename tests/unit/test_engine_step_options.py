@@ -175,3 +175,19 @@ def test_the_teacher_sees_filled_places_only():
 def test_impossible_settings_are_refused(table: dict[str, Any], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         config_from_dict({**config_to_dict(tiny_config()), "kd": table})
+
+
+def test_a_scaler_goes_on_from_a_run_without_one():
+    """A run that began on a device with bf16, or a burn-in in float32, goes on in float16."""
+    whole, half = step_of("cached").step, step_of("cached").step
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    half.load_state_dict(whole.state_dict())
+    assert half.scaler.get_scale() == 8.0
+    half.scaler.scale(torch.ones(()))  # it exists from its first use on
+    half.scaler.update(4.0)
+    other = step_of("cached").step
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.load_state_dict(half.state_dict())
+    assert other.scaler.get_scale() == 4.0
+    whole.load_state_dict(half.state_dict())  # and back
+    assert whole.scaler.state_dict() == {}

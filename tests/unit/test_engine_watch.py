@@ -1,5 +1,6 @@
 """What one sees of a run, and that looking changes nothing."""
 
+import json
 import sys
 import types
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dkdetr.data.splits import load_split
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.profiling import WARMUP_STEPS
 from dkdetr.engine.smoke import smoke
@@ -100,6 +102,18 @@ def test_smoke_goes_through_every_phase_and_leaves_nothing(world, capsys) -> Non
     assert {"skd", "rkd_batch"} <= summary.last_losses.keys()
     assert not list((world.root / "runs").glob("smoked*"))
     assert "resumed" in capsys.readouterr().err
+
+
+def test_smoke_has_the_outlines_of_a_student_with_masks(tmp_path) -> None:
+    world = make_world(tmp_path)
+    annotations = load_split(world.split, world.root).annotations_path
+    document = json.loads(annotations.read_text())
+    for each in document["annotations"]:
+        x, y, width, height = each["bbox"]
+        each["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    annotations.write_text(json.dumps(document))
+    done = smoke(world.request("smoked", settings(student={"mask_head": True})))
+    assert {"skd", "dice"} <= done.last_losses.keys()
 
 
 def test_deterministic_is_switched_on(world) -> None:

@@ -120,6 +120,13 @@ def test_pixels_of_another_kind_are_refused(bad):
         rgb_pixels(bad)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_a_channel_are_refused(mode: str):
+    """Pillow would turn nearly all of their pixels white."""
+    with pytest.raises(UsageError, match="more than 8 bits"):
+        rgb_pixels(Image.new(mode, (4, 4), 1000))
+
+
 class Fixed(nn.Module):
     """Answers every picture with the same boxes: three on one place, one elsewhere."""
 

@@ -1,0 +1,76 @@
+"""What a training that starts from a student file says of boxes that file has seen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dkdetr.data.splits import load_split
+from dkdetr.engine.initial_weights import boxes_seen, boxes_seen_before, start_from_file
+from dkdetr.engine.train import train
+from dkdetr.errors import DataError
+from dkdetr.student.build import build_student
+from dkdetr.student_file import StudentFile, save_student_file
+from tests.training_world import DIM, make_world, settings
+from tests.unit.data_world import vocabulary_of
+
+CONFIG = settings()
+SEEN = "boxes of 17 of the novel classes (airplane, bus, cake, ...)"  # OV-COCO's 17
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def split(world):
+    return load_split(world.split, world.root)
+
+
+def student_file(split, *, all_base: bool, **provenance: str) -> StudentFile:
+    """A student of ours; `all_base`: that the novel names were base where it was trained."""
+    vocabulary = vocabulary_of(split)
+    if all_base:
+        vocabulary = replace(vocabulary, is_base=(True,) * len(vocabulary))
+    torch.manual_seed(1)
+    tensors = build_student(CONFIG, text_dim=DIM).state_dict()
+    return StudentFile(tensors, CONFIG, vocabulary, {"train_split": "elsewhere"} | provenance)
+
+
+def test_names_of_its_training_tell_what_a_student_has_seen(split):
+    assert boxes_seen(student_file(split, all_base=False), split) is None
+    assert boxes_seen(student_file(split, all_base=True), split) == SEEN
+    stated = student_file(split, all_base=False, saw_boxes_of="everything")
+    assert boxes_seen(stated, split) == "everything"
+    no_novel = replace(split, categories=tuple(replace(c, is_base=True) for c in split.categories))
+    assert boxes_seen(stated, no_novel) is None  # nothing is novel: nothing can leak
+    assert boxes_seen(replace(stated, provenance={}, vocabulary=None), split) is None
+    assert boxes_seen_before(None, split) is None
+
+
+def test_a_leak_is_refused_for_ovcoco_and_told_for_lvis(split, tmp_path: Path):
+    path = tmp_path / "start.safetensors"
+    save_student_file(path, student_file(split, all_base=True))
+    student = build_student(CONFIG, text_dim=DIM)
+    with pytest.raises(DataError, match="novel classes"):
+        start_from_file(student, path, split)
+    (told,) = start_from_file(student, path, replace(split, protocol="lvis"))
+    assert told.startswith("LEAK: ")
+    save_student_file(path, student_file(split, all_base=False))
+    assert start_from_file(student, path, split) == ()
+
+
+def test_the_run_keeps_the_mark(world, split, tmp_path: Path, monkeypatch, capsys):
+    path = tmp_path / "start.safetensors"
+    save_student_file(path, student_file(split, all_base=True))
+    monkeypatch.setattr(
+        "dkdetr.engine.train.load_split", lambda *_: replace(split, protocol="lvis")
+    )
+    config = settings(student={"weights": str(path)})
+    train(world.request("marked", config, until_iteration=1))
+    assert "LEAK" in capsys.readouterr().err
+    described = json.loads((world.root / "runs" / "marked" / "run.json").read_text())
+    assert described["saw_boxes_of"] == SEEN

@@ -216,6 +216,11 @@ class KDConfig:
         return self.regions_per_image > 0 and (self.skd.weight > 0 or self.rkd.weight > 0)
 
     @property
+    def has_start(self) -> bool:
+        """True if epochs from `start_epoch` on differ from those before: the burn-in ends."""
+        return self.enabled or self.hybrid_queries > 0
+
+    @property
     def offered_regions(self) -> int:
         """Cached regions that a batch brings for each image."""
         if self.alignment == "cached":

@@ -21,7 +21,7 @@ from dkdetr.atomic_file import write_bytes
 from dkdetr.data.annotations import Category
 from dkdetr.data.prompts import fill_prompt
 from dkdetr.encoders import TextEncoder
-from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 
 _NORM_TOLERANCE = 2e-3
 _FIELDS = ("names", "category_ids", "is_base", "frequencies", "prompts", "teacher")
@@ -100,6 +100,23 @@ class Vocabulary:
     def category_id_of(self, label: int) -> int:
         """Returns the data set's category id of a row."""
         return self.category_ids[label]
+
+    def require_space_of(self, student: "Vocabulary", named: str) -> None:
+        """Returns if a student that learned from another vocabulary understands this one.
+
+        Raises:
+            MismatchError: another teacher's, or not as wide; its sentence begins with `named`.
+        """
+        if self.teacher != student.teacher:
+            raise MismatchError(
+                f"{named} embedded by {self.teacher}, the student learned from {student.teacher}: "
+                "their spaces have nothing in common"
+            )
+        if self.embed_dim != student.embed_dim:
+            raise MismatchError(
+                f"{named} embedded in {self.embed_dim} numbers, the student's names in "
+                f"{student.embed_dim}, though both are said to be {self.teacher}'s"
+            )
 
     @cached_property
     def hash(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,14 +185,14 @@ def seconds_per_step(run: PlannedRun) -> float | None:
 
 
 def savings(plan: AblationPlan) -> list[str]:
-    """Returns, in words, what the shared burn-in and the shared cache spare these rows."""
-    asked = [run for run in plan.runs if run.run in plan.wanted]
+    """Returns, in words, what shared burn-in and cache spare the rows asked for or finished."""
+    asked = [run for run in plan.runs if run.run in plan.wanted or plan.finished(run) is not None]
     timed = [seconds_per_step(run) for run in (*plan.burn_ins, *plan.runs)]
     known = [seconds for seconds in timed if seconds is not None]
     lines: list[str] = []
     if plan.burn_ins:
-        steps = sum(run.steps for run in plan.burn_ins)
-        spared = steps * (len(asked) // len(plan.seeds)) - steps
+        rows = Counter(run.seed for run in asked)
+        spared = sum(run.steps * max(0, rows[run.seed] - 1) for run in plan.burn_ins)
         if known:
             step = statistics.median(known)
             cost = f"{spared * step / 3600:.2f} device-hours at {step:.3f} s a step, as measured"

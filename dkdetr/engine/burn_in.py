@@ -51,12 +51,12 @@ def check_burn_in(checkpoint: Checkpoint, config: ExperimentConfig, vocabulary: 
             f"({vocabulary.teacher}): its classifier would mean nothing here"
         )
     kd = checkpoint.config.kd
-    if kd.enabled and (at.epoch, at.batch) > (kd.start_epoch, 0):
+    if kd.has_start and (at.epoch, at.batch) > (kd.start_epoch, 0):
         raise MismatchError(
             f"this checkpoint has distilled since epoch {kd.start_epoch} (it is at epoch "
             f"{at.epoch}, batch {at.batch}): take {BURN_IN_FILE} of its folder"
         )
-    if config.kd.enabled and (at.epoch, at.batch) > (config.kd.start_epoch, 0):
+    if config.kd.has_start and (at.epoch, at.batch) > (config.kd.start_epoch, 0):
         raise MismatchError(
             f"kd.start_epoch={config.kd.start_epoch} lies before the burn-in's end (epoch "
             f"{at.epoch}, batch {at.batch}): set kd.start_epoch={at.epoch + (at.batch > 0)}"

@@ -115,11 +115,8 @@ def _evaluate(
         vocabulary = _fitting_vocabulary(subject, named, build_vocabulary)
     elif request.clean_names:
         raise UsageError("--clean-names builds a vocabulary, --vocab brings one: give one of them")
-    elif given.teacher != subject.vocabulary.teacher:
-        raise MismatchError(
-            f"'{request.vocabulary}' was embedded by {given.teacher}, the student learned from "
-            f"{subject.vocabulary.teacher}: their spaces have nothing in common"
-        )
+    else:
+        given.require_space_of(subject.vocabulary, f"'{request.vocabulary}' was")
     if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     folder = _folder_name(split.name) + ("-ema" if request.averaged else "")

@@ -144,7 +144,8 @@ class RunState:
     def keep_burn_in(self) -> None:
         """Saves the checkpoint that ablations share, once, where burn-in has just ended."""
         kd, at = self._config.kd, self.progress
-        at_edge = kd.enabled and kd.start_epoch > 0 and (at.epoch, at.batch) == (kd.start_epoch, 0)
+        edge = (kd.start_epoch, 0)
+        at_edge = kd.has_start and kd.start_epoch > 0 and (at.epoch, at.batch) == edge
         path = self._folder.checkpoints / BURN_IN_FILE
         if at_edge and self._ranks.is_first and not path.with_suffix(".json").is_file():
             write_checkpoint(path, self._checkpoint())

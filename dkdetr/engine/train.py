@@ -314,7 +314,7 @@ def _timed(
 
 def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
     kd = config.kd
-    if (kd.enabled or kd.hybrid_queries) and kd.start_epoch >= config.optim.epochs:
+    if kd.has_start and kd.start_epoch >= config.optim.epochs:
         raise UsageError(
             f"kd.start_epoch={kd.start_epoch} lies behind the last of the {config.optim.epochs} "
             "epochs: nothing would be distilled. Set it lower, or switch distillation off with "

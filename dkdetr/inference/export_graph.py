@@ -17,7 +17,7 @@ from torch import Tensor
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.errors import MismatchError, UsageError
+from dkdetr.errors import UsageError
 from dkdetr.experiment_file import config_hash
 from dkdetr.inference.graph import (
     INPUTS,
@@ -87,11 +87,8 @@ def export_graph(
         UsageError: the package onnx is not installed.
         MismatchError: the names to fix were embedded by another teacher.
     """
-    if baked is not None and baked.teacher != vocabulary.teacher:
-        raise MismatchError(
-            f"these names were embedded by {baked.teacher}, the student learned from "
-            f"{vocabulary.teacher}: their spaces have nothing in common"
-        )
+    if baked is not None:
+        baked.require_space_of(vocabulary, "these names were")
     text = None if baked is None else torch.from_numpy(baked.embeddings.copy())
     graph = StudentGraph(student, text)
     described = _described(config, vocabulary, baked, student.num_queries)

@@ -199,11 +199,7 @@ class DKDETR:
             )
         else:
             spoken = words_vocabulary(vocabulary, self._text_encoder, self.vocabulary.prompts)
-        if spoken.teacher != self.vocabulary.teacher:
-            raise MismatchError(
-                f"these words were embedded by {spoken.teacher}, the student learned from "
-                f"{self.vocabulary.teacher}: their spaces have nothing in common"
-            )
+        spoken.require_space_of(self.vocabulary, "these words were")
         return spoken
 
 
@@ -231,13 +227,15 @@ def words_vocabulary(
 def _least_scores(
     vocabulary: Vocabulary, threshold: float, by_name: Mapping[str, float]
 ) -> torch.Tensor:
-    known = {readable_name(name): label for label, name in enumerate(vocabulary.names)}
+    known: dict[str, list[int]] = {}
+    for label, name in enumerate(vocabulary.names):  # `Cat` and `cat` may both be there
+        known.setdefault(readable_name(name), []).append(label)
     least = torch.full((len(vocabulary),), float(threshold))
     for name, value in by_name.items():
-        label = known.get(readable_name(name))
-        if label is None:
+        labels = known.get(readable_name(name))
+        if labels is None:
             raise UsageError(f"a threshold is given for '{name}', which is not looked for")
-        least[label] = value
+        least[labels] = value
     if not bool(((least >= 0) & (least <= 1)).all()):
         raise UsageError("thresholds are scores: they lie in 0..1")
     return least

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from dkdetr.data.vocabulary import (
     load_vocabulary,
     save_vocabulary,
 )
-from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from tests.unit.data_world import FakeTextEncoder
 
 CATEGORIES = (
@@ -44,6 +45,17 @@ def test_labels_and_ids_convert_both_ways_and_base_keeps_order():
     np.testing.assert_array_equal(base.embeddings, vocabulary.embeddings[1:])
     with pytest.raises(DataError, match="id 3"):
         base.label_of(3)
+
+
+def test_a_student_understands_its_own_teacher_s_embeddings_alone():
+    student = built()
+    built(("the {}",)).require_space_of(student, "these were")
+    other = dataclasses.replace(student, teacher="another:0")
+    with pytest.raises(MismatchError, match="these were embedded by another:0, the student"):
+        other.require_space_of(student, "these were")
+    wider = np.hstack([student.embeddings, np.zeros_like(student.embeddings)])
+    with pytest.raises(MismatchError, match="though both are said to be fake:0's"):
+        dataclasses.replace(student, embeddings=wider).require_space_of(student, "these were")
 
 
 def test_it_survives_its_file_and_its_metadata(tmp_path):

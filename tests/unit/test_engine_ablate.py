@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dkdetr.engine import ablate as ablate_module
 from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, price_ablation
-from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, set_words
+from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, savings, set_words
 from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
 from dkdetr.engine.ablation_tables import TABLE_NAMES, TableRow, row_overrides, table_of
 from dkdetr.errors import MismatchError, PreemptedError, UsageError
@@ -233,6 +234,10 @@ def test_the_price_says_what_sharing_saves(tmp_path, stand_in, planned):
     assert "spares 5,400 steps" in text
     assert not tmp_path.joinpath("seed0").exists()
     ablate(request_of(), stand_in)
+    # Rows that are there count, whichever are asked for now.
+    lines = savings(replace(plan, wanted=frozenset({"baseline"})))
+    assert "spares 5,400 steps" in lines[0]
+    assert "all 8 trainings" in lines[1]
     # 16 images a step at 8 images/s: 2 s a step, 3 hours.
     assert "3.00 device-hours at 2.000 s a step" in price_ablation(request_of()).text
 

@@ -107,3 +107,14 @@ def test_another_vocabulary_is_refused(world, tmp_path) -> None:
 def test_a_checkpoint_that_has_distilled_is_no_burn_in(world) -> None:
     with pytest.raises(MismatchError, match=r"distilled since epoch 2.*burn_in\.pt"):
         train(world.request("late", CONFIG, start_from=world.root / "runs" / "whole"))
+
+
+def test_extra_queries_end_a_burn_in_as_distillation_does(world) -> None:
+    """Their run keeps the checkpoint at the edge, and its later ones are no burn-in."""
+    kd = replace(CONFIG.kd, regions_per_image=0, hybrid_queries=2, hybrid_repeats=1)
+    run = world.root / "runs" / "extra"
+    train(world.request("extra", replace(CONFIG, kd=kd), until_iteration=7))
+    train(world.request("after extra", CONFIG, start_from=run / "checkpoints" / "burn_in.pt"))
+    assert difference(checkpoint_of(world, "whole"), checkpoint_of(world, "after extra")) == ""
+    with pytest.raises(MismatchError, match="distilled since epoch 2"):
+        train(world.request("late too", CONFIG, start_from=run))

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dkdetr.config import ExperimentConfig
+from dkdetr.config import ExperimentConfig, RelationalKDConfig
 from dkdetr.engine.checkpoint import load_latest
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.train import TrainRequest, TrainSummary, train
@@ -61,7 +61,15 @@ def _shortened(config: ExperimentConfig, ranks: int) -> ExperimentConfig:
     return replace(
         config,
         checkpoint_every_s=0.0,
-        kd=replace(config.kd, start_epoch=1),
+        kd=replace(config.kd, start_epoch=1, rkd=_with_company(config, batch_size // least)),
         data=replace(config.data, batch_size=batch_size, sampler="uniform"),
         optim=replace(config.optim, epochs=2, lr_drop_epochs=(1,), warmup_iterations=1),
     )
+
+
+def _with_company(config: ExperimentConfig, share: int) -> RelationalKDConfig:
+    """Returns RKD with a place for a related image, if it has any and `share` images leave one."""
+    rkd = config.kd.rkd
+    if rkd.neighbor_fraction == 0:
+        return rkd
+    return replace(rkd, neighbor_fraction=max(rkd.neighbor_fraction, 1 / share) if share > 1 else 0)

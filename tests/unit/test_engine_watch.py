@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dkdetr.data.neighbor_batches import places_for_neighbors
 from dkdetr.data.splits import load_split
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.profiling import WARMUP_STEPS
-from dkdetr.engine.smoke import smoke
+from dkdetr.engine.smoke import _with_company, smoke
 from dkdetr.engine.step_parts import PARTS, REST
 from dkdetr.engine.train import Watch, train
 from dkdetr.errors import UsageError
@@ -102,6 +103,15 @@ def test_smoke_goes_through_every_phase_and_leaves_nothing(world, capsys) -> Non
     assert {"skd", "rkd_batch"} <= summary.last_losses.keys()
     assert not list((world.root / "runs").glob("smoked*"))
     assert "resumed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "places"), [(1, 0), (4, 1), (8, 1)])
+def test_smoke_leaves_a_small_batch_what_company_it_has_room_for(share: int, places: int) -> None:
+    """A tenth of 64 images are 6 in the run itself; of 8 images' small batches it would be none."""
+    config = settings(kd={"rkd": {"neighbor_fraction": 0.1}})
+    fraction = _with_company(config, share).neighbor_fraction
+    assert (places_for_neighbors(fraction, share) if fraction else 0) == places
+    assert _with_company(CONFIG, share) == CONFIG.kd.rkd
 
 
 def test_smoke_has_the_outlines_of_a_student_with_masks(tmp_path) -> None:

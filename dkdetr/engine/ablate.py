@@ -111,6 +111,8 @@ def ablate(request: AblateRequest, program: Sequence[str]) -> AblationSummary:
         PreemptedError: SIGTERM came; every row has saved itself.
     """
     plan = make_plan(request)
+    for run in plan.runs:  # a row of other settings is refused before anything is trained
+        plan.finished(run)
     with stop_on_sigterm() as stop, _locked(plan.out) as lock:
         outcomes = _run(plan, request, program, stop, lock)
     summary = _write(plan, outcomes)

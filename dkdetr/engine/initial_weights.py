@@ -1,9 +1,12 @@
 """A training's start from a student file instead of from fresh weights."""
 
+import json
 from pathlib import Path
 
 from dkdetr.data.prompts import readable_name
 from dkdetr.data.splits import Split
+from dkdetr.engine.checkpoint import find_checkpoint
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError
 from dkdetr.student.detector import DKDETR
 from dkdetr.student_file import StudentFile, load_into, load_student_file
@@ -22,13 +25,13 @@ def start_from_file(student: DKDETR, path: Path, split: Split) -> tuple[str, ...
     """
     file = load_student_file(path)
     seen = boxes_seen(file, split)
-    if seen is not None and split.protocol == "ovcoco":
+    if seen is not None and split.protocol == "ovcoco" and _novel_names(split):
         raise DataError(
             f"'{path}' has seen {seen}: a student that starts from it cannot be scored on "
             "OV-COCO's novel classes. Start from a backbone alone"
         )
     lines: list[str] = []
-    if seen is not None:
+    if seen is not None and _novel_names(split):
         lines.append(
             f"LEAK: '{path}' has seen {seen}: the run is marked, and its scores on novel names "
             "compare with no other's"
@@ -41,26 +44,44 @@ def start_from_file(student: DKDETR, path: Path, split: Split) -> tuple[str, ...
 
 
 def boxes_seen(file: StudentFile, split: Split) -> str | None:
-    """Returns whose boxes a file's weights have learned that the split calls novel, or None.
+    """Returns whose boxes, beyond the split's base ones, a file's weights have learned, or None.
 
-    A foreign detector is taken at its word; of a student of ours the names it was trained on are
-    compared (as `pipeline.leaks` does of proposals). No novel box is looked at.
+    A file's own mark is kept, whatever it is to be trained on next. Of a student of ours without
+    one, the names of its last training are compared (as `pipeline.leaks` does of proposals), and
+    for OV-COCO, where names may be spelled otherwise, its split must be of that protocol too. What
+    an unmarked file began from in turn is not known. No novel box is looked at.
     """
-    novel = {readable_name(each.name) for each in split.categories if not each.is_base}
     stated = file.provenance.get("saw_boxes_of")
-    if not novel:
-        return None
     if stated is not None:
         return str(stated)
-    if file.vocabulary is None or file.provenance.get("train_split") is None:
-        return None  # a backbone
-    learned = sorted(novel & {readable_name(name) for name in file.vocabulary.base().names})
-    if not learned:
+    trained_on = file.provenance.get("train_split")
+    mere_backbone = trained_on is None and file.provenance.get("layout") in (None, "resnet50")
+    if file.vocabulary is None or mere_backbone:
         return None
-    shown = ", ".join(learned[:_SHOWN]) + (", ..." if len(learned) > _SHOWN else "")
-    return f"boxes of {len(learned)} of the novel classes ({shown})"
+    names = {readable_name(name) for name in file.vocabulary.base().names}
+    learned = sorted(_novel_names(split) & names)
+    if learned:
+        shown = ", ".join(learned[:_SHOWN]) + (", ..." if len(learned) > _SHOWN else "")
+        return f"boxes of {len(learned)} of the novel classes ({shown})"
+    of_protocol = trained_on is None or trained_on.startswith(("ovcoco", "pictograms"))
+    return None if split.protocol != "ovcoco" or of_protocol else f"'{trained_on}'"
 
 
-def boxes_seen_before(path: str | None, split: Split) -> str | None:
-    """Returns `boxes_seen` of the file that an experiment starts from; None if it names none."""
-    return None if path is None else boxes_seen(load_student_file(Path(path)), split)
+def boxes_seen_before(path: str | None, burn_in: Path | None, split: Split) -> str | None:
+    """Returns the mark of a run that starts from a student file, from a burn-in, or from both.
+
+    Args:
+        path: `student.weights`.
+        burn_in: a run's folder or checkpoint, whose `run.json` says what it began from.
+        split: what is trained on.
+    """
+    seen = None if path is None else boxes_seen(load_student_file(Path(path)), split)
+    if seen is None and burn_in is not None:
+        described = RunFolder(find_checkpoint(burn_in).parent.parent).provenance
+        if described.is_file():  # a checkpoint alone may have been brought from elsewhere
+            seen = json.loads(described.read_text(encoding="utf-8")).get("saw_boxes_of")
+    return seen
+
+
+def _novel_names(split: Split) -> set[str]:
+    return {readable_name(each.name) for each in split.categories if not each.is_base}

@@ -118,7 +118,8 @@ class _Run:
                 f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
                 file=sys.stderr,
             )
-        self.folder = self._open_folder(boxes_seen_before(config.student.weights, split))
+        seen = boxes_seen_before(config.student.weights, request.start_from, split)
+        self.folder = self._open_folder(seen)
         self.state = RunState(
             config,
             split,

@@ -258,6 +258,11 @@ for compute in (
 assert len(set(losses[0])) == 8
 torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=1e-2)
 assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+if device.type == "cuda":
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    assert manager is not None and manager.new_graph_id().id > 0, "nothing was recorded"
 """
 
 

@@ -37,7 +37,9 @@ def student_file(split, *, all_base: bool, **provenance: str) -> StudentFile:
         vocabulary = replace(vocabulary, is_base=(True,) * len(vocabulary))
     torch.manual_seed(1)
     tensors = build_student(CONFIG, text_dim=DIM).state_dict()
-    return StudentFile(tensors, CONFIG, vocabulary, {"train_split": "elsewhere"} | provenance)
+    return StudentFile(
+        tensors, CONFIG, vocabulary, {"train_split": "ovcoco:elsewhere"} | provenance
+    )
 
 
 def test_names_of_its_training_tell_what_a_student_has_seen(split):
@@ -46,9 +48,17 @@ def test_names_of_its_training_tell_what_a_student_has_seen(split):
     stated = student_file(split, all_base=False, saw_boxes_of="everything")
     assert boxes_seen(stated, split) == "everything"
     no_novel = replace(split, categories=tuple(replace(c, is_base=True) for c in split.categories))
-    assert boxes_seen(stated, no_novel) is None  # nothing is novel: nothing can leak
+    assert boxes_seen(stated, no_novel) == "everything"  # a mark is never lost
+    assert boxes_seen(student_file(split, all_base=True), no_novel) is None
     assert boxes_seen(replace(stated, provenance={}, vocabulary=None), split) is None
-    assert boxes_seen_before(None, split) is None
+    backbone = replace(stated, provenance={"layout": "resnet50"})
+    assert boxes_seen(backbone, split) is None
+    detector = replace(student_file(split, all_base=True), provenance={"layout": "opera"})
+    assert boxes_seen(detector, split) == SEEN
+    otherwise = student_file(split, all_base=False, train_split="coco:elsewhere")
+    assert boxes_seen(otherwise, split) == "'coco:elsewhere'"
+    assert boxes_seen(otherwise, replace(split, protocol="lvis")) is None
+    assert boxes_seen_before(None, None, split) is None
 
 
 def test_a_leak_is_refused_for_ovcoco_and_told_for_lvis(split, tmp_path: Path):
@@ -73,4 +83,8 @@ def test_the_run_keeps_the_mark(world, split, tmp_path: Path, monkeypatch, capsy
     train(world.request("marked", config, until_iteration=1))
     assert "LEAK" in capsys.readouterr().err
     described = json.loads((world.root / "runs" / "marked" / "run.json").read_text())
+    assert described["saw_boxes_of"] == SEEN
+    burn_in = world.root / "runs" / "marked"  # without the file's name, as any row may go on
+    train(world.request("after", CONFIG, start_from=burn_in, until_iteration=2))
+    described = json.loads((world.root / "runs" / "after" / "run.json").read_text())
     assert described["saw_boxes_of"] == SEEN

@@ -9,21 +9,21 @@ from dkdetr.engine.checkpoint import find_checkpoint
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError
 from dkdetr.student.detector import DKDETR
-from dkdetr.student_file import StudentFile, load_into, load_student_file
+from dkdetr.student_file import StudentFile, load_into
 
 _SHOWN = 3
 
 
-def start_from_file(student: DKDETR, path: Path, split: Split) -> tuple[str, ...]:
-    """Fills a student from a student file; returns what a user should know of it, in lines.
+def start_from_file(
+    student: DKDETR, path: Path, file: StudentFile, split: Split
+) -> tuple[str, ...]:
+    """Fills a student from what a student file holds; returns what a user should know, in lines.
 
     Raises:
-        DataError: no such file, or its detector has seen boxes of OV-COCO's novel classes and the
-            split is of that protocol.
-        CorruptArtefactError: not a student file, or damaged.
+        DataError: its detector has seen boxes of OV-COCO's novel classes and the split is of that
+            protocol.
         MismatchError: it does not fit the student.
     """
-    file = load_student_file(path)
     seen = boxes_seen(file, split)
     if seen is not None and split.protocol == "ovcoco" and _novel_names(split):
         raise DataError(
@@ -67,15 +67,15 @@ def boxes_seen(file: StudentFile, split: Split) -> str | None:
     return None if split.protocol != "ovcoco" or of_protocol else f"'{trained_on}'"
 
 
-def boxes_seen_before(path: str | None, burn_in: Path | None, split: Split) -> str | None:
+def boxes_seen_before(file: StudentFile | None, burn_in: Path | None, split: Split) -> str | None:
     """Returns the mark of a run that starts from a student file, from a burn-in, or from both.
 
     Args:
-        path: `student.weights`.
+        file: what `student.weights` names.
         burn_in: a run's folder or checkpoint, whose `run.json` says what it began from.
         split: what is trained on.
     """
-    seen = None if path is None else boxes_seen(load_student_file(Path(path)), split)
+    seen = None if file is None else boxes_seen(file, split)
     if seen is None and burn_in is not None:
         described = RunFolder(find_checkpoint(burn_in).parent.parent).provenance
         if described.is_file():  # a checkpoint alone may have been brought from elsewhere

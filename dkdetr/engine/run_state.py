@@ -32,6 +32,7 @@ from dkdetr.structures import LoadedBatch
 from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
+from dkdetr.student_file import StudentFile
 
 
 class RunState:
@@ -39,12 +40,13 @@ class RunState:
 
     Args:
         config: the experiment.
-        split: what is trained on; `student.weights` may not have seen its novel boxes.
+        split: what is trained on; `start` may not have seen its novel boxes.
         vocabulary: of the cache.
         cache: what checkpoints say of where they come from.
         ranks: this process among the job's.
         folder: the run's.
         teacher: what the settings' options want of the teacher and the training set.
+        start: what the file `student.weights` holds, if it is set.
     """
 
     def __init__(
@@ -56,13 +58,15 @@ class RunState:
         ranks: Ranks,
         folder: RunFolder,
         teacher: TeacherSide,
+        start: StudentFile | None,
     ) -> None:
         self._config, self._vocabulary, self._cache = config, vocabulary, cache
         self._ranks, self._folder = ranks, folder
         torch.manual_seed(config.seed)
         self.student: DKDETR = build_student(config, text_dim=vocabulary.embed_dim)
-        if config.student.weights is not None:
-            for line in start_from_file(self.student, Path(config.student.weights), split):
+        if start is not None:
+            path = Path(str(config.student.weights))
+            for line in start_from_file(self.student, path, start, split):
                 if ranks.is_first:
                     print(line, file=sys.stderr)
         self.student.to(ranks.device)

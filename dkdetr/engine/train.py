@@ -34,6 +34,7 @@ from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
 from dkdetr.progress import progress
 from dkdetr.structures import LoadedBatch
+from dkdetr.student_file import load_student_file
 
 _LOG_EVERY = 20
 
@@ -118,7 +119,9 @@ class _Run:
                 f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
                 file=sys.stderr,
             )
-        seen = boxes_seen_before(config.student.weights, request.start_from, split)
+        weights = config.student.weights
+        start = None if weights is None else load_student_file(Path(weights))
+        seen = boxes_seen_before(start, request.start_from, split)
         self.folder = self._open_folder(seen)
         self.state = RunState(
             config,
@@ -128,6 +131,7 @@ class _Run:
             ranks,
             self.folder,
             teacher_side(config, reader, split, ranks.device, request.build_teacher),
+            start,
         )
         self.state.restore(request.start_from)
         self._stop_early()

@@ -128,11 +128,11 @@ def test_a_plain_detector_is_a_start_without_classifiers(tmp_path: Path, monkeyp
         load_subject(out)
     ovcoco = write_world(tmp_path, coco_document())
     student = make_student(neck_bias=True)
-    (told,) = start_from_file(student, out, load_split(ovcoco.removeprefix("ov"), tmp_path))
+    (told,) = start_from_file(student, out, file, load_split(ovcoco.removeprefix("ov"), tmp_path))
     assert told.startswith("start: ")
     assert told.endswith(": kd_content, classifiers")
     with pytest.raises(DataError, match="has seen COCO boxes") as refused:
-        start_from_file(student, out, load_split(ovcoco, tmp_path))
+        start_from_file(student, out, file, load_split(ovcoco, tmp_path))
     assert refused.value.exit_code == 3
 
 

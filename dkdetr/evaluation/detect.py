@@ -66,18 +66,24 @@ def detect(
 def autocast(
     precision: Precision, device: torch.device
 ) -> contextlib.AbstractContextManager[object]:
-    """Returns the context in which the student computes; `auto` is float32 but on a GPU.
+    """Returns the context in which the student computes, by `autocast_dtype`."""
+    dtype = autocast_dtype(precision, device)
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Returns what a precision means on a device; `auto` is float32 but on a GPU.
 
     On a GPU `auto` takes bfloat16 where the hardware has it, else float16.
     """
     if precision == "auto":
         if device.type != "cuda":
-            return contextlib.nullcontext()
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
+            return torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def _with_masks(

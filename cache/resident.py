@@ -12,7 +12,6 @@ import os
 import shutil
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 from cache.durable import dump_checked_json, load_checked_json, sweep_partial_files, write_atomic
@@ -45,12 +44,7 @@ class ResidentRegions:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def regions(self, image_id: int) -> RegionRows:

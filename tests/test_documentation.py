@@ -7,19 +7,16 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny_student import shake, tiny_config
+from tiny_student import save_speaking_student
 
 import cli
 from dkdetr.data.vocabulary import load_vocabulary
-from dkdetr.student.build import build_student
-from dkdetr.student_file import StudentFile, save_student_file
 from pipeline.open_vocabulary import build_vocabulary_file
 from tests.commands_in_text import (
     ROOT,
@@ -87,12 +84,7 @@ def place(tmp_path_factory) -> Path:
         str(folder / "names.txt"), folder / "tools.vocab", "pictograms", "single", "cpu"
     )
     vocabulary = load_vocabulary(folder / "tools.vocab")
-    config = tiny_config()
-    config = replace(config, data=replace(config.data, image_size=128))
-    student = build_student(config, text_dim=vocabulary.embed_dim)
-    shake(student)
-    file = StudentFile(student.state_dict(), config, vocabulary, {"teacher_spec": "pictograms"})
-    save_student_file(folder / "student.safetensors", file)
+    save_speaking_student(folder / "student.safetensors", vocabulary)
     (folder / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     for name in ("a.jpg", "b.jpg", "photos/c.jpg"):

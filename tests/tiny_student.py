@@ -1,6 +1,8 @@
 """A student of a few thousand parameters and inputs for it, the same for the same seed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dkdetr.config import ExperimentConfig
+from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.experiment_file import config_from_dict
 from dkdetr.losses.criterion import Criterion, LossReport, Normalisers, count_boxes, count_regions
 from dkdetr.structures import ImageBatch, StudentOutput, Targets, TeacherRegions
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
+from dkdetr.student_file import StudentFile, save_student_file
 
 TEXT_DIM = 16
 NUM_CLASSES = 5
@@ -49,6 +53,16 @@ def tiny_student(
         student = build_student(config or tiny_config(), text_dim=TEXT_DIM)
         shake(student)
     return student.to(dtype).eval()
+
+
+def save_speaking_student(path: Path, vocabulary: Vocabulary) -> None:
+    """Writes a student that learned from the shipped teacher, for pictures of 128 pixels."""
+    config = tiny_config()
+    config = replace(config, data=replace(config.data, image_size=128))
+    student = build_student(config, text_dim=vocabulary.embed_dim)
+    shake(student)
+    provenance = {"teacher_spec": "pictograms"}
+    save_student_file(path, StudentFile(student.state_dict(), config, vocabulary, provenance))
 
 
 def shake(module: nn.Module) -> None:

@@ -101,21 +101,30 @@ class Vocabulary:
         """Returns the data set's category id of a row."""
         return self.category_ids[label]
 
-    def require_space_of(self, student: "Vocabulary", named: str) -> None:
+    def require_space_of(self, student: "Vocabulary", named: str, remedy: str = "") -> None:
         """Returns if a student that learned from another vocabulary understands this one.
 
         Raises:
             MismatchError: another teacher's, or not as wide; its sentence begins with `named`.
         """
-        if self.teacher != student.teacher:
-            raise MismatchError(
-                f"{named} embedded by {self.teacher}, the student learned from {student.teacher}: "
-                "their spaces have nothing in common"
-            )
+        student.require_teacher(self.teacher, named, remedy)
         if self.embed_dim != student.embed_dim:
             raise MismatchError(
                 f"{named} embedded in {self.embed_dim} numbers, the student's names in "
                 f"{student.embed_dim}, though both are said to be {self.teacher}'s"
+            )
+
+    def require_teacher(self, teacher: str, named: str, remedy: str = "") -> None:
+        """Returns if the student that learned from this vocabulary understands a teacher.
+
+        Raises:
+            MismatchError: it learned from another; `named` begins its sentence, `remedy` ends it.
+        """
+        if teacher != self.teacher:
+            ending = f"; {remedy}" if remedy else ""
+            raise MismatchError(
+                f"{named} embedded by {teacher}, the student learned from {self.teacher}: "
+                f"their spaces have nothing in common{ending}"
             )
 
     @cached_property

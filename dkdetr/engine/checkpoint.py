@@ -15,8 +15,8 @@ from pickle import UnpicklingError  # noqa: TID251  the class of torch's refusal
 from typing import IO, Any, BinaryIO, cast
 
 import torch
-import xxhash
 
+from cache.durable import hash_file
 from cache.faults import fault_point
 from dkdetr.atomic_file import atomic_file, write_text
 from dkdetr.config import ExperimentConfig
@@ -99,7 +99,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     fault_point("checkpoint.before_marker")
     marker = {
         "size": path.stat().st_size,
-        "xxh3_128": _hash_file(path),
+        "xxh3_128": hash_file(path),
         "iteration": checkpoint.progress.iteration,
     }
     write_text(_marker_of(path), json.dumps(marker))
@@ -273,14 +273,6 @@ def _problem_of(path: Path) -> str | None:
         return "has an unreadable marker file"
     if path.stat().st_size != wanted[0]:
         return f"has {path.stat().st_size} bytes, its marker says {wanted[0]}"
-    if _hash_file(path) != wanted[1]:
+    if hash_file(path) != wanted[1]:
         return "does not have the hash its marker says: the file is damaged"
     return None
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

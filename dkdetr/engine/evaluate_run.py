@@ -199,9 +199,9 @@ def _fitting_vocabulary(
             f"of {own.teacher} with --vocab"
         )
     built = build_vocabulary(split, spec, own.prompts)
-    if built.teacher != own.teacher:
-        raise MismatchError(
-            f"the student learned from {own.teacher}, but '{spec}' is now {built.teacher}; give a "
-            "vocabulary of the first with --vocab"
-        )
+    built.require_space_of(
+        own,
+        f"with '{spec}' as it is now the names of '{split.name}' were",
+        "give a vocabulary of the second with --vocab",
+    )
     return built

@@ -1,6 +1,6 @@
 """`train --profile N`: where the time of N steps goes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,10 +23,6 @@ def profiled(folder: Path, steps: int, student: nn.Module) -> Iterator[profile]:
     chrome://tracing or Perfetto) and `table.txt`: the parts of a step (dkdetr.engine.step_parts),
     then the costliest operations; the table is printed too.
     """
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    plan = schedule(wait=WARMUP_STEPS - 1, warmup=1, active=steps, repeat=1)
     tables: list[str] = []
 
     def keep(finished: profile) -> None:
@@ -36,6 +32,30 @@ def profiled(folder: Path, steps: int, student: nn.Module) -> Iterator[profile]:
         tables.append(step_times(finished.events() or []).table())
         tables.append(finished.key_averages().table(sort_by=key, row_limit=_ROWS))
 
+    with step_profiler(student, steps, warmup=WARMUP_STEPS, keep=keep) as profiler:
+        yield profiler
+    if tables:
+        text = "\n\n".join(tables)
+        write_text(folder / "table.txt", text + "\n")
+        print(text)
+
+
+@contextmanager
+def step_profiler(
+    student: nn.Module, steps: int, *, warmup: int, keep: Callable[[profile], None] | None = None
+) -> Iterator[profile]:
+    """Yields a profiler whose `step` is to be called after each training step.
+
+    Args:
+        student: its parts are marked while this is open.
+        steps: to be profiled.
+        warmup: steps before them, at least one: in the last of them the profiler starts itself.
+        keep: called with the profile once `steps` are done.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    plan = schedule(wait=warmup - 1, warmup=1, active=steps, repeat=1)
     with (
         marked_modules(student),
         # Without `acc_events` torch 2.11 warns of further cycles, and there is one.
@@ -44,7 +64,3 @@ def profiled(folder: Path, steps: int, student: nn.Module) -> Iterator[profile]:
         ) as profiler,
     ):
         yield profiler
-    if tables:
-        text = "\n\n".join(tables)
-        write_text(folder / "table.txt", text + "\n")
-        print(text)

@@ -11,7 +11,7 @@ from dkdetr.atomic_file import write_text
 from dkdetr.data.splits import load_split
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.subject import load_subject
-from dkdetr.errors import CorruptArtefactError, MismatchError
+from dkdetr.errors import CorruptArtefactError
 from dkdetr.evaluation.agreement_pass import measure_agreement
 from dkdetr.evaluation.teacher_agreement import TeacherAgreement
 
@@ -31,11 +31,7 @@ def measure_run_agreement(
     """
     subject = load_subject(run)
     reader = open_cache(cache)
-    if reader.info.teacher != subject.vocabulary.teacher:
-        raise MismatchError(
-            f"the cache {cache} was embedded by {reader.info.teacher}, the student learned from "
-            f"{subject.vocabulary.teacher}: their spaces have nothing in common"
-        )
+    subject.vocabulary.require_teacher(reader.info.teacher, f"the cache {cache} was")
     # A shared file names a split of one's own without its folders; the fingerprint stays.
     own_cache = subject.provenance.get("cache_fingerprint") == reader.info.fingerprint
     held_out = reader.info.split != subject.train_split and not own_cache

@@ -22,13 +22,12 @@ from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.nonfinite import diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
 from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
+from dkdetr.engine.step_chance import Moment, StepChance
 from dkdetr.engine.step_parts import marked
 from dkdetr.errors import NonFiniteLossError, PeerFailedError, UsageError
 from dkdetr.losses.alignment import AlignedOutput, Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
-from dkdetr.losses.denoising import make_denoising
 from dkdetr.losses.distillation import distillation_statistics
-from dkdetr.losses.federated import draw_classes
 from dkdetr.structures import (
     DenoisingQueries,
     InstanceMasks,
@@ -50,15 +49,6 @@ class StepResult:
     learning_rate: float
     skipped: bool
     """True if the fp16 scaler found an overflow and left the weights alone."""
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """When and where a micro-batch is computed: `place` counts all ranks' parts of a step."""
-
-    epoch: int
-    iteration: int
-    place: int
 
 
 class TrainingStep:
@@ -93,6 +83,12 @@ class TrainingStep:
         self._overflows_in_row = 0
         self._text_embeddings = text_embeddings
         self._teacher = teacher or TeacherSide()
+        self._chance = StepChance(
+            config,
+            num_classes=len(text_embeddings),
+            class_weights=self._teacher.class_weights,
+            device=ranks.device,
+        )
         self._alignment = Alignment(config.kd)
         self._criterion = Criterion(
             config.detection,
@@ -116,19 +112,21 @@ class TrainingStep:
         config = self._config.optim
         factor = learning_rate_factor(config, epoch=epoch, iteration=iteration)
         learning_rate = set_learning_rate(self.optimizer, config, factor)
-        counts, buffers = self._mean_counts(group), self._copy_of_buffers()
+        counts = self._mean_counts(group)
+        buffers = self._copy_of_buffers()
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for number, batch in enumerate(group):
-            moment = _Moment(epoch, iteration, self._ranks.rank * len(group) + number)
-            # Dropout is a function of the moment, so that a resumed run draws the same.
-            torch.manual_seed(self._chance(moment))
+            moment = Moment(epoch, iteration, self._ranks.rank * len(group) + number)
+            self._chance.seed_dropout(moment)
             with self._exchange(last=number == len(group) - 1):
                 results.append(self._backward(batch, moment, counts, share=1 / len(group)))
         with marked("optimiser"):
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
-        parts, statistics = (_means(each[kind] for each in results) for kind in (0, 1))
+        parts = _means(parts for parts, _ in results)
+        statistics = _means(statistics for _, statistics in results)
+        statistics["grad_norm"] = norm.detach()
         skipped = not math.isfinite(norm.item())
         self._overflows_in_row = self._overflows_in_row + 1 if skipped else 0
         if skipped and not (self.scaler.is_enabled() and self._overflows_in_row <= MAX_OVERFLOWS):
@@ -139,7 +137,7 @@ class TrainingStep:
             self.scaler.update()
         if skipped:
             self._put_back(buffers)
-        return StepResult(parts, statistics | {"grad_norm": norm.detach()}, learning_rate, skipped)
+        return StepResult(parts, statistics, learning_rate, skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scaler's state and the overflows in a row."""
@@ -152,11 +150,11 @@ class TrainingStep:
         self._overflows_in_row = int(state["overflows_in_row"])
 
     def _backward(
-        self, loaded: LoadedBatch, moment: "_Moment", counts: Tensor, *, share: float
+        self, loaded: LoadedBatch, moment: Moment, counts: Tensor, *, share: float
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adds a micro-batch's share to the gradients; returns its loss parts and statistics."""
-        # What is drawn is drawn on the CPU, from what still lies there.
-        drawn, denoising = self._draw_classes(loaded, moment), self._make_denoising(loaded, moment)
+        drawn = self._chance.classes(loaded, moment)
+        denoising = self._chance.denoising(loaded, moment)
         with marked("views"):
             batch = on_device(loaded, self._ranks.device)
         output = self._forward(batch, moment.epoch, denoising)
@@ -193,12 +191,12 @@ class TrainingStep:
         kd = self._config.kd
         hybrid = kd.hybrid_queries > 0 and epoch >= kd.start_epoch
         regions = batch.regions if kd.auxiliary_queries else None
-        device, enabled = self._ranks.device.type, self._precision is not torch.float32
+        half = self._precision is not torch.float32
         if self._config.compute.cuda_graphs:  # nothing of the last step is needed any more
             torch.compiler.cudagraph_mark_step_begin()
         with (
             marked("rest of forward"),
-            torch.autocast(device, dtype=self._precision, enabled=enabled),
+            torch.autocast(self._ranks.device.type, dtype=self._precision, enabled=half),
         ):
             return self.student(
                 batch.images, self._text_embeddings, regions, hybrid=hybrid, denoising=denoising
@@ -214,33 +212,6 @@ class TrainingStep:
             if counts_late(self._config):
                 self._ranks.mean(torch.zeros((), device=self._ranks.device))
             raise
-
-    def _draw_classes(self, batch: LoadedBatch, moment: "_Moment") -> Tensor | None:
-        weights = self._teacher.class_weights
-        if weights is None:
-            return None
-        number = self._config.detection.fed_classes
-        chance = torch.Generator().manual_seed(self._chance(moment, 1))
-        drawn = draw_classes(batch.targets, weights, num_drawn=number, generator=chance)
-        return drawn.to(self._ranks.device, non_blocking=True)
-
-    def _make_denoising(self, batch: LoadedBatch, moment: "_Moment") -> DenoisingQueries | None:
-        student = self._config.student
-        if student.denoising == 0:
-            return None
-        denoising = make_denoising(
-            batch.targets,
-            len(self._text_embeddings),
-            num_groups=student.denoising,
-            box_noise=student.denoising_box_noise,
-            label_noise=student.denoising_label_noise,
-            generator=torch.Generator().manual_seed(self._chance(moment, 2)),
-        )
-        return denoising.to(self._ranks.device)
-
-    def _chance(self, moment: "_Moment", *purpose: int) -> int:
-        """Returns a seed for one purpose: a function of iteration and place, not of the past."""
-        return hash((self._config.seed, moment.iteration, moment.place, *purpose)) % 2**63
 
     def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Lets DDP exchange gradients after the last micro-batch only."""

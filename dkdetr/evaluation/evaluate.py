@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 import torch
-import xxhash
 from torch import nn
 
+from cache.durable import hash_file
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.loader import make_evaluation_loader
@@ -32,7 +32,6 @@ from dkdetr.progress import progress
 
 _NUM_NAMED = 5
 _ALONE = Shard()
-_HASHED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def score_predictions(
     for name, table in tables.items():
         write_bytes(paths[name], table.encode())
     described = metrics.as_json() | {
-        f"{name}_xxh3_128": _hash_of(path) for name, path in files.items()
+        f"{name}_xxh3_128": hash_file(path) for name, path in files.items()
     }
     write_bytes(paths["metrics"], orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
     return Evaluation(metrics=metrics, paths=paths, seconds=time.monotonic() - started)
@@ -215,14 +214,6 @@ def _read_masks(path: Path) -> Results:
     # A file without a detection does not say what it is of.
     none = join_masks([], np.zeros((0, 2)))
     return results if len(results) else replace(results, masks=none, has_boxes=False)
-
-
-def _hash_of(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(_HASHED_AT_ONCE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _remove_old_metrics(out_dir: Path) -> None:

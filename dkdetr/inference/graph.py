@@ -170,8 +170,7 @@ def differences(graph: StudentGraph, run: Run, text_dim: int, *, runtime: str) -
 
 
 def _others(num_queries: int, text_dim: int) -> Iterator[Example]:
-    # Half a picture may be padding. With fewer tokens than queries the rest are minus infinity, and
-    # every runtime takes others of these.
+    # Half a picture may be padding: there are proposals enough all the same.
     side = least_side(4 * num_queries)
     yield Example.drawn(1, (side + 96, side), 1, text_dim, seed=1)
     yield Example.drawn(3, (side + 8, side + 40), 12, text_dim, seed=2)

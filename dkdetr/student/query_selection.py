@@ -13,6 +13,8 @@ from dkdetr.student.heads import BoxHead
 
 _BASE_SIZE = 0.05
 _BORDER = 0.01
+_BELOW_ALL = -1e6
+"""Less than any logit, and float32 still tells the places of a million tokens apart below it."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,13 @@ def select_anchors(encoder: EncoderOutput, num_queries: int) -> SelectedAnchors:
     """Returns the `num_queries` proposals of highest objectness, those that are not valid last.
 
     A picture with fewer tokens gives as many queries as it has tokens. The objectness of a token
-    that is not valid is minus infinity.
+    that is not valid is minus infinity; of these the earlier come first.
     """
-    scores = encoder.objectness_logits.detach().masked_fill(~encoder.valid, -torch.inf)
-    chosen = scores.topk(min(num_queries, scores.shape[1]), dim=1).indices
+    logits = encoder.objectness_logits.detach()
+    # topk leaves open which of several equals it takes, and every device and runtime takes others.
+    places = torch.arange(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    ranking = torch.where(encoder.valid, logits, _BELOW_ALL - places)
+    chosen = ranking.topk(min(num_queries, logits.shape[1]), dim=1).indices
+    scores = logits.masked_fill(~encoder.valid, -torch.inf)
     boxes = encoder.boxes_cxcywh.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
     return SelectedAnchors(boxes_cxcywh=boxes, objectness=scores.gather(1, chosen))

@@ -6,9 +6,9 @@ As CLIP has seen the web, it sees all names and all styles but the held-out one.
 open_clip's own form: a model configuration, a merges file for the tokenizer, and weights.
 """
 
-import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dkdetr.progress import progress
+from pipeline.pictograms.asset_training import Descent, Recipe, asset_parser, recipe_of, write_log
 from pipeline.pictograms.captions import caption, merges_file, plain_captions
 from pipeline.pictograms.crop_pool import (
     CropPool,
@@ -46,47 +47,26 @@ _MAX_LOGIT_SCALE = 100.0
 
 def main() -> None:
     """Trains, measures on fresh crops, writes the assets and a log of the measurements."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=assets_folder())
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=192)
-    parser.add_argument("--crops", type=int, default=48000)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="faster where the processor has it")
+    parser = asset_parser(__doc__, out=assets_folder(), batch_size=192, seed=0)
     arguments = parser.parse_args()
+    recipe = recipe_of(arguments)
     torch.set_num_threads(1)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(recipe.seed)
     drawings = named_drawings()
     model, tokenize = create_teacher(arguments.out, drawings)
     started = time.process_time()
-    pool = make_pool(
-        drawings, arguments.crops, seed=arguments.seed, held_out_style=False, title="crops"
-    )
+    pool = make_pool(drawings, recipe.crops, seed=recipe.seed, held_out_style=False, title="crops")
     rendered = time.process_time()
-    train(
-        model, tokenize, pool, [drawing.name for drawing in drawings],
-        steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr,
-        seed=arguments.seed, bf16=arguments.bf16,
-    )  # fmt: skip
+    train(model, tokenize, pool, [drawing.name for drawing in drawings], recipe)
     trained = time.process_time()
     log = {
-        "steps": arguments.steps,
-        "batch_size": arguments.batch_size,
-        "crops": arguments.crops,
-        "lr": arguments.lr,
-        "seed": arguments.seed,
-        "bf16": arguments.bf16,
+        **asdict(recipe),
         "cpu_seconds": {"crops": round(rendered - started), "steps": round(trained - rendered)},
         "parameters": sum(p.numel() for p in model.parameters()),
         **measure(model, tokenize, drawings),
     }
     save_half(model.state_dict(), weights_path(arguments.out))
-    text = json.dumps(log, indent=2)
-    (arguments.out / "teacher_training.log").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_log(arguments.out / "teacher_training.log", log)
 
 
 def create_teacher(folder: Path, drawings: tuple[Drawing, ...]) -> tuple[Any, Any]:
@@ -115,27 +95,17 @@ def create_teacher(folder: Path, drawings: tuple[Drawing, ...]) -> tuple[Any, An
     return open_clip.create_model(TEACHER_NAME, load_weights=False), tokenize
 
 
-def train(
-    model: Any, tokenize: Any, pool: CropPool, names: list[str],
-    *, steps: int, batch_size: int, lr: float, seed: int, bf16: bool,
-) -> None:  # fmt: skip
+def train(model: Any, tokenize: Any, pool: CropPool, names: list[str], recipe: Recipe) -> None:
     """Trains in place: a batch holds distinct names, one crop and one caption each."""
-    generator = torch.Generator().manual_seed(seed)
-    words = np.random.default_rng(seed)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    words = np.random.default_rng(recipe.seed)
+    descent = Descent(model, recipe, betas=(0.9, 0.98))
     crops_of = [torch.nonzero(pool.labels == n).flatten() for n in range(len(names))]
     model.train()
     model.to(memory_format=torch.channels_last)
-    recent = 0.0
-    with progress("teacher", steps) as advance:
-        for step in range(steps):
-            chosen = torch.randperm(len(names), generator=generator)[:batch_size]
+    with progress("teacher", recipe.steps) as advance:
+        for step in range(recipe.steps):
+            chosen = torch.randperm(len(names), generator=generator)[: recipe.batch_size]
             indices = torch.stack([
                 crops_of[n][torch.randint(len(crops_of[n]), (), generator=generator)]
                 for n in chosen.tolist()
@@ -143,15 +113,10 @@ def train(
             windows = jittered_windows(pool.boxes_xyxy[indices], generator)
             pixels = soften(pool.cut(indices, windows, _IMAGE_SIZE), generator)
             texts = tokenize([caption(names[n], words) for n in chosen.tolist()])
-            loss = _contrast(model, pixels, texts, bf16=bf16)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            loss = _contrast(model, pixels, texts, bf16=recipe.bf16)
+            recent = descent.step(loss)
             with torch.no_grad():
                 model.logit_scale.clamp_(max=float(np.log(_MAX_LOGIT_SCALE)))
-            recent = 0.95 * recent + 0.05 * loss.item() if step else loss.item()
             advance(step + 1, f"loss {recent:.3f}")
 
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
 
 from dkdetr.data.device_views import decoded_images, render_images
 from dkdetr.data.transforms import draw_geometry, render_view
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.profiling import step_profiler
 from dkdetr.engine.step import TrainingStep, choose_precision
-from dkdetr.engine.step_parts import marked_modules, step_times
+from dkdetr.engine.step_parts import step_times
 from dkdetr.engine.student_setup import prepare_student
 from dkdetr.structures import DecodedImages, TrainingBatch
 from tests.benchmarks.detectors import (
@@ -96,15 +96,8 @@ def our_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.de
         )
         if config.compute.compile != "off":  # marks within a compiled graph would break it
             return seconds
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
         profiled = 1 + options.steps // 3
-        plan = schedule(wait=0, warmup=1, active=profiled, repeat=1)
-        with (
-            marked_modules(student),
-            profile(activities=activities, schedule=plan, acc_events=True) as profiler,
-        ):
+        with step_profiler(student, profiled, warmup=1) as profiler:
             for _ in range(profiled + 1):
                 step([batch], epoch=0, iteration=next(done))
                 finish(device)

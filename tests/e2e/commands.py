@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 import cli
@@ -62,6 +63,14 @@ def call_well(*words: str, cwd: Path) -> str:
     done = call(*words, cwd=cwd)
     assert done.returncode == 0, f"dkdetr {' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def exit_code(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Returns what `main` of this process ends with, in this folder; the test captures output."""
+    monkeypatch.setattr("sys.argv", ["dkdetr", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
 
 
 def environment() -> dict[str, str]:

@@ -2,10 +2,10 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from cache.export import export_cache
@@ -23,6 +23,7 @@ from pipeline.neighbor_stage import add_neighbors, ensure_neighbors, recorded_se
 from pipeline.repair import repair_cache
 from pipeline.request import recorded_request
 from tests.cache_samples import committed_bytes
+from tests.e2e.tiny_stage_one import one_pixel_changed
 
 
 @pytest.fixture
@@ -126,17 +127,10 @@ def test_changed_pictures_are_no_repair(cache, request_, tmp_path):
     shutil.copytree(cache, tmp_path / "copy")
     (cache / "manifest/000001.json").unlink()
     _, images, _ = request_.split.split(":")
-    picture = next(iter(sorted(__import__("pathlib").Path(images).glob("*.png"))))
-    before = picture.read_bytes()
-    try:
-        with Image.open(picture) as opened:
-            changed = opened.copy()
-        changed.putpixel((0, 0), (1, 2, 3))
-        changed.save(picture)
-        with pytest.raises(StaleCacheError, match=r"images\.content_xxh3_128  cache: \w+  wanted"):
-            repair_cache(cache)
-    finally:
-        picture.write_bytes(before)
+    picture = min(Path(images).glob("*.png"))
+    message = r"images\.content_xxh3_128  cache: \w+  wanted"
+    with one_pixel_changed(picture), pytest.raises(StaleCacheError, match=message):
+        repair_cache(cache)
     assert repair_cache(cache).same_bytes  # its goal is remembered
 
 

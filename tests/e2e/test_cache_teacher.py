@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from cache.spec import DiskFullError, StaleCacheError
@@ -26,6 +25,7 @@ from pipeline.teacher import load_teacher
 from tests.e2e.tiny_stage_one import (
     NUM_IMAGES,
     TINY_CLIP,
+    one_pixel_changed,
     tiny_request,
 )
 
@@ -172,17 +172,9 @@ def test_another_teacher_or_picture_is_refused_in_words(
     with pytest.raises(StaleCacheError, match=r"teacher\.weights_sha256") as caught:
         cache_teacher(replace(request_, teacher=f"tiny-cache-clip:{tmp_path}"))
     assert caught.value.exit_code == 4
-    path = world / "images" / "003.png"
-    before = path.read_bytes()
-    try:
-        with Image.open(path) as picture:
-            changed = picture.copy()
-        changed.putpixel((0, 0), (1, 2, 3))
-        changed.save(path)
-        with pytest.raises(StaleCacheError, match=r"images\.content"):
-            cache_teacher(request_)
-    finally:
-        path.write_bytes(before)
+    picture = world / "images" / "003.png"
+    with one_pixel_changed(picture), pytest.raises(StaleCacheError, match=r"images\.content"):
+        cache_teacher(request_)
 
 
 def test_a_teacher_that_embeds_otherwise_is_caught_by_the_canary(

@@ -2,26 +2,16 @@
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from tiny_student import shake, tiny_config
+from tiny_student import save_speaking_student
 
-from cli import main
 from dkdetr.data.vocabulary import load_vocabulary
-from dkdetr.student.build import build_student
-from dkdetr.student_file import StudentFile, save_student_file
-
-
-def run(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["dkdetr", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
+from tests.e2e.commands import exit_code
 
 
 @pytest.fixture
@@ -29,19 +19,13 @@ def place(tmp_path: Path, monkeypatch, capsys) -> Path:
     """A folder with pictures, a list of names, its vocabulary and a student that speaks it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("# tools\nhammer, mallet\nred apple\n\nparty_popper\n")
-    code = run(
+    code = exit_code(
         monkeypatch, "vocab", "build", "names.txt", "-o", "tools.vocab", "--teacher", "pictograms",
         "--prompts", "single",
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
     vocabulary = load_vocabulary(tmp_path / "tools.vocab")
-    config = tiny_config()
-    config = replace(config, data=replace(config.data, image_size=128))
-    student = build_student(config, text_dim=vocabulary.embed_dim)
-    shake(student)
-    provenance = {"teacher_spec": "pictograms"}
-    file = StudentFile(student.state_dict(), config, vocabulary, provenance)
-    save_student_file(tmp_path / "s.safetensors", file)
+    save_speaking_student(tmp_path / "s.safetensors", vocabulary)
     rng = np.random.default_rng(0)
     for number, name in enumerate(("a.png", "sub/a.png", "größe.png")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +39,7 @@ def test_a_vocabulary_of_names_and_synonyms(place: Path, monkeypatch, capsys):
     built = load_vocabulary(place / "tools.vocab")
     assert built.names == ("hammer", "red apple", "party_popper")
     (place / "plain.txt").write_text("hammer\nmallet\nHammer\n")
-    assert run(
+    assert exit_code(
         monkeypatch, "vocab", "build", "plain.txt", "-o", "plain.vocab", "--teacher", "pictograms",
         "--prompts", "single",
     ) == 0  # fmt: skip
@@ -65,12 +49,12 @@ def test_a_vocabulary_of_names_and_synonyms(place: Path, monkeypatch, capsys):
     plain = load_vocabulary(place / "plain.vocab").embeddings
     mean = plain[0] + plain[1]
     np.testing.assert_allclose(built.embeddings[0], mean / np.linalg.norm(mean), atol=1e-6)
-    assert run(monkeypatch, "vocab", "show", "tools.vocab", "--json", "-") == 0
+    assert exit_code(monkeypatch, "vocab", "show", "tools.vocab", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["names"] == list(built.names)
 
 
 def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
-    code = run(
+    code = exit_code(
         monkeypatch, "predict", "in", "in/sub", "--model", "s.safetensors", "-c",
         "hammer, traffic light", "--threshold", "0", "--out", "found", "--json", "r.json",
     )  # fmt: skip
@@ -96,8 +80,8 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
 
 def test_the_students_own_names_and_a_file_of_others(place: Path, monkeypatch, capsys):
     common = ("predict", "in/a.png", "--model", "s.safetensors", "--threshold", "0", "--no-draw")
-    assert run(monkeypatch, *common, "--out", "own", "--nms", "0.5") == 0
-    assert run(monkeypatch, *common, "--vocab", "tools.vocab", "--out", "given") == 0
+    assert exit_code(monkeypatch, *common, "--out", "own", "--nms", "0.5") == 0
+    assert exit_code(monkeypatch, *common, "--vocab", "tools.vocab", "--out", "given") == 0
     own, given = (
         json.loads((place / folder / "predictions.json").read_text()) for folder in ("own", "given")
     )
@@ -120,7 +104,7 @@ def test_the_students_own_names_and_a_file_of_others(place: Path, monkeypatch, c
     ],
 )
 def test_mistakes_are_one_line(place: Path, monkeypatch, capsys, words, code, message):
-    assert run(monkeypatch, "predict", "--model", "s.safetensors", *words) == code
+    assert exit_code(monkeypatch, "predict", "--model", "s.safetensors", *words) == code
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1

@@ -1,27 +1,17 @@
 """`dkdetr vocab build|import` as typed, and words of a list in `predict`, with a small CLIP."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_student import shake, tiny_config
+from tiny_student import save_speaking_student
 
-from cli import main
 from dkdetr.data.name_lists import shipped_entries
 from dkdetr.data.vocabulary import load_vocabulary
-from dkdetr.student.build import build_student
-from dkdetr.student_file import StudentFile, save_student_file
-
-
-def run(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["dkdetr", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
+from tests.e2e.commands import exit_code
 
 
 @pytest.fixture
@@ -31,7 +21,7 @@ def place(tmp_path: Path, monkeypatch) -> Path:
 
 
 def build(monkeypatch, *words: object) -> int:
-    return run(monkeypatch, "vocab", "build", *words, "--teacher", "pictograms")
+    return exit_code(monkeypatch, "vocab", "build", *words, "--teacher", "pictograms")
 
 
 def test_a_shipped_list_keeps_its_data_sets_ids(place, monkeypatch, capsys):
@@ -66,10 +56,10 @@ def test_a_bank_of_another_project(place, monkeypatch, capsys, form):
         torch.save(torch.from_numpy(np.concatenate((rows, rows[:1]))), place / form)
     words = ("vocab", "import", form, "--names", "voc", "--teacher", "their CLIP", "-o", "v.vocab")
     if form == "background.pt":
-        assert run(monkeypatch, *words) == 2
+        assert exit_code(monkeypatch, *words) == 2
         assert "--background first or" in capsys.readouterr().err
         words = (*words, "--background", "last")
-    assert run(monkeypatch, *words, "--json", "-") == 0
+    assert exit_code(monkeypatch, *words, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["names"][0] == "aeroplane"
     assert shown["teacher"] == "their CLIP"
@@ -81,7 +71,7 @@ def test_a_bank_of_another_project(place, monkeypatch, capsys, form):
 def test_a_bank_that_does_not_fit(place, monkeypatch, capsys):
     np.save(place / "bank.npy", np.ones((7, 9), np.float32))
     words = ("vocab", "import", "bank.npy", "--names", "voc", "--teacher", "t", "-o", "v.vocab")
-    assert run(monkeypatch, *words) == 4
+    assert exit_code(monkeypatch, *words) == 4
     assert "not 20 names" in capsys.readouterr().err
     assert not (place / "v.vocab").exists()
 
@@ -90,21 +80,16 @@ def test_words_of_a_list(place, monkeypatch, capsys):
     (place / "names.txt").write_text("hammer\nsaw\n", encoding="utf-8")
     assert build(monkeypatch, "names.txt", "-o", "n.vocab", "--prompts", "single") == 0
     vocabulary = load_vocabulary(place / "n.vocab")
-    config = tiny_config()
-    config = replace(config, data=replace(config.data, image_size=128))
-    student = build_student(config, text_dim=vocabulary.embed_dim)
-    shake(student)
-    file = StudentFile(student.state_dict(), config, vocabulary, {"teacher_spec": "pictograms"})
-    save_student_file(place / "s.safetensors", file)
+    save_speaking_student(place / "s.safetensors", vocabulary)
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(place / "a.png")
     common = ("predict", "a.png", "--model", "s.safetensors", "--threshold", "0", "--no-draw")
     for words, ids in (
         ("@voc", [each.category_id for each in shipped_entries("voc")]),
         ("@names.txt", [1, 2]),
     ):
-        assert run(monkeypatch, *common, "-c", words) == 0, capsys.readouterr().err
+        assert exit_code(monkeypatch, *common, "-c", words) == 0, capsys.readouterr().err
         document = json.loads((place / "predictions/predictions.json").read_text())
         assert [each["id"] for each in document["categories"]] == ids
     capsys.readouterr()
-    assert run(monkeypatch, *common, "-c", "@absent") == 3
+    assert exit_code(monkeypatch, *common, "-c", "@absent") == 3
     assert "no list of names 'absent'" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """A tiny CLIP and a folder of pictures with annotations and proposals: stage 1 in a second."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,20 @@ def write_world(folder: Path) -> None:
     document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "train.json").write_text(json.dumps(document))
     (folder / "proposals.json").write_text(json.dumps(proposals))
+
+
+@contextmanager
+def one_pixel_changed(path: Path) -> Iterator[None]:
+    """Lets a picture differ in one pixel while it is open."""
+    before = path.read_bytes()
+    try:
+        with Image.open(path) as picture:
+            changed = picture.copy()
+        changed.putpixel((0, 0), (1, 2, 3))
+        changed.save(path)
+        yield
+    finally:
+        path.write_bytes(before)
 
 
 def tiny_request(world: Path, teacher_spec: str, out: Path) -> CacheRequest:

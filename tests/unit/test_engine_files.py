@@ -158,9 +158,9 @@ def test_a_checkpoint_is_hashed_once_when_a_run_is_opened(tmp_path, monkeypatch)
     for iteration in (1, 2):
         save_checkpoint(tmp_path / "checkpoints", checkpoint(iteration))
     hashed = []
-    real = checkpoint_module._hash_file
+    real = checkpoint_module.hash_file
     monkeypatch.setattr(
-        checkpoint_module, "_hash_file", lambda path: hashed.append(path.name) or real(path)
+        checkpoint_module, "hash_file", lambda path: hashed.append(path.name) or real(path)
     )
     path, opened = open_checkpoint(tmp_path)
     assert (path.name, opened.progress.iteration) == ("step_00000002.pt", 2)

@@ -16,7 +16,6 @@ from unit.test_inference_convert import (
     scramble,
 )
 
-from cli import main
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, save_vocabulary
 from dkdetr.engine.initial_weights import start_from_file
@@ -24,6 +23,7 @@ from dkdetr.engine.subject import load_subject
 from dkdetr.errors import DataError, MismatchError
 from dkdetr.inference.convert import read_tensors
 from dkdetr.student_file import load_student_file
+from tests.e2e.commands import exit_code
 
 SIZES = (
     "student.backbone.weights=random", "student.embed_dim=32", "student.num_heads=4",
@@ -34,10 +34,7 @@ SIZES = (
 
 def run_convert(monkeypatch, *words: object) -> int:
     sizes = [word for size in SIZES for word in ("--set", size)]
-    monkeypatch.setattr("sys.argv", ["dkdetr", "convert", *map(str, words), *sizes])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
+    return exit_code(monkeypatch, "convert", *words, *sizes)
 
 
 @pytest.fixture

@@ -90,6 +90,17 @@ def test_batch_size_and_classes_are_free(session, batch, size_hw, num_classes):
     np.testing.assert_allclose(found[1], boxes, atol=1e-5)
 
 
+def test_a_picture_with_fewer_proposals_than_queries_is_the_same_in_both(session):
+    example = Example.drawn(2, (96, 128), 4, TEXT_DIM, seed=6)
+    example.padding_mask[:, 16:] = True
+    example.padding_mask[:, :, 16:] = True
+    with torch.inference_mode():
+        scores, boxes = StudentGraph(tiny_student())(*example.arguments(baked=False))
+    found = run(session, example)
+    np.testing.assert_allclose(found[0], scores, atol=1e-4)
+    np.testing.assert_allclose(found[1], boxes, atol=1e-5)
+
+
 def test_what_lies_in_padding_has_no_say(session):
     example = Example.drawn(2, (128, 160), 4, TEXT_DIM, seed=5)
     noise = torch.where(example.padding_mask[:, None], 255.0 - example.pixels, example.pixels)

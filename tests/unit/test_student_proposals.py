@@ -60,6 +60,21 @@ def test_best_first_and_invalid_ones_last():
     assert select_anchors(encoder, 9).boxes_cxcywh.shape == (1, 5, 4)
 
 
+def test_of_those_that_are_not_valid_the_earlier_are_taken():
+    """A plain topk takes any of equals, on every device and in every runtime others."""
+    valid = torch.rand(3, 400, generator=torch.Generator().manual_seed(0)) < 0.05
+    scores = torch.randn(3, 400, generator=torch.Generator().manual_seed(1))
+    boxes = torch.arange(400.0)[None, :, None].expand(3, -1, 4)
+    anchors = select_anchors(EncoderOutput(scores, boxes, valid), 60)
+    for image in range(3):
+        count = int(valid[image].sum())
+        chosen = anchors.boxes_cxcywh[image, :, 0].long()
+        assert set(chosen[:count].tolist()) == set(valid[image].nonzero()[:, 0].tolist())
+        rest = (~valid[image]).nonzero()[: 60 - count, 0]
+        assert chosen[count:].tolist() == rest.tolist()
+        assert (anchors.objectness[image, count:] == -torch.inf).all()
+
+
 def test_anchors_pass_no_gradient():
     encoder = encoder_output([1.0, 2.0], [True, True])
     boxes = encoder.boxes_cxcywh.clone().requires_grad_()

@@ -1,0 +1,35 @@
+"""Which vocabulary a run is scored with, where its own names are not the split's."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_student import tiny_config, tiny_student
+
+from dkdetr.data.splits import load_split
+from dkdetr.engine import evaluate_run
+from dkdetr.engine.subject import Subject
+from dkdetr.errors import MismatchError
+from tests.unit.data_world import coco_document, vocabulary_of, write_world
+
+
+def test_a_teacher_that_is_another_now_is_told_with_what_to_do(tmp_path, monkeypatch):
+    name = write_world(tmp_path, coco_document(num_images=2))
+    fitting = vocabulary_of(load_split(name, tmp_path))
+    subject = Subject(
+        path=tmp_path, student=tiny_student(), config=tiny_config(), vocabulary=fitting.base(),
+        train_split=name, provenance={"teacher_spec": "fake:weights"}, folder=tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(evaluate_run, "load_subject", lambda *_args, **_more: subject)
+    request = evaluate_run.EvalRequest(tmp_path, name, None, tmp_path, device="cpu")
+    asked: list[str] = []
+
+    def changed(_split, spec, _prompts):
+        asked.append(spec)
+        return replace(fitting, teacher="fake:1")
+
+    with pytest.raises(MismatchError, match="embedded by fake:1, the student learned") as told:
+        evaluate_run.evaluate_run(request, changed)
+    assert asked == ["fake:weights"]
+    assert "fake:0" in str(told.value)
+    assert str(told.value).endswith("with --vocab")
+    assert "\n" not in str(told.value)

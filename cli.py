@@ -786,9 +786,7 @@ def eval_command(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option(
-            help="auto (half on a GPU, fp32 on a CPU), fp32, fp16 or bf16; default: the run's own"
-        ),
+        typer.Option(help="auto (half on a GPU), fp32, tf32, fp16, bf16; default: the run's own"),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Through torch.compile: slow to start")
@@ -874,7 +872,7 @@ def predict_command(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="auto (half on a GPU), fp32, fp16 or bf16; default: auto"),
+        typer.Option(help="auto (half on a GPU), fp32, tf32, fp16, bf16; default: auto"),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Through torch.compile: slow to start")
@@ -915,7 +913,7 @@ def predict_command(
 
 
 def _precision(word: str | None) -> Any:
-    return word and _one_of("--precision", word, ("auto", "fp32", "fp16", "bf16"))
+    return word and _one_of("--precision", word, ("auto", "fp32", "tf32", "fp16", "bf16"))
 
 
 def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from dkdetr.config import StudentConfig
 from dkdetr.data.device_views import decoded_images, render_images
 from dkdetr.data.transforms import evaluation_geometry, render_view
 from dkdetr.errors import CorruptArtefactError, DataError
-from dkdetr.evaluation.detect import autocast, autocast_dtype
+from dkdetr.precision import computing, computing_type
 from dkdetr.structures import ImageBatch
 from dkdetr.student.build import build_trunk
 from dkdetr.student.detector import ProposingTrunk
@@ -68,7 +68,7 @@ class NetworkProposals:
             self.identity = {
                 **self.identity,
                 "resampling": "matrix products, float16",
-                "precision": str(autocast_dtype("auto", self._device)).removeprefix("torch."),
+                "precision": str(computing_type("auto", self._device)).removeprefix("torch."),
             }
         # It has seen base boxes alone; pipeline.leaks compares whose base with whose novel.
         self.seen = Seen(
@@ -91,7 +91,7 @@ class NetworkProposals:
         for start in range(0, len(images), self._batch_size):
             chunk = images[start : start + self._batch_size]
             batch = self._collate(chunk).to(self._device)
-            with autocast("auto", self._device):
+            with computing("auto", self._device):
                 _, _, encoder = self._trunk(batch)
             boxes = cxcywh_to_xyxy(encoder.boxes_cxcywh.float())
             scores = encoder.objectness_logits.float().sigmoid()

@@ -412,8 +412,11 @@ def cache_teacher_command(
         ),
     ] = "auto",
     decoder: Annotated[
-        str, typer.Option(help="pillow, or torchvision (JPEGs by nvJPEG on a GPU)")
-    ] = "pillow",
+        str,
+        typer.Option(
+            help="pillow, torchvision (JPEGs by nvJPEG on a GPU) or auto (torchvision on a GPU)"
+        ),
+    ] = "auto",
     prompts: Annotated[
         str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
     ] = "vild63",
@@ -457,7 +460,7 @@ def cache_teacher_command(
         storage=_one_of("--storage", storage, ("fp16", "int8")),
         crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
         encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
-        decoder=_one_of("--decoder", decoder, ("pillow", "torchvision")),
+        decoder=_one_of("--decoder", decoder, ("auto", "pillow", "torchvision")),
         prompts=prompts,
         executor=executor_of(workers, scheduler),
         device=device,

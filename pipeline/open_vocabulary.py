@@ -18,7 +18,7 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.run_folder import newest_run
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import DataError, UsageError
-from dkdetr.evaluation.detect import Precision
+from dkdetr.evaluation.inference_dtype import Precision
 from dkdetr.inference.predict import DKDETR, words_vocabulary
 from pipeline.teacher import load_teacher
 from pipeline.text_bank import Background, import_vocabulary
@@ -42,7 +42,7 @@ def load_detector(
         vocabulary_path: a vocabulary file instead; with neither, the student's own names.
         teacher: the specification of the text tower; None: the one the student learned from.
         device: see `pick_device`.
-        precision: see `dkdetr.evaluation.detect.autocast`.
+        precision: see `dkdetr.evaluation.inference_dtype.computing_dtype`.
         compiled: see `dkdetr.evaluation.compiled`.
 
     Raises:

@@ -15,8 +15,8 @@ from dkdetr.data.region_selection import SelectedRegions, select_regions
 from dkdetr.data.splits import Split
 from dkdetr.data.transforms import evaluation_geometry
 from dkdetr.errors import MismatchError
-from dkdetr.evaluation.detect import autocast
 from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
+from dkdetr.evaluation.inference_dtype import autocast
 from dkdetr.evaluation.protocols import group_of
 from dkdetr.evaluation.teacher_agreement import NO_OBJECT, TeacherAgreement, agreement_by_group
 from dkdetr.progress import progress

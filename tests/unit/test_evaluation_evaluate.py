@@ -12,8 +12,9 @@ from dkdetr.config import DataConfig, EvalConfig, ExperimentConfig, OptimConfig
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import CorruptArtefactError, MismatchError
-from dkdetr.evaluation.detect import autocast, detect
+from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.evaluate import evaluate_student, score_predictions
+from dkdetr.evaluation.inference_dtype import autocast
 from dkdetr.structures import EncoderOutput, ImageBatch, QueryOutput, StudentOutput
 
 NAMES = {11: "cat", 5: "gnu", 8: "person"}

@@ -64,8 +64,8 @@ def detect(
                 images.original_sizes_hw,
                 max_detections=max_detections,
             )
-            # Page-locked memory receives it; on other devices nobody could say when it is there.
-            best = best.to("cpu", non_blocking=device.type == "cuda")
+            # Into page-locked memory; elsewhere nobody could say when it is there.
+            best = best.to("cpu", non_blocking=works_beside(device))
         return _Begun(
             batch.image_ids,
             batch.image_sizes_hw,

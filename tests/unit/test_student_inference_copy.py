@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dkdetr.evaluation.detect import detect
+from dkdetr.experiment_file import load_experiment
 from dkdetr.inference.ready_student import ReadyStudent
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
@@ -113,6 +114,21 @@ def test_a_call_neither_folds_nor_rounds_weights(dtype: torch.dtype):
         assert spared > 6 * convolutions + 5 + 2 * convolutions
     assert before.total - after.total >= spared
     assert after.total <= 800  # 2 + 2 layers, attention in plain PyTorch
+
+
+def test_launches_of_a_student_of_the_papers_size():
+    """A picture of any size takes as many; attention in plain PyTorch."""
+    config = load_experiment("lvis_r50_70e", ["student.backbone.weights=random"]).config
+    student = build_student(config, text_dim=512, load_weights=False).eval()
+    images, text = image_batch([(192, 192)], padded_hw=(192, 192)), torch.zeros(1203, 512)
+    for dtype, most in ((torch.float32, 1060), (torch.bfloat16, 1130)):
+        counts = []
+        for each in (student, inference_copy(student, dtype)):
+            with torch.no_grad(), under(dtype), Launches() as counted:
+                each(images, text)
+            counts.append(counted.total)
+        print(f"{dtype}: {counts[0]} launches a call, {counts[1]} of the copy")
+        assert counts[1] <= most < counts[0] - 340
 
 
 def test_the_copy_holds_nothing_twice_that_it_does_not_change():

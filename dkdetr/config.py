@@ -284,7 +284,8 @@ class DataConfig:
     flip_probability: float = 0.5
     augment: Literal["loader", "device"] = "loader"
     """Where training views are resampled: in the loader processes, or where the student computes;
-    then those only decode. The same views but for their rounding to grey levels."""
+    then those only decode. The same views but for their rounding to grey levels. `eval` does so
+    too, on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

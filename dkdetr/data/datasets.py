@@ -16,7 +16,7 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.device_views import decoded_images
 from dkdetr.data.image_files import ImageFolder, read_image
-from dkdetr.data.picture_input import image_batch
+from dkdetr.data.picture_input import decoded_batch, image_batch
 from dkdetr.data.region_selection import select_regions
 from dkdetr.data.samplers import SampleKey, derive_seed
 from dkdetr.data.segmentations import SegmentationTable, read_segmentations, render_masks
@@ -31,6 +31,7 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import DataError, MismatchError
 from dkdetr.structures import (
     DecodedBatch,
+    DecodedImages,
     ImageBatch,
     LoadedBatch,
     OriginalImage,
@@ -258,13 +259,21 @@ class EvaluationBatches:
 
     def __call__(self, indices: Sequence[int]) -> ImageBatch:
         """Returns the images at `indices`."""
+        pixels, ids = self._read(indices)
+        return image_batch(pixels, ids, image_size=self._image_size)
+
+    def decoded(self, indices: Sequence[int]) -> DecodedImages:
+        """Returns the same images, their views still to be made (`device_views`)."""
+        pixels, ids = self._read(indices)
+        return decoded_batch(pixels, ids, image_size=self._image_size)
+
+    def _read(self, indices: Sequence[int]) -> tuple[list[UInt8[np.ndarray, "_h _w 3"]], list[int]]:
         images = [self._images[index] for index in indices]
         pixels = [
             read_image(self._folder.path(image.file_name), expected_hw=(image.height, image.width))
             for image in images
         ]
-        ids = [image.image_id for image in images]
-        return image_batch(pixels, ids, image_size=self._image_size)
+        return pixels, [image.image_id for image in images]
 
 
 def _original(view: _View) -> OriginalImage:

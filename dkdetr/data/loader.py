@@ -28,7 +28,7 @@ from dkdetr.data.samplers import (
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError, UsageError
-from dkdetr.structures import ImageBatch, LoadedBatch
+from dkdetr.structures import DecodedImages, ImageBatch, LoadedBatch
 
 
 class MicroBatches:
@@ -135,12 +135,18 @@ def batches_per_epoch(
 
 
 def make_evaluation_loader(
-    split: Split, config: ExperimentConfig, *, rank: int = 0, world_size: int = 1
-) -> BatchStream[ImageBatch]:
+    split: Split,
+    config: ExperimentConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    leave_views: bool = False,
+) -> BatchStream[ImageBatch] | BatchStream[DecodedImages]:
     """Returns every image of the split exactly once over all ranks, in batches, in id order.
 
     Rank r takes the batches r, r + world_size, ...; the last batch may be smaller, and a rank may
     have none. A batch is the same whatever the number of ranks: so is what a student says of it.
+    With `leave_views` the images are only decoded, and `render_images` makes their views.
 
     Raises:
         DataError: images are missing, or while iterating: one is unreadable.
@@ -151,6 +157,8 @@ def make_evaluation_loader(
     batches: Sequence[list[int]] = [places[i : i + size] for i in range(0, len(places), size)]
     batches = batches[rank::world_size]
     make_batch = EvaluationBatches(split.folder, split.images, image_size=config.data.image_size)
+    if leave_views:
+        return BatchStream(make_batch.decoded, batches, workers=config.data.workers)
     return BatchStream(make_batch, batches, workers=config.data.workers)
 
 

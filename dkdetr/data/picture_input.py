@@ -1,4 +1,7 @@
-"""Pictures from anywhere (files, PIL, arrays, tensors) as the student's evaluation input."""
+"""Pictures from anywhere (files, PIL, arrays, tensors) as the student's evaluation input.
+
+`image_batch` makes the views on the CPU; `decoded_batch` leaves them to the student's device.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +12,11 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from dkdetr.data.device_views import decoded_images
 from dkdetr.data.image_files import MODES, decode_any_size
 from dkdetr.data.transforms import evaluation_geometry, render_view
 from dkdetr.errors import DataError, UsageError
-from dkdetr.structures import ImageBatch
+from dkdetr.structures import DecodedImages, ImageBatch
 
 Picture = Path | str | Image.Image | np.ndarray | Tensor
 """A file, or pixels: PIL, uint8 [height, width, 3], or a tensor [3, height, width].
@@ -68,6 +72,17 @@ def image_batch(
         original_sizes_hw=torch.tensor([image.shape[:2] for image in pixels]),
         image_ids=tuple(image_ids),
     )
+
+
+def decoded_batch(
+    pixels: Sequence[UInt8[np.ndarray, "_h _w 3"]], image_ids: Sequence[int], *, image_size: int
+) -> DecodedImages:
+    """Returns the pictures as they are; `render_images` makes the views of `image_batch` of them.
+
+    Boxes, sizes and masks are the same, pixels but for their rounding to grey levels.
+    """
+    views = [evaluation_geometry(image.shape[:2], image_size=image_size) for image in pixels]
+    return decoded_images(pixels, views, image_ids, image_size=image_size)
 
 
 def _from_tensor(tensor: Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.engine.run_folder import newest_run, portable_name
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
-from dkdetr.evaluation.compiled import compile_for_inference
+from dkdetr.evaluation.compiled import ready_for_inference
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
 from dkdetr.evaluation.gather import Shard
@@ -119,13 +119,18 @@ def _evaluate(
     if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     folder = _folder_name(split.name) + ("-ema" if request.averaged else "")
-    if request.compiled:
-        compile_for_inference(subject.student, ranks.device)
-    evaluation = evaluate_student(
+    config = _with_precision(subject.config, request.precision)
+    student = ready_for_inference(
         subject.student.to(ranks.device),
+        ranks.device,
+        config.optim.precision,
+        compiled=request.compiled,
+    )
+    evaluation = evaluate_student(
+        student,
         split,
         vocabulary,
-        _with_precision(subject.config, request.precision),
+        config,
         device=ranks.device,
         out_dir=subject.folder / "eval" / folder,
         evaluator=request.evaluator,

@@ -83,7 +83,14 @@ def evaluate_student(
         ground_truth_of(split, with_masks=True)  # to fail before the work, not after it
     name_notes = check_vocabulary(vocabulary, split)
     category_ids = np.array(vocabulary.category_ids, dtype=np.int64)
-    loader = make_evaluation_loader(split, config, rank=shard.rank, world_size=shard.world_size)
+    loader = make_evaluation_loader(
+        split,
+        config,
+        rank=shard.rank,
+        world_size=shard.world_size,
+        # On a CPU there is nothing to gain, and scores stay those of the loader's views.
+        leave_views=config.data.augment == "device" and device.type == "cuda",
+    )
     found = detect(
         student,
         loader,

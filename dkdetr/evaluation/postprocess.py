@@ -45,19 +45,34 @@ def postprocess(
 ) -> list[Detections]:
     """Returns each image's best (query, class) pairs as detections, best score first, on the CPU.
 
+    `unpack` of what `choose_best` says.
+
+    Raises:
+        CorruptArtefactError: see `unpack`.
+    """
+    best = choose_best(logits, boxes_cxcywh, original_sizes_hw, max_detections=max_detections)
+    return unpack(best.cpu(), logits.shape[2])
+
+
+def choose_best(
+    logits: Float[Tensor, "batch num_queries num_classes"],
+    boxes_cxcywh: Float[Tensor, "batch num_queries 4"],
+    original_sizes_hw: Int[Tensor, "batch 2"],
+    *,
+    max_detections: int,
+) -> Float[Tensor, "batch numbers"]:
+    """Returns each image's best (query, class) pairs, best score first, packed for `unpack`.
+
     One query may appear under several classes. A logit of -inf marks a class that is not in use
     and is never returned, so an image can have fewer than `max_detections`. Among equal logits
     the earlier query, then the earlier class, comes first: the same output on every device. All
-    is chosen where the logits are; one copy brings the batch's detections back.
+    is chosen where the logits are, and nothing is waited for; one copy brings the batch back.
 
     Args:
         logits: of one decoder layer; scores are their sigmoid.
         boxes_cxcywh: normalised by the un-padded picture, so 1.0 is its edge.
         original_sizes_hw: sizes of the files on disk, in pixels; boxes are clamped to them.
         max_detections: the most to keep for one image.
-
-    Raises:
-        CorruptArtefactError: a logit is NaN or a chosen box is not finite.
     """
     num_classes = logits.shape[2]
     # -0.0 becomes 0.0: they are equal, but not their bits.
@@ -74,7 +89,15 @@ def postprocess(
     # Indices are whole numbers below 2^53 in float64, as float32 corners and scores are exact.
     columns = (pixels.double(), best.sigmoid().double()[..., None], chosen.double()[..., None])
     facts = torch.stack((used.sum(dim=1), broken), dim=1).double()
-    packed = torch.cat((torch.cat(columns, dim=2).flatten(1), facts), dim=1).cpu()
+    return torch.cat((torch.cat(columns, dim=2).flatten(1), facts), dim=1)
+
+
+def unpack(packed: Float[Tensor, "batch numbers"], num_classes: int) -> list[Detections]:
+    """Returns what `choose_best` packed, on the CPU by now.
+
+    Raises:
+        CorruptArtefactError: a logit is NaN or a chosen box is not finite.
+    """
     return [_unpack(row, num_classes) for row in packed]
 
 

@@ -1,6 +1,8 @@
 """Words in, boxes out: a trained student as an object to call."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -11,16 +13,18 @@ import torch
 from dkdetr.boxes import nms_keep
 from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.annotations import Category
-from dkdetr.data.picture_input import Picture, image_batch, rgb_pixels
+from dkdetr.data.picture_input import Picture, decoded_batch, image_batch, rgb_pixels
 from dkdetr.data.prompts import prompt_set, readable_name
 from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
 from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
-from dkdetr.evaluation.compiled import compile_for_inference
+from dkdetr.evaluation.compiled import NAMES_MULTIPLE
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.postprocess import Detections
 from dkdetr.inference.hub import fetch_student_file
 from dkdetr.inference.prediction import Prediction
+from dkdetr.inference.ready_student import ReadyStudent
+from dkdetr.structures import DecodedImages, ImageBatch
 from dkdetr.student.detector import DKDETR as Student
 from dkdetr.student_file import build_from_file, load_student_file
 
@@ -33,13 +37,16 @@ class DKDETR:
     """A student that finds what words name.
 
     Args:
-        student: the network.
+        student: the network; `predict` asks a copy made ready for it, and another one after weights
+            have changed.
         config: the settings it was trained with.
         vocabulary: the names and embeddings it speaks unless others are given.
         text_encoder: the text tower of its teacher, for bare words; None: vocabularies only.
         device: where it runs.
-        precision: see `dkdetr.evaluation.detect.autocast`.
-        compiled: see `dkdetr.evaluation.compiled`.
+        precision: see `dkdetr.precision.computing`.
+        compiled: detects through torch.compile, on a GPU with CUDA graphs: then always from the
+            same thread. Each batch size is compiled when it first comes, and each number of
+            names, counted in 64s; see `dkdetr.evaluation.compiled`.
     """
 
     def __init__(
@@ -59,8 +66,8 @@ class DKDETR:
         self._text_encoder = text_encoder
         self._device = torch.device(device)
         self._precision: Precision = precision
-        if compiled:
-            compile_for_inference(self.student, self._device)
+        self._compiled = compiled
+        self._ready = ReadyStudent(self._device, precision, compiled=compiled)
 
     @classmethod
     def from_pretrained(
@@ -164,25 +171,40 @@ class DKDETR:
         batch_size: int | None = None,
         masks: bool = True,
     ) -> Iterator[Prediction]:
-        """Yields as `predict` returns, holding one batch of pictures at a time."""
+        """Yields as `predict` returns, holding one batch of pictures at a time.
+
+        On a GPU two: the next one is decoded and begun before the last one's results are yielded.
+        """
         spoken = self.resolve(vocabulary)
         least = _least_scores(spoken, threshold, thresholds or {})
         size = self.config.eval.batch_size if batch_size is None else batch_size
-        for batch in _batches(images, size):
+        begun: deque[np.ndarray] = deque()
+        found = detect(
+            self._ready.of(self.student),
+            self._inputs(_batches(images, size), begun),
+            torch.from_numpy(spoken.embeddings.copy()),
+            device=self._device,
+            max_detections=max_detections,
+            precision=self._precision,
+            with_masks=masks and self.config.student.mask_head,
+            keep=partial(_keep, least=least, nms_iou=nms_iou),
+            names_multiple=NAMES_MULTIPLE if self._compiled else 1,
+        )
+        for _, detections in found:
+            yield _prediction(begun.popleft(), detections, spoken)
+
+    def _inputs(
+        self, batches: Iterable[list[Picture]], begun: deque[np.ndarray]
+    ) -> Iterator[ImageBatch | DecodedImages]:
+        """Yields what the student is given; the pictures themselves go to the end of `begun`."""
+        side = self.config.data.image_size
+        for batch in batches:
             pixels = [rgb_pixels(picture) for picture in batch]
-            inputs = image_batch(pixels, range(len(pixels)), image_size=self.config.data.image_size)
-            found = detect(
-                self.student,
-                [inputs],
-                torch.from_numpy(spoken.embeddings.copy()),
-                device=self._device,
-                max_detections=max_detections,
-                precision=self._precision,
-                with_masks=masks and self.config.student.mask_head,
-                keep=lambda each: _keep(each, least, nms_iou),
-            )
-            for image, (_, detections) in zip(pixels, found, strict=True):
-                yield _prediction(image, detections, spoken)
+            begun.extend(pixels)
+            if self._device.type == "cuda":  # which resamples faster, and is sent a tenth
+                yield decoded_batch(pixels, range(len(pixels)), image_size=side).pin_memory()
+            else:
+                yield image_batch(pixels, range(len(pixels)), image_size=side)
 
     def resolve(self, vocabulary: LookedFor | None) -> Vocabulary:
         """Returns the vocabulary that `predict` would use; words go through the text encoder."""
@@ -228,8 +250,8 @@ def _least_scores(
     vocabulary: Vocabulary, threshold: float, by_name: Mapping[str, float]
 ) -> torch.Tensor:
     known: dict[str, list[int]] = {}
-    for label, name in enumerate(vocabulary.names):  # `Cat` and `cat` may both be there
-        known.setdefault(readable_name(name), []).append(label)
+    for label, name in enumerate(vocabulary.names if by_name else ()):
+        known.setdefault(readable_name(name), []).append(label)  # `Cat` and `cat` may be there
     least = torch.full((len(vocabulary),), float(threshold))
     for name, value in by_name.items():
         labels = known.get(readable_name(name))

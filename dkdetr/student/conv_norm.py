@@ -20,20 +20,52 @@ def conv_norm(
 ) -> Float[Tensor, "batch _ _ _"]:
     """Returns norm(conv(x)); as one convolution where the norm's statistics do not move."""
     assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is None
-    if norm.training and not isinstance(norm, FrozenBatchNorm2d):
+    if isinstance(norm, nn.Identity) or (norm.training and not isinstance(norm, FrozenBatchNorm2d)):
         return norm(conv(x))
-    still: Any = norm  # one of torch's batch norms: all call these parts alike
-    scale = still.weight * (still.running_var + still.eps).rsqrt()
+    weight, bias = _folded(conv, norm)
     return nn.functional.conv2d(
         x,
-        conv.weight * scale[:, None, None, None],
-        still.bias - still.running_mean * scale,
+        weight,
+        bias,
         conv.stride,
         conv.padding,  # pyright: ignore[reportArgumentType]  a str or a tuple, as it came
         conv.dilation,
         conv.groups,
     )
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Puts the norms of the blocks here into their convolutions for good, as they stand now.
+
+    The same numbers come out as in evaluation mode. Parameters then have other names: not for a
+    student that is trained or saved.
+    """
+    for part in list(module.modules()):
+        if isinstance(part, Stem):
+            _fold(part, "0", "1")
+        elif isinstance(part, FoldingBasicBlock | FoldingBottleneck):
+            for number in (1, 2, 3):
+                if hasattr(part, f"conv{number}"):
+                    _fold(part, f"conv{number}", f"bn{number}")
+            if part.downsample is not None:
+                _fold(part.downsample, "0", "1")
+
+
+def _fold(block: nn.Module, conv_name: str, norm_name: str) -> None:
+    conv = getattr(block, conv_name)
+    with torch.no_grad():
+        weight, bias = _folded(conv, getattr(block, norm_name))
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
+    setattr(block, norm_name, nn.Identity())
+
+
+def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Returns the weight and the bias of the convolution that is both."""
+    assert conv.bias is None
+    still: Any = norm  # one of torch's batch norms: all call these parts alike
+    scale = still.weight * (still.running_var + still.eps).rsqrt()
+    return conv.weight * scale[:, None, None, None], still.bias - still.running_mean * scale
 
 
 class FoldingBasicBlock(BasicBlock):

@@ -79,7 +79,8 @@ class DKDETR(nn.Module):
     Args:
         trunk: everything before the decoder.
         decoder: with one box head a layer.
-        classifiers: one a decoder layer.
+        classifiers: one a decoder layer; fewer speak for the last layers, and of the others nothing
+            is said.
         num_queries: detection queries.
         num_heads: of the decoder's self-attention.
         embed_dim: width of a query.
@@ -165,6 +166,8 @@ class DKDETR(nn.Module):
             blocked = blocked.repeat_interleave(self.num_heads, dim=0)
         queries, refined = self.decoder(content, positions, boxes, memory, grid, blocked)
         heads = cast("list[TextClassifier]", list(self.classifiers))
+        if len(heads) < len(queries):
+            queries, refined = queries[-len(heads) :], refined[-len(heads) :]
         features = torch.stack(
             [head.project(layer) for head, layer in zip(heads, queries, strict=True)]
         )

@@ -9,7 +9,7 @@ import torch
 from dkdetr.config import DataConfig, ExperimentConfig, KDConfig, OptimConfig, StudentConfig
 from dkdetr.data import device_views
 from dkdetr.data.device_views import decoded_images, on_device, render_images
-from dkdetr.data.loader import make_training_loader
+from dkdetr.data.loader import make_evaluation_loader, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.transforms import (
     PIXEL_STD,
@@ -20,7 +20,7 @@ from dkdetr.data.transforms import (
 )
 from dkdetr.engine.train import train
 from dkdetr.errors import PreemptedError
-from dkdetr.structures import DecodedBatch
+from dkdetr.structures import DecodedBatch, DecodedImages
 from tests.faults.test_train_resume import interrupt, terminate
 from tests.training_world import checkpoint_of, difference, make_world, settings
 from tests.unit.data_world import coco_document, vocabulary_of, write_world
@@ -142,6 +142,25 @@ def test_a_batch_differs_in_nothing_but_the_rounding_of_its_pixels(tmp_path, wit
         assert on_device(wanted, CPU).images is not None  # a finished batch only moves
         seen += 1
     assert seen == len(loaders[0]) > 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_to_be_scored_may_be_left_to_the_device(workers: int, tmp_path):
+    split = load_split(write_world(tmp_path, coco_document(), "my_val"), tmp_path)
+    config = ExperimentConfig(name="test", data=DataConfig(workers=workers, image_size=96))
+    pairs = zip(
+        make_evaluation_loader(split, config),
+        make_evaluation_loader(split, config, leave_views=True),
+        strict=True,
+    )
+    for wanted, left in pairs:
+        assert isinstance(left, DecodedImages)
+        assert left.pixels.dtype == torch.uint8
+        found = render_images(left)
+        assert found.image_ids == wanted.image_ids
+        for name in ("padding_mask", "image_sizes_hw", "original_sizes_hw"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+        assert_close(found.pixels, wanted.pixels)
 
 
 def test_regions_are_the_same_and_a_cut_run_ends_bitwise_as_a_whole_one(tmp_path):

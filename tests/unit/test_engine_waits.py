@@ -8,6 +8,7 @@ Copies between the devices are counted.
 import numpy as np
 import pytest
 import torch
+from dispatched import Copies
 from step_options import option_config, training_batch
 from tiny_student import NUM_CLASSES, TEXT_DIM
 from torch import Tensor
@@ -26,25 +27,6 @@ from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.structures import DenoisingQueries, TrainingBatch
 from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
-
-
-class Copies(TorchDispatchMode):
-    """Remembers the copies from one device to another, and whether one waits for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down: list[str] = []
-        self.up: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        if func in copies and isinstance(result, Tensor):
-            source = args[1] if func is copies[1] else args[0]
-            if source.device != result.device:
-                (self.down if source.is_cuda else self.up).append(str(tuple(source.shape)))
-                assert source.is_cuda or (kwargs or {}).get("non_blocking")
-        return result
 
 
 class OnTheCPU(TorchDispatchMode):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dkdetr.config import DataConfig, EvalConfig, ExperimentConfig, OptimConfig
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import CorruptArtefactError, MismatchError
+from dkdetr.evaluation import evaluate as evaluate_module
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.evaluate import evaluate_student, score_predictions
 from dkdetr.structures import EncoderOutput, ImageBatch, QueryOutput, StudentOutput
@@ -198,6 +200,31 @@ def test_other_names_for_the_same_ids_are_told(split, config, tmp_path):
     assert evaluation.metrics.notes == (
         "1 categories were looked for under another name: 'gnu' as 'wildebeest'",
     )
+
+
+@pytest.mark.parametrize(
+    ("augment", "device", "left"),
+    [("loader", "cuda", False), ("device", "cuda", True), ("device", "cpu", False)],
+)
+def test_views_are_made_on_a_gpu_where_training_does_so(
+    augment, device, left, split, config, tmp_path, monkeypatch
+):
+    """On a CPU scores stay those of the loader's views, whatever training did."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(*_, leave_views: bool, **__):
+        assert leave_views == left
+        raise Asked
+
+    monkeypatch.setattr(evaluate_module, "make_evaluation_loader", asked)
+    config = replace(config, data=replace(config.data, augment=augment))
+    with pytest.raises(Asked):
+        evaluate_student(
+            Oracle(split), split, vocabulary_of(NAMES), config, device=torch.device(device),
+            out_dir=tmp_path,
+        )  # fmt: skip
 
 
 def test_detect_gives_images_in_the_order_of_batches(split):

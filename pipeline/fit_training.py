@@ -30,7 +30,6 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.interruption import StopFlag
 from dkdetr.engine.optim import make_optimizer
-from dkdetr.engine.student_setup import refuse_sync_batch_on_cpus
 from dkdetr.errors import NonFiniteLossError, PreemptedError, UsageError
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.matcher import MatchingCosts, match
@@ -263,7 +262,6 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             f"fit's batches of {batch_size} images do not divide by {ranks.world_size} ranks: "
             "start fewer, or a number that divides them"
         )
-    refuse_sync_batch_on_cpus(config.student.backbone.norm, ranks)
 
 
 def _write_state(

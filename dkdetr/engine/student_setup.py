@@ -47,19 +47,6 @@ def wrap_for_ranks(student: DKDETR, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(student, device_ids=devices)
 
 
-def refuse_sync_batch_on_cpus(norm: str, ranks: Ranks) -> None:
-    """Returns if the backbone's norm, `student.backbone.norm`, works on these ranks.
-
-    Raises:
-        UsageError: it is joined over ranks, which torch does on GPUs only.
-    """
-    if norm == "sync_batch" and ranks.world_size > 1 and ranks.device.type == "cpu":
-        raise UsageError(
-            "student.backbone.norm=sync_batch works on GPUs only; on several CPU ranks set it to "
-            "batch or frozen"
-        )
-
-
 def make_deterministic() -> None:
     """Lets torch use deterministic algorithms only; it raises where there is none.
 

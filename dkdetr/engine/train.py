@@ -28,7 +28,7 @@ from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
 from dkdetr.engine.step import counts_late
 from dkdetr.engine.step_parts import marked
-from dkdetr.engine.student_setup import make_deterministic, refuse_sync_batch_on_cpus
+from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
@@ -331,4 +331,3 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             "auxiliary queries knows the number of regions of a step before it is computed, and "
             "its losses are divided by it; use more ranks, or kd.alignment=cached"
         )
-    refuse_sync_batch_on_cpus(config.student.backbone.norm, ranks)

@@ -39,12 +39,19 @@ def recompute_layers(student: DKDETR) -> None:
         layer.forward = partial(_recomputed, layer.forward)
 
 
-def wrap_for_ranks(student: DKDETR, ranks: Ranks) -> nn.Module:
-    """Returns the student, in DDP where there are several ranks."""
+def wrap_for_ranks(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """Returns the module, in DDP where there are several ranks.
+
+    Buffers are made equal once, here. After that frozen ones stand still, `sync_batch` moves them
+    alike, and those of plain `batch` are each rank's own: what is saved are the first rank's.
+    """
     if ranks.world_size == 1:
-        return student
+        return module
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=devices)
+    wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    # Not as an argument: torch 2.13 renamed that, and the old name would skip the first time too.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def make_deterministic() -> None:

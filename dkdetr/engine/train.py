@@ -331,3 +331,8 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             "auxiliary queries knows the number of regions of a step before it is computed, and "
             "its losses are divided by it; use more ranks, or kd.alignment=cached"
         )
+    if config.compute.cuda_graphs and ranks.world_size > 1:
+        raise UsageError(
+            f"compute.cuda_graphs wants one process, and there are {ranks.world_size}: exchanges "
+            "between ranks were never recorded; set it to false, or start without torchrun"
+        )

@@ -38,6 +38,7 @@ def main(out: Path) -> None:
             "kernels": differences(ranks, by_kernels),
             "half": half_precision(ranks),
             "student": compiled_student(ranks),
+            "wrapped": wrapped_student(ranks),
         }
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 
@@ -152,6 +153,38 @@ def compiled_student(ranks: Ranks) -> dict[str, object]:
         "breaks": sum(counters["graph_break"].values()),
         "difference": max((one - other).abs().max().item() for one, other in pairs) / scale,
         "buffers": torch.cat([each.double().flatten() for each in buffers[1]]).tolist(),
+    }
+
+
+def wrapped_student(ranks: Ranks) -> dict[str, object]:
+    """What DDP does to buffers, and how many pieces of memory its gradients lie in."""
+    config = option_config("cached")  # plain batch norm
+    student = tiny_student(config).train()
+    first = next(student.buffers())
+    first.fill_(ranks.rank)
+    module = wrap_for_ranks(student, ranks)
+    at_start = first[0].item()
+    batch = training_batch(config, seed=ranks.rank)
+    # Plain batch norm of this rank's pictures alone, by another student.
+    alone = tiny_student(config).train()
+    next(alone.buffers()).fill_(0)
+    for _ in range(2):
+        output = module(batch.images, text_embeddings(), batch.regions)
+        student.zero_grad()
+        loss_of(output, batch.targets, batch.regions, config).total.backward()
+        alone(batch.images, text_embeddings(), batch.regions)
+    moved = zip(student.buffers(), alone.buffers(), strict=True)
+    return {
+        "at_start": at_start,
+        "own": all(torch.equal(one, other) for one, other in moved),
+        "gradients": sum(each.grad is not None for each in student.parameters()),
+        "pieces": len(
+            {
+                each.grad.untyped_storage().data_ptr()
+                for each in student.parameters()
+                if each.grad is not None
+            }
+        ),
     }
 
 

@@ -50,3 +50,12 @@ def test_a_compiled_student_is_one_graph_in_ddp_and_learns_the_same(by_rank):
 def test_running_statistics_are_the_same_bits_on_each_rank(by_rank):
     one, two = (rank["student"]["buffers"] for rank in by_rank)
     assert one == two
+
+
+def test_ddp_makes_buffers_equal_once_and_keeps_gradients_in_its_buckets(by_rank):
+    """After two passes of plain batch norm each rank's statistics are of its own pictures."""
+    for rank in by_rank:
+        wrapped = rank["wrapped"]
+        assert wrapped["at_start"] == 0
+        assert wrapped["own"]
+        assert wrapped["pieces"] < 0.1 * wrapped["gradients"]

@@ -11,8 +11,9 @@ import torch
 from dkdetr.config import ComputeConfig
 from dkdetr.engine import student_setup
 from dkdetr.engine.checkpoint import load_student
+from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.student_setup import prepare_student, recompute_layers
-from dkdetr.engine.train import train
+from dkdetr.engine.train import _refuse_impossible, train
 from dkdetr.engine.weight_average import WeightAverage
 from dkdetr.errors import UsageError
 from tests.e2e.commands import ROOT
@@ -102,6 +103,7 @@ _COMPILED = """
 import torch
 from torch._dynamo.utils import counters
 from dkdetr.config import ComputeConfig
+from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.student_setup import prepare_student
 from tests.tiny_student import image_batch, teacher_regions, text_embeddings, tiny_student
 
@@ -144,6 +146,13 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(
     config = settings(compute={"cuda_graphs": True} | settings_of_compute)
     with pytest.raises(UsageError, match=reason):
         train(world.request("graphs", config))
+
+
+def test_cuda_graphs_are_refused_on_several_ranks() -> None:
+    config = settings(compute={"cuda_graphs": True, "compile": "inductor"})
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="cuda_graphs wants one process, and there are 2"):
+        _refuse_impossible(config, ranks)
 
 
 def test_cuda_graphs_are_asked_for_and_each_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

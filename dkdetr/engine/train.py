@@ -196,9 +196,12 @@ class _Run:
                 self._draw(group)
                 if profiler is not None:
                     profiler.step()
-                if self.ranks.any(self.stop.is_set):
+                late = time.monotonic() - last_saved > self.config.checkpoint_every_s
+                # Rank clocks differ; the first rank's decides for all.
+                stop, due = self.ranks.vote(self.stop.is_set, late and self.ranks.is_first)
+                if stop:
                     self._stop()
-                if self._due(last_saved):
+                if due:
                     state.save()
                     last_saved = time.monotonic()
         # The stream ends early only on SIGTERM.
@@ -278,11 +281,6 @@ class _Run:
             open_run(self.request.run, self.config, provenance)
         self.ranks.wait()
         return open_run(self.request.run, self.config, provenance)
-
-    def _due(self, last_saved: float) -> bool:
-        # Rank clocks differ; the first rank's decides for all.
-        late = time.monotonic() - last_saved > self.config.checkpoint_every_s
-        return self.ranks.any(late and self.ranks.is_first)
 
     def _log(self, log: MetricLog | None, trackers: Sequence[Tracker], left: int) -> None:
         values = self.recent.means(left) | {"epoch": self.state.progress.epoch}

@@ -171,6 +171,19 @@ def test_cuda_graphs_are_asked_for_and_each_step_is_told(monkeypatch: pytest.Mon
         assert len(told) == graphs
 
 
+def test_ranks_vote_once_before_the_first_step_and_once_after_each(world, monkeypatch) -> None:
+    votes: list[tuple[bool, ...]] = []
+    real = Ranks.vote
+
+    def counted(self: Ranks, *flags: bool) -> tuple[bool, ...]:
+        votes.append(flags)
+        return real(self, *flags)
+
+    monkeypatch.setattr(Ranks, "vote", counted)
+    train(world.request("votes", replace(settings(), checkpoint_every_s=0.0), until_iteration=3))
+    assert votes == [(False,)] + 3 * [(False, True)]
+
+
 def test_other_machine_settings_go_on_with_the_same_run(world) -> None:
     config = settings(optim={"epochs": 3})
     train(world.request("moved", config, until_iteration=4))

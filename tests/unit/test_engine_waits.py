@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dkdetr.engine import distributed as engine_distributed
+from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.pairing import pair_with_teacher
 from dkdetr.losses.alignment import Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers
@@ -185,3 +187,16 @@ def test_batch_norm_over_ranks_does_not_wait(monkeypatch: pytest.MonkeyPatch):
         assert not copies.down + copies.up + cpu.made
         with pytest.raises(DynamicOutputShapeException):
             norms[0](maps)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_vote_stands_in_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is copied up, and what is waited for is not what the step has queued."""
+    queues: list[torch.device] = []
+    monkeypatch.setattr(engine_distributed, "_own_queue", lambda device: queues.append(device))
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cuda"))
+    with FakeTensorMode(), Copies() as copies:
+        with pytest.raises(DataDependentOutputException):
+            ranks.vote(True, False)
+        assert queues == [ranks.device]
+        assert not copies.up

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import DetectionLossConfig, ExperimentConfig
@@ -30,7 +29,7 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.interruption import StopFlag
 from dkdetr.engine.optim import make_optimizer
-from dkdetr.engine.student_setup import refuse_sync_batch_on_cpus
+from dkdetr.engine.student_setup import wrap_for_ranks
 from dkdetr.errors import NonFiniteLossError, PreemptedError, UsageError
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.matcher import MatchingCosts, match
@@ -108,13 +107,9 @@ class NetworkTraining:
             start_epoch=epoch,
             start_batch=batch,
         )
-        model: nn.Module = self.trunk
-        if self._ranks.world_size > 1:
-            devices = [self._ranks.device] if self._ranks.device.type == "cuda" else None
-            model = DistributedDataParallel(self.trunk, device_ids=devices)
         try:
             with float32_products("tf32", self._ranks.device):
-                self._train(model, loader)
+                self._train(wrap_for_ranks(self.trunk, self._ranks), loader)
         except (RuntimeError, EOFError, OSError):
             # A SIGTERM for the whole group ends the loader's processes too.
             if not self._stop.is_set or self._ranks.world_size > 1:
@@ -266,7 +261,6 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             f"fit's batches of {batch_size} images do not divide by {ranks.world_size} ranks: "
             "start fewer, or a number that divides them"
         )
-    refuse_sync_batch_on_cpus(config.student.backbone.norm, ranks)
 
 
 def _write_state(

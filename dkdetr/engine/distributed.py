@@ -3,9 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -50,16 +51,34 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Returns True on every rank if it is True on one."""
+        return self.vote(flag)[0]
+
+    def vote(self, *flags: bool) -> tuple[bool, ...]:
+        """Returns for each flag True on every rank if it is True on one.
+
+        Waits for the other ranks, but for nothing that this one's GPU still has to do.
+        """
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
-        return bool(votes.item())
+            return flags
+        with _beside(self.device):
+            votes = torch.stack([torch.full((), float(flag), device=self.device) for flag in flags])
+            distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
+            return tuple(vote > 0 for vote in votes.tolist())
 
     def wait(self) -> None:
         """Returns when every rank has come here."""
         if self.world_size > 1:
             distributed.barrier()
+
+
+def _beside(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context whose work on a GPU stands in a queue of its own."""
+    return torch.cuda.stream(_own_queue(device)) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _own_queue(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _AllGather(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.device_views import on_device
 from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.guarded_update import update_where_finite
 from dkdetr.engine.nonfinite import diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
 from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
@@ -124,17 +125,16 @@ class TrainingStep:
         with marked("optimiser"):
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+            # By the norm: of finite gradients it may not be finite, which the scaler misses.
+            taken = update_where_finite(self.optimizer, norm)
+            self.scaler.update()
         parts = _means(parts for parts, _ in results)
         statistics = _means(statistics for _, statistics in results)
         statistics["grad_norm"] = norm.detach()
-        skipped = not math.isfinite(norm.item())
+        skipped = not taken()
         self._overflows_in_row = self._overflows_in_row + 1 if skipped else 0
         if skipped and not (self.scaler.is_enabled() and self._overflows_in_row <= MAX_OVERFLOWS):
             self._give_up(group, [parts for parts, _ in results], epoch, iteration)
-        with marked("optimiser"):
-            if not skipped:  # finite gradients can have a norm that is not, which the scaler misses
-                self.scaler.step(self.optimizer)
-            self.scaler.update()
         if skipped:
             self._put_back(buffers)
         return StepResult(parts, statistics, learning_rate, skipped)

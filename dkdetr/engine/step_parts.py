@@ -42,10 +42,14 @@ def marked(part: str) -> record_function:
 
 @contextmanager
 def marked_modules(student: nn.Module) -> Iterator[None]:
-    """Marks the student's parts and the matching while it is open; the student may be in DDP."""
+    """Marks the student's parts and the matching while it is open; the student may be in DDP.
+
+    A compiled student stays whole: marks within it would cut its graph, and another program would
+    be profiled. All of it is "rest of forward" then.
+    """
     inner = student.module if isinstance(student, DistributedDataParallel) else student
     with ExitStack() as undo:
-        for part, name in _MODULES.items():
+        for part, name in _MODULES.items() if inner._compiled_call_impl is None else ():
             module = inner
             for step in name.split("."):
                 module = getattr(module, step, None)

@@ -39,25 +39,19 @@ def recompute_layers(student: DKDETR) -> None:
         layer.forward = partial(_recomputed, layer.forward)
 
 
-def wrap_for_ranks(student: DKDETR, ranks: Ranks) -> nn.Module:
-    """Returns the student, in DDP where there are several ranks."""
-    if ranks.world_size == 1:
-        return student
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=devices)
+def wrap_for_ranks(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """Returns the module, in DDP where there are several ranks.
 
-
-def refuse_sync_batch_on_cpus(norm: str, ranks: Ranks) -> None:
-    """Returns if the backbone's norm, `student.backbone.norm`, works on these ranks.
-
-    Raises:
-        UsageError: it is joined over ranks, which torch does on GPUs only.
+    Buffers are made equal once, here. After that frozen ones stand still, `sync_batch` moves them
+    alike, and those of plain `batch` are each rank's own: what is saved are the first rank's.
     """
-    if norm == "sync_batch" and ranks.world_size > 1 and ranks.device.type == "cpu":
-        raise UsageError(
-            "student.backbone.norm=sync_batch works on GPUs only; on several CPU ranks set it to "
-            "batch or frozen"
-        )
+    if ranks.world_size == 1:
+        return module
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    # Not as an argument: torch 2.13 renamed that, and the old name would skip the first time too.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def make_deterministic() -> None:

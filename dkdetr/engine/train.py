@@ -28,7 +28,7 @@ from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
 from dkdetr.engine.step import counts_late
 from dkdetr.engine.step_parts import marked
-from dkdetr.engine.student_setup import make_deterministic, refuse_sync_batch_on_cpus
+from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
@@ -202,9 +202,12 @@ class _Run:
                 self._draw(group)
                 if profiler is not None:
                     profiler.step()
-                if self.ranks.any(self.stop.is_set):
+                late = time.monotonic() - last_saved > self.config.checkpoint_every_s
+                # Rank clocks differ; the first rank's decides for all.
+                stop, due = self.ranks.vote(self.stop.is_set, late and self.ranks.is_first)
+                if stop:
                     self._stop()
-                if self._due(last_saved):
+                if due:
                     state.save()
                     last_saved = time.monotonic()
         # The stream ends early only on SIGTERM.
@@ -285,11 +288,6 @@ class _Run:
         self.ranks.wait()
         return open_run(self.request.run, self.config, provenance)
 
-    def _due(self, last_saved: float) -> bool:
-        # Rank clocks differ; the first rank's decides for all.
-        late = time.monotonic() - last_saved > self.config.checkpoint_every_s
-        return self.ranks.any(late and self.ranks.is_first)
-
     def _log(self, log: MetricLog | None, trackers: Sequence[Tracker], left: int) -> None:
         values = self.recent.means(left) | {"epoch": self.state.progress.epoch}
         iteration = self.state.progress.iteration
@@ -337,4 +335,8 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             "auxiliary queries knows the number of regions of a step before it is computed, and "
             "its losses are divided by it; use more ranks, or kd.alignment=cached"
         )
-    refuse_sync_batch_on_cpus(config.student.backbone.norm, ranks)
+    if config.compute.cuda_graphs and ranks.world_size > 1:
+        raise UsageError(
+            f"compute.cuda_graphs wants one process, and there are {ranks.world_size}: exchanges "
+            "between ranks were never recorded; set it to false, or start without torchrun"
+        )

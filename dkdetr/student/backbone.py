@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.offline import is_offline
 from dkdetr.student.conv_norm import FoldingBasicBlock, FoldingBottleneck, Stem
+from dkdetr.student.sync_norm import SyncBatchNorm2d
 
 Norm = Literal["sync_batch", "batch", "frozen"]
 _SLIM_BLOCKS = {2: 1, 3: 2, 4: 2, 5: 2}
@@ -146,7 +147,7 @@ def slim_resnet(
 
 def _norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
     layers: dict[Norm, Callable[[int], nn.Module]] = {
-        "sync_batch": nn.SyncBatchNorm,
+        "sync_batch": SyncBatchNorm2d,
         "batch": nn.BatchNorm2d,
         "frozen": FrozenBatchNorm2d,
     }

@@ -5,7 +5,7 @@
 Ours: all losses, distillation from a cache's embeddings, 300 + 20 queries; theirs: its own losses,
 300 queries. Both: ResNet-50, two stages, box refinement, as many classes, AdamW, clipping, the same
 precision (bfloat16 on a GPU that has it). A second table has large-scale jitter. Random weights.
-`--alone` leaves out transformers and the jitter; a compiled step has no table of parts.
+`--alone` leaves out transformers and the jitter; a compiled student is one part.
 On a CPU the sizes are small, the time is the process's own (but in the table of parts, which a
 busy machine stretches), and the ratio is what to read.
 """
@@ -95,8 +95,6 @@ def our_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.de
         seconds = seconds_a_call(
             lambda: step([batch], epoch=0, iteration=next(done)), device, options.steps
         )
-        if config.compute.compile != "off":  # marks within a compiled graph would break it
-            return seconds
         profiled = 1 + options.steps // 3
         with step_profiler(student, profiled, warmup=1) as profiler:
             for _ in range(profiled + 1):

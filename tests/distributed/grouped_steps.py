@@ -1,7 +1,7 @@
 """A few optimisation steps of a float64 student on four images, split over ranks and micro-batches.
 
-As a script (under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT): PARTS DROPOUT OUT; the first rank
-writes the weights it ends with.
+As a script (under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT): PARTS DROPOUT RELATIONS NORM
+OUT; the first rank writes the weights it ends with.
 """
 
 import sys
@@ -61,9 +61,10 @@ def part_of(batch: TrainingBatch, part: int, parts: int) -> TrainingBatch:
 
 
 def weights_after(
-    ranks: Ranks, micro_batches: int, *, dropout: float, relations: tuple[str, ...], dumps: Path
-) -> dict[str, Tensor]:
-    config = tiny_config(dropout=dropout, backbone={"norm": "frozen"})
+    ranks: Ranks, micro_batches: int, *, dropout: float, relations: tuple[str, ...], dumps: Path,
+    norm: str = "frozen",
+) -> dict[str, Tensor]:  # fmt: skip
+    config = tiny_config(dropout=dropout, backbone={"norm": norm})
     kd = replace(config.kd, rkd=replace(config.kd.rkd, relations=relations))
     config = replace(config, kd=kd, optim=replace(config.optim, warmup_iterations=0))
     student = tiny_student(config, dtype=torch.float64)
@@ -87,11 +88,12 @@ def weights_after(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts, dropout, out = int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])
+    parts, dropout, out = int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[5])
+    relations, norm = tuple(sys.argv[3].split(",")), sys.argv[4]
     with join_ranks("cpu", timeout_s=500) as ranks:
         micro_batches = parts // ranks.world_size
         weights = weights_after(
-            ranks, micro_batches, dropout=dropout, relations=("image", "batch"), dumps=out.parent
+            ranks, micro_batches, dropout=dropout, relations=relations, dumps=out.parent, norm=norm
         )
         if ranks.is_first:
             save_file(weights, out)

@@ -42,6 +42,7 @@ def main(out: Path) -> None:
     with join_ranks("cpu") as ranks:
         result = {
             "gather": {name: compare(name, ranks) for name in RELATIONS},
+            "votes": ranks.vote(ranks.rank == 0, ranks.rank == 1, False),
             "options": {name: train_unevenly(name, ranks) for name in OPTIONS},
         }
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(result))

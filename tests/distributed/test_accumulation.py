@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,17 +44,35 @@ def test_the_normalisers_are_the_group_s(tmp_path) -> None:
         assert_same(whole, halves)
 
 
+@contextmanager
+def two_ranks(*words: str, out: Path) -> Iterator[None]:
+    """Two gloo ranks take the steps of `grouped_steps` beside what is done within."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "tests.distributed.grouped_steps"]
+    job = subprocess.Popen(
+        [*command, *words, str(out)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    yield
+    assert job.wait() == 0
+
+
 @pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_are_ranks(tmp_path, parts) -> None:
     """Dropout and batch relations included; four parts on two ranks exchange once a step."""
     out = tmp_path / "ranks.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tests.distributed.grouped_steps"]
-    job = subprocess.Popen(
-        [*command, str(parts), "0.1", str(out)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    alone = weights_after(ALONE, parts, dropout=0.1, relations=("image", "batch"), dumps=tmp_path)
-    assert job.wait() == 0
+    with two_ranks(str(parts), "0.1", "image,batch", "frozen", out=out):
+        alone = weights_after(
+            ALONE, parts, dropout=0.1, relations=("image", "batch"), dumps=tmp_path
+        )
     assert_same(alone, load_file(out))
+
+
+def test_ranks_with_synchronised_batch_norm_are_one_process(tmp_path) -> None:
+    """Weights and running statistics; each alone, they would be the statistics of two pictures."""
+    out = tmp_path / "ranks.safetensors"
+    options = {"dropout": 0.0, "relations": ("image",), "dumps": tmp_path}
+    with two_ranks("2", "0.0", "image", "sync_batch", out=out):
+        alone = weights_after(ALONE, 1, norm="sync_batch", **options)
+    assert_same(alone, load_file(out))
+    with pytest.raises(AssertionError):
+        assert_same(alone, weights_after(ALONE, 2, norm="sync_batch", **options))

@@ -41,3 +41,7 @@ def test_a_rank_without_boxes_or_regions_harms_nobody(by_rank, name):
     assert one["finite"]
     assert two["finite"]
     assert one["weights"] == two["weights"]
+
+
+def test_one_vote_is_heard_by_all_and_none_by_nobody(by_rank):
+    assert [rank["votes"] for rank in by_rank] == [[True, True, False]] * 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dkdetr.engine.run_state as run_state
+from dkdetr.engine import optim
 from dkdetr.engine.checkpoint import load_latest
 from dkdetr.engine.step import MAX_OVERFLOWS, TrainingStep
 from dkdetr.engine.train import train
@@ -166,6 +167,25 @@ def test_under_fp16_a_step_is_skipped_and_counted(world, monkeypatch, kind) -> N
     assert all(value.isfinite().all() for value in state.values())
     if kind == "gradient nan":
         assert all(torch.equal(state[name], value) for name, value in once[0].items())
+
+
+def test_a_fused_update_is_forbidden_where_the_norm_is(world, monkeypatch) -> None:
+    """As on a GPU, where the process learns of it after the update was queued; fp16 and not."""
+    monkeypatch.setattr(optim, "_may_fuse", lambda _: True)
+    spoil_at(monkeypatch, {STEP}, _in_image(NAN))
+    config = replace(settings(), checkpoint_every_s=0.0)
+    with pytest.raises(NonFiniteLossError, match="bad tensor: image"):
+        train(world.request("fused", config))
+    stopped = checkpoint_of(world, "fused")
+    assert stopped.progress.iteration == STEP
+    assert all(group["fused"] for group in stopped.optimizer["param_groups"])
+    _with_scaler(monkeypatch)
+    summary = train(world.request("fused fp16", settings()))
+    assert summary.iterations == 18
+    assert summary.last_losses["skipped_steps"] >= 1
+    moments = checkpoint_of(world, "fused fp16").optimizer["state"].values()
+    assert all(value.isfinite().all() for each in moments for value in each.values())
+    assert max(each["step"].item() for each in moments) == 18 - summary.last_losses["skipped_steps"]
 
 
 def test_more_than_ten_in_a_row_end_the_run_across_a_resumed_start_too(world, monkeypatch) -> None:

@@ -11,8 +11,9 @@ import torch
 from dkdetr.config import ComputeConfig
 from dkdetr.engine import student_setup
 from dkdetr.engine.checkpoint import load_student
+from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.student_setup import prepare_student, recompute_layers
-from dkdetr.engine.train import train
+from dkdetr.engine.train import _refuse_impossible, train
 from dkdetr.engine.weight_average import WeightAverage
 from dkdetr.errors import UsageError
 from tests.e2e.commands import ROOT
@@ -102,6 +103,7 @@ _COMPILED = """
 import torch
 from torch._dynamo.utils import counters
 from dkdetr.config import ComputeConfig
+from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.student_setup import prepare_student
 from tests.tiny_student import image_batch, teacher_regions, text_embeddings, tiny_student
 
@@ -146,6 +148,13 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(
         train(world.request("graphs", config))
 
 
+def test_cuda_graphs_are_refused_on_several_ranks() -> None:
+    config = settings(compute={"cuda_graphs": True, "compile": "inductor"})
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="cuda_graphs wants one process, and there are 2"):
+        _refuse_impossible(config, ranks)
+
+
 def test_cuda_graphs_are_asked_for_and_each_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = ComputeConfig(compile="inductor", cuda_graphs=True)
     student, asked = tiny_student(), []
@@ -160,6 +169,19 @@ def test_cuda_graphs_are_asked_for_and_each_step_is_told(monkeypatch: pytest.Mon
         config = replace(config, compute=replace(config.compute, cuda_graphs=graphs))
         step_under(config).step([training_batch(config)], epoch=0, iteration=0)
         assert len(told) == graphs
+
+
+def test_ranks_vote_once_before_the_first_step_and_once_after_each(world, monkeypatch) -> None:
+    votes: list[tuple[bool, ...]] = []
+    real = Ranks.vote
+
+    def counted(self: Ranks, *flags: bool) -> tuple[bool, ...]:
+        votes.append(flags)
+        return real(self, *flags)
+
+    monkeypatch.setattr(Ranks, "vote", counted)
+    train(world.request("votes", replace(settings(), checkpoint_every_s=0.0), until_iteration=3))
+    assert votes == [(False,)] + 3 * [(False, True)]
 
 
 def test_other_machine_settings_go_on_with_the_same_run(world) -> None:

@@ -5,28 +5,36 @@ and no numbers: whatever asks the device for a number, or for a shape that depen
 Copies between the devices are counted.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from dispatched import Copies
+from norm_kernels import stand_in_kernels
 from step_options import option_config, training_batch
 from tiny_student import NUM_CLASSES, TEXT_DIM
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dkdetr.engine import distributed as engine_distributed
+from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.pairing import pair_with_teacher
 from dkdetr.losses.alignment import Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers
 from dkdetr.losses.distillation import distillation_statistics
 from dkdetr.structures import DenoisingQueries, TrainingBatch
 from dkdetr.student.attention_backend import use_backend
+from dkdetr.student.backbone import slim_resnet
 from dkdetr.student.build import build_student
+from dkdetr.student.sync_norm import SyncBatchNorm2d
 
 
 class OnTheCPU(TorchDispatchMode):
@@ -131,3 +139,46 @@ def test_the_forward_pass_keeps_to_the_gpu(name: str, distil: bool):
         with OnTheCPU() as cpu:
             text.cpu()
         assert cpu.made
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """This process as the first of two, of which the other never speaks."""
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_batch_norm_over_ranks_does_not_wait(monkeypatch: pytest.MonkeyPatch):
+    """Forward and backward. With torch's own norm the same raises: it looks at the counts."""
+    stand_in_kernels(monkeypatch.setattr)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            trunk = slim_resnet(
+                weights="random", norm="sync_batch", frozen_stages=1, used_stages=(3, 4, 5), width=8
+            ).train()
+            norms = [nn.SyncBatchNorm(8).train(), SyncBatchNorm2d(8).train()]
+            pixels, maps = torch.zeros(2, 3, 64, 64), torch.zeros(2, 8, 16, 16, requires_grad=True)
+        with Copies() as copies, OnTheCPU() as cpu:
+            assert all(each.is_cuda for each in trunk(pixels))
+            result = norms[1](maps)
+            # autograd's engine has no fake device: the norm's own step of it.
+            backward = result.grad_fn.apply(torch.ones_like(result))
+        assert backward[0].shape == maps.shape
+        assert not copies.down + copies.up + cpu.made
+        with pytest.raises(DynamicOutputShapeException):
+            norms[0](maps)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_a_vote_stands_in_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is copied up, and what is waited for is not what the step has queued."""
+    queues: list[torch.device] = []
+    monkeypatch.setattr(engine_distributed, "_own_queue", lambda device: queues.append(device))
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cuda"))
+    with FakeTensorMode(), Copies() as copies:
+        with pytest.raises(DataDependentOutputException):
+            ranks.vote(True, False)
+        assert queues == [ranks.device]
+        assert not copies.up

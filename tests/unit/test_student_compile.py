@@ -59,6 +59,38 @@ for part, args in (
     torch.testing.assert_close(one, other)
 """
 
+_PROFILED = """
+import torch
+from step_options import option_config, step_under, training_batch
+
+from dkdetr.engine.profiling import step_profiler
+from dkdetr.engine.step_parts import step_times
+
+torch.set_num_threads(1)
+graphs = []
+
+
+def counting(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+
+config = option_config("cached")
+work = step_under(config)
+batch = training_batch(config)
+{compile}
+with step_profiler(work.student, 1, warmup=2) as profiler:
+    for _ in range(3):
+        work(batch)
+        profiler.step()
+work(batch)
+parts = [part.name for part in step_times(profiler.events()).parts]
+inside = ["backbone", "neck", "encoder", "first stage", "decoder"]
+assert len(graphs) == {graphs}, len(graphs)
+assert [name for name in parts if name in inside] == {inside}, parts
+assert {{"rest of forward", "matching", "losses", "backward", "optimiser"}} <= set(parts), parts
+"""
+
 
 def run(code: str) -> None:
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -81,3 +113,15 @@ def test_the_student_is_one_graph_under_other_settings():
 def test_encoder_and_decoder_are_one_graph_each_with_gradients():
     """Through AOTAutograd, as the compiler sees them."""
     run(_PARTS)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_profile_leaves_a_compiled_student_whole(compiled: bool):
+    """Marks within it would cut its graph: of a plain student they are there."""
+    run(
+        _PROFILED.format(
+            compile="work.student.compile(backend=counting)" if compiled else "",
+            graphs=int(compiled),
+            inside="[]" if compiled else "inside",
+        )
+    )

@@ -1,0 +1,52 @@
+"""Batch norm over ranks where there is one rank alone, and its names; more in tests/distributed."""
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dkdetr.student.backbone import slim_resnet
+from dkdetr.student.sync_norm import SyncBatchNorm2d, by_formula, by_kernels
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_alone_it_is_torch_s_batch_norm_bit_by_bit(training: bool):
+    ours, theirs = SyncBatchNorm2d(4).train(training), nn.BatchNorm2d(4).train(training)
+    torch.manual_seed(0)
+    maps = torch.randn(2, 4, 5, 3) + 1
+    for _ in range(2):
+        assert torch.equal(ours(maps), theirs(maps))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_checkpoints_of_either_norm_load_into_the_other():
+    ours, torch_s = SyncBatchNorm2d(4), nn.SyncBatchNorm(4)
+    ours.load_state_dict(torch_s.state_dict())
+    torch_s.load_state_dict(ours.state_dict())
+    options = {"weights": "random", "frozen_stages": 1, "used_stages": (3, 4, 5), "width": 8}
+    synced, plain = (slim_resnet(norm=norm, **options) for norm in ("sync_batch", "batch"))
+    synced.load_state_dict(plain.state_dict())
+    plain.load_state_dict(synced.state_dict())
+    pixels = torch.randn(1, 3, 64, 64)
+    for one, other in zip(synced.eval()(pixels), plain.eval()(pixels), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_the_kernels_are_the_formula():
+    distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        found = []
+        for way in (by_formula, by_kernels):
+            torch.manual_seed(0)
+            norm = SyncBatchNorm2d(8).cuda()
+            maps = torch.randn(4, 8, 16, 16, device="cuda") + 3
+            maps = maps.contiguous(memory_format=torch.channels_last).requires_grad_()
+            result = way(norm, maps)
+            result.sin().sum().backward()
+            found.append([result, maps.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    finally:
+        distributed.destroy_process_group()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -116,8 +116,8 @@ def test_matching_is_done_again_only_where_pairs_depend_on_it(monkeypatch: pytes
     from dkdetr.losses import criterion
 
     calls = itertools.count()
-    match = criterion.match_stages
-    monkeypatch.setattr(criterion, "match_stages", lambda *a: (next(calls), match(*a))[1])
+    match = criterion.assign
+    monkeypatch.setattr(criterion, "assign", lambda *a: (next(calls), match(*a))[1])
     for name, expected in (("cached", 1), ("iou", 1), ("cached without auxiliary", 2)):
         before = next(calls)
         step_of(name)(training_batch(step_of(name).config))

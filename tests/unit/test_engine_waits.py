@@ -29,15 +29,29 @@ from dkdetr.student.build import build_student
 
 
 class Copies(TorchDispatchMode):
-    """Remembers the copies from one device to another, and whether one waits for them."""
+    """Remembers the copies from one device to another, and whether one waits for them.
+
+    As a stream and as its event it tells what was launched between a copy and the wait for it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.down: list[str] = []
         self.up: list[str] = []
+        self.launched: list[str] = []
+        self.while_copied: list[list[str]] = []
+
+    def record_event(self) -> "Copies":
+        self.launched.clear()
+        return self
+
+    def synchronize(self) -> None:
+        self.while_copied.append(self.launched[:])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.launched.append(func._schema.name)
         copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
         if func in copies and isinstance(result, Tensor):
             source = args[1] if func is copies[1] else args[0]
@@ -63,8 +77,9 @@ class OnTheCPU(TorchDispatchMode):
 
 
 def without_numbers(self: Tensor) -> np.ndarray:
-    """What `Tensor.numpy` gives here of a fake tensor: some numbers, all of them different."""
-    return np.arange(self.numel(), dtype=np.float32).reshape(self.shape)
+    """What `Tensor.numpy` gives here of a fake tensor: numbers of queries, neighbours different."""
+    fewest_queries = 6
+    return np.arange(self.numel(), dtype=np.float32).reshape(self.shape) % fewest_queries
 
 
 def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
@@ -73,6 +88,7 @@ def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
     monkeypatch.setattr(FakeTensor, "numpy", without_numbers, raising=False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     copies = Copies()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: copies)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             student = build_student(config, text_dim=TEXT_DIM).train()
@@ -124,6 +140,20 @@ def test_the_matching_alone_waits(name: str, monkeypatch: pytest.MonkeyPatch):
     copies = waits_of(name, monkeypatch)
     assert len(copies.down) == 1, copies.down
     assert len(copies.up) == 1, copies.up
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "times"),
+    [
+        ("cached", "aten::_log_softmax", 2),  # RKD, of images and batch: the teacher's relations
+        ("denoising", "aten::binary_cross_entropy_with_logits", 1),
+    ],
+)
+def test_a_gpu_has_work_while_pairs_are_assigned(
+    name: str, operation: str, times: int, monkeypatch: pytest.MonkeyPatch
+):
+    (launched,) = waits_of(name, monkeypatch).while_copied
+    assert launched.count(operation) >= times, launched
 
 
 def test_pairs_that_depend_on_matches_wait_once_more(monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import Launches
 from step_options import OPTIONS, FakeTeacher, step_of, training_batch
 from tiny_student import TEXT_DIM, tiny_config
 
@@ -122,6 +123,21 @@ def test_matching_is_done_again_only_where_pairs_depend_on_it(monkeypatch: pytes
         before = next(calls)
         step_of(name)(training_batch(step_of(name).config))
         assert next(calls) - before - 1 == expected, name
+
+
+def test_buffers_are_kept_and_put_back_in_a_launch_a_type():
+    each = step_of("cached")
+    assert each.step._copy_of_buffers() == []  # without a scaler no step is taken back
+    each.step.scaler = torch.amp.GradScaler("cpu")
+    before = {name: value.clone() for name, value in each.student.named_buffers()}
+    assert {value.dtype for value in before.values()} == {torch.float32, torch.int64}
+    with Launches() as counted:
+        kept = each.step._copy_of_buffers()
+    assert counted.by_name == {"_foreach_copy_": 2}
+    for buffer in each.student.buffers():
+        buffer += 1
+    each.step._put_back(kept)
+    assert all(torch.equal(value, before[name]) for name, value in each.student.named_buffers())
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -328,4 +328,9 @@ def _means(results: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     for figures in results:
         for name, value in figures.items():
             columns.setdefault(name, []).append(value)
-    return {name: torch.stack(values).mean() for name, values in columns.items()}
+    means: dict[str, Tensor] = {}
+    for count in {len(values) for values in columns.values()}:  # nearly always one
+        names = [name for name, values in columns.items() if len(values) == count]
+        together = torch.stack([value for name in names for value in columns[name]])
+        means |= zip(names, together.view(-1, count).mean(1).unbind(), strict=True)
+    return {name: means[name] for name in columns}

@@ -13,6 +13,7 @@ from tiny_student import TEXT_DIM, tiny_config
 
 from dkdetr.data.transforms import ViewGeometry
 from dkdetr.engine.pairing import boxes_in_original, embed_own_anchors
+from dkdetr.engine.step import _means
 from dkdetr.experiment_file import ConfigError, config_from_dict, config_to_dict
 from dkdetr.structures import OriginalImage
 from dkdetr.student.build import build_student
@@ -123,6 +124,16 @@ def test_matching_is_done_again_only_where_pairs_depend_on_it(monkeypatch: pytes
         before = next(calls)
         step_of(name)(training_batch(step_of(name).config))
         assert next(calls) - before - 1 == expected, name
+
+
+def test_figures_are_means_over_the_micro_batches_that_have_them_in_two_launches_a_count():
+    one, two, three, ten = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    with Launches() as counted:
+        means = _means([{"a": one, "b": two, "c": ten}, {"a": three, "b": three}])
+    assert {name: value.item() for name, value in means.items()} == {"a": 2, "b": 2.5, "c": 10}
+    assert list(means) == ["a", "b", "c"]
+    assert counted.total == 4
+    assert _means([]) == {}
 
 
 def test_buffers_are_kept_and_put_back_in_a_launch_a_type():

@@ -412,8 +412,11 @@ def cache_teacher_command(
         ),
     ] = "auto",
     decoder: Annotated[
-        str, typer.Option(help="pillow, or torchvision (JPEGs by nvJPEG on a GPU)")
-    ] = "pillow",
+        str,
+        typer.Option(
+            help="pillow, torchvision (JPEGs by nvJPEG on a GPU) or auto (torchvision on a GPU)"
+        ),
+    ] = "auto",
     prompts: Annotated[
         str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
     ] = "vild63",
@@ -457,7 +460,7 @@ def cache_teacher_command(
         storage=_one_of("--storage", storage, ("fp16", "int8")),
         crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
         encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
-        decoder=_one_of("--decoder", decoder, ("pillow", "torchvision")),
+        decoder=_one_of("--decoder", decoder, ("auto", "pillow", "torchvision")),
         prompts=prompts,
         executor=executor_of(workers, scheduler),
         device=device,
@@ -786,9 +789,7 @@ def eval_command(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option(
-            help="auto (half on a GPU, fp32 on a CPU), fp32, fp16 or bf16; default: the run's own"
-        ),
+        typer.Option(help="auto (half on a GPU), fp32, tf32, fp16, bf16; default: the run's own"),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Through torch.compile: slow to start")
@@ -874,7 +875,7 @@ def predict_command(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="auto (half on a GPU), fp32, fp16 or bf16; default: auto"),
+        typer.Option(help="auto (half on a GPU), fp32, tf32, fp16, bf16; default: auto"),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Through torch.compile: slow to start")
@@ -915,7 +916,7 @@ def predict_command(
 
 
 def _precision(word: str | None) -> Any:
-    return word and _one_of("--precision", word, ("auto", "fp32", "fp16", "bf16"))
+    return word and _one_of("--precision", word, ("auto", "fp32", "tf32", "fp16", "bf16"))
 
 
 def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:

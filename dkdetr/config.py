@@ -20,6 +20,9 @@ MASK_UPSAMPLING = 4
 """How much finer a mask is than the student's finest level (method A.4)."""
 
 
+Precision = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """The convolutional trunk and which of its stages feed the neck."""
@@ -254,8 +257,10 @@ class OptimConfig:
     epochs: int = 70
     lr_drop_epochs: tuple[int, ...] = (55,)
     lr_drop_factor: float = 0.1
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
-    """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU."""
+    precision: Precision = "fp32"
+    """`auto`: bf16 where the GPU has it, else fp16 with a loss scaler; fp32 on a CPU. `tf32`:
+    float32, multiplied with 10 bits of mantissa where the GPU can; so is what bf16, fp16 and auto
+    leave in float32."""
     ema_decay: float = 0.0
     """Decay of a running average of the weights, scored by `eval --ema`; 0 = none, the paper."""
 

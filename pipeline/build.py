@@ -26,6 +26,7 @@ from dkdetr.errors import DataError, UsageError
 from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
+from pipeline.decoding import choose_decoder
 from pipeline.executor import run_shards
 from pipeline.file_proposals import FileProposals
 from pipeline.fingerprint import cache_parts, cache_provenance
@@ -215,7 +216,7 @@ def _job(
         teacher_identity=teacher.identity,
         precision=teacher.precision,
         encoder=teacher.encoder,
-        decoder=request.decoder,
+        decoder=choose_decoder(request.decoder, teacher.device),
         device=request.device,
         canary=canary,
         proposals=prepared,

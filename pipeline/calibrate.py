@@ -128,8 +128,10 @@ def _time_shards(
     with tempfile.TemporaryDirectory() as folder:
         source = _source(request, split, spec, teacher.device, Path(folder))
     source.propose(pictures[: request.image_batch])
+    _finish(teacher.device)
     started = time.monotonic()
     found = source.propose(pictures)
+    _finish(teacher.device)
     propose = (time.monotonic() - started) / len(pictures)
     rule, kept = teacher.resolve(request.crops), ProposalRule(keep=request.keep)
     started = time.monotonic()

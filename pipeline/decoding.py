@@ -24,7 +24,20 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from dkdetr.data.image_files import UnreadableImageError, decode_image
 
 Decoder = Literal["pillow", "torchvision"]
+DecoderChoice = Literal["auto", "pillow", "torchvision"]
 _END_OF_IMAGE = b"\xff\xd9"
+
+
+def choose_decoder(choice: DecoderChoice, device: torch.device) -> Decoder:
+    """Returns whose code decodes: `auto` is torchvision on a GPU that decodes a small JPEG."""
+    if choice != "auto":
+        return choice
+    if device.type != "cuda":
+        return "pillow"
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    (pixels,) = _decoded([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
+    return "pillow" if pixels is None else "torchvision"
 
 
 def decoder_name(decoder: Decoder, device: torch.device) -> str:

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import orjson
+import torch
 import xxhash
 
 from dkdetr.data.splits import Split
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from pipeline.pickled_lists import Nested, read_pickled_lists
-from pipeline.proposals import Proposals, Seen, SourceImage
+from pipeline.proposals import RawProposals, Seen, SourceImage
 
 _SHOWN = 20
 _SLACK = 2.0  # pixels that a detector's box may stick out of its picture
@@ -69,8 +70,8 @@ class FileProposals:
             with np.load(path, allow_pickle=False) as packed:
                 self._image_ids = packed["image_ids"]
                 self._offsets = packed["offsets"]
-                self._boxes = packed["boxes_xyxy"]
-                self._scores = packed["scores"]
+                self._boxes = torch.from_numpy(packed["boxes_xyxy"])
+                self._scores = torch.from_numpy(packed["scores"])
                 self._hash = str(packed["source_xxh3"])
                 self._order = str(packed["order"])
                 self._novel = str(packed["novel"])
@@ -105,14 +106,14 @@ class FileProposals:
         """The images that the file has boxes of."""
         return frozenset(self._image_ids.tolist())
 
-    def propose(self, images: Sequence[SourceImage]) -> list[Proposals]:
+    def propose(self, images: Sequence[SourceImage]) -> list[RawProposals]:
         """Returns the file's boxes of each image; none where it has none."""
-        found: list[Proposals] = []
+        found: list[RawProposals] = []
         for image in images:
             place = int(np.searchsorted(self._image_ids, image.image_id))
             known = place < len(self._image_ids) and self._image_ids[place] == image.image_id
             rows = slice(self._offsets[place], self._offsets[place + 1]) if known else slice(0, 0)
-            found.append(Proposals(self._boxes[rows], self._scores[rows]))
+            found.append(RawProposals(self._boxes[rows], self._scores[rows]))
         return found
 
 

@@ -12,7 +12,7 @@ from cache.plan import Plan
 from cache.spec import SCHEMA
 from dkdetr.data.splits import Split
 from pipeline.crops import CropRule
-from pipeline.decoding import decoder_name
+from pipeline.decoding import choose_decoder, decoder_name
 from pipeline.leaks import LeakCheck
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.request import CacheRequest, request_record
@@ -31,10 +31,11 @@ def cache_parts(
     rule: CropRule,
 ) -> dict[str, Any]:
     """Returns all that decides a byte of the cache; no clock, host, path or worker count."""
+    decoder = choose_decoder(request.decoder, teacher.device)
     return {
         "schema": SCHEMA,
         "split": split_parts(split),
-        "images": images.parts() | {"decoder": decoder_name(request.decoder, teacher.device)},
+        "images": images.parts() | {"decoder": decoder_name(decoder, teacher.device)},
         "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
         "crops": rule.parts(),
         "teacher": {"name": teacher.identity, **teacher.parts()},

@@ -35,6 +35,7 @@ from dkdetr.errors import NonFiniteLossError, PreemptedError, UsageError
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.matcher import match
 from dkdetr.losses.matching_cost import MatchingCosts
+from dkdetr.precision import float32_products
 from dkdetr.progress import progress
 from dkdetr.structures import EncoderOutput, LoadedBatch, Targets
 from dkdetr.student.build import build_trunk
@@ -113,7 +114,8 @@ class NetworkTraining:
             devices = [self._ranks.device] if self._ranks.device.type == "cuda" else None
             model = DistributedDataParallel(self.trunk, device_ids=devices)
         try:
-            self._train(model, loader)
+            with float32_products("tf32", self._ranks.device):
+                self._train(model, loader)
         except (RuntimeError, EOFError, OSError):
             # A SIGTERM for the whole group ends the loader's processes too.
             if not self._stop.is_set or self._ranks.world_size > 1:
@@ -150,7 +152,8 @@ class NetworkTraining:
         asked = time.monotonic()
         for batch, _ in zip(loader, range(2), strict=False):
             got = time.monotonic()
-            self._step(self.trunk, batch).item()
+            with float32_products("tf32", self._ranks.device):
+                self._step(self.trunk, batch).item()
             loading, stepping = got - asked, time.monotonic() - got
             asked = time.monotonic()
         return loading, stepping

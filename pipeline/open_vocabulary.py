@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dkdetr.config import Precision
 from dkdetr.data.annotations import Category
 from dkdetr.data.name_lists import NameEntry, read_entries
 from dkdetr.data.prompts import read_templates
@@ -18,7 +19,6 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.run_folder import newest_run
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import DataError, UsageError
-from dkdetr.evaluation.detect import Precision
 from dkdetr.inference.predict import DKDETR, words_vocabulary
 from pipeline.teacher import load_teacher
 from pipeline.text_bank import Background, import_vocabulary
@@ -42,7 +42,7 @@ def load_detector(
         vocabulary_path: a vocabulary file instead; with neither, the student's own names.
         teacher: the specification of the text tower; None: the one the student learned from.
         device: see `pick_device`.
-        precision: see `dkdetr.evaluation.detect.autocast`.
+        precision: see `dkdetr.precision.computing`.
         compiled: see `dkdetr.evaluation.compiled`.
 
     Raises:

@@ -21,10 +21,11 @@ from dkdetr.config import StudentConfig
 from dkdetr.data.device_views import decoded_images, render_images
 from dkdetr.data.transforms import evaluation_geometry, render_view
 from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.precision import computing, computing_type
 from dkdetr.structures import ImageBatch
 from dkdetr.student.build import build_trunk
 from dkdetr.student.detector import ProposingTrunk
-from pipeline.proposals import Proposals, Seen, SourceImage
+from pipeline.proposals import RawProposals, Seen, SourceImage
 from pipeline.teacher_model import tensors_sha256
 
 _CONFIG = TypeAdapter(StudentConfig)
@@ -64,7 +65,11 @@ class NetworkProposals:
             "image_size": image_size,
         }
         if self._device.type == "cuda":
-            self.identity = {**self.identity, "resampling": "matrix products, float16"}
+            self.identity = {
+                **self.identity,
+                "resampling": "matrix products, float16",
+                "precision": str(computing_type("auto", self._device)).removeprefix("torch."),
+            }
         # It has seen base boxes alone; pipeline.leaks compares whose base with whose novel.
         self.seen = Seen(
             source=source,
@@ -76,23 +81,26 @@ class NetworkProposals:
         )
 
     @torch.inference_mode()
-    def propose(self, images: Sequence[SourceImage]) -> list[Proposals]:
-        """Returns every valid token's box and the sigmoid of its objectness, one entry an image."""
-        found: list[Proposals] = []
+    def propose(self, images: Sequence[SourceImage]) -> list[RawProposals]:
+        """Returns every token's box and the sigmoid of its objectness, one entry an image.
+
+        They stay on the trunk's device. A token that may not propose has an objectness of minus
+        infinity. On a GPU the trunk computes in half precision, as a student in training.
+        """
+        found: list[RawProposals] = []
         for start in range(0, len(images), self._batch_size):
             chunk = images[start : start + self._batch_size]
             batch = self._collate(chunk).to(self._device)
-            _, _, encoder = self._trunk(batch)
-            boxes = cxcywh_to_xyxy(encoder.boxes_cxcywh.float()).cpu()
-            scores = encoder.objectness_logits.float().sigmoid().cpu()
-            valid = encoder.valid.cpu()
+            with computing("auto", self._device):
+                _, _, encoder = self._trunk(batch)
+            boxes = cxcywh_to_xyxy(encoder.boxes_cxcywh.float())
+            scores = encoder.objectness_logits.float().sigmoid()
+            scores = scores.masked_fill(~encoder.valid, -torch.inf)
             for index, image in enumerate(chunk):
                 height, width = image.pixels.shape[:2]
-                keep = valid[index]
-                scale = torch.tensor([width, height, width, height])
-                found.append(
-                    Proposals((boxes[index][keep] * scale).numpy(), scores[index][keep].numpy())
-                )
+                across, down = boxes[index, :, 0::2] * width, boxes[index, :, 1::2] * height
+                in_pixels = torch.stack((across, down), dim=-1).flatten(1)
+                found.append(RawProposals(in_pixels, scores[index]))
         return found
 
     def _collate(self, images: Sequence[SourceImage]) -> ImageBatch:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from torch import Tensor
 from torchvision.ops import nms
 
 _PRE_NMS_PER_KEPT = 5
@@ -21,12 +22,20 @@ class SourceImage:
     """One decoded picture: RGB, uint8, as it is on the disk; a tensor where a device decoded it."""
 
     image_id: int
-    pixels: UInt8[np.ndarray | torch.Tensor, "height width 3"]
+    pixels: UInt8[np.ndarray | Tensor, "height width 3"]
+
+
+@dataclass(frozen=True, eq=False)
+class RawProposals:
+    """What a source proposes in one image: boxes in pixels of the file, wherever it computes."""
+
+    boxes_xyxy: Float[Tensor, "num_boxes 4"]
+    objectness: Float[Tensor, "num_boxes"]
 
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """Boxes of one image in pixels of the file, best objectness first."""
+    """What is kept of them, best objectness first."""
 
     boxes_xyxy: Float[np.ndarray, "num_boxes 4"]
     objectness: Float[np.ndarray, "num_boxes"]
@@ -63,7 +72,7 @@ class ProposalSource(Protocol):
         """What the source has learned from, for the cache's provenance and against leaks."""
         ...
 
-    def propose(self, images: Sequence[SourceImage]) -> list[Proposals]:
+    def propose(self, images: Sequence[SourceImage]) -> list[RawProposals]:
         """Returns raw proposals, one entry an image, in the order of `images`."""
         ...
 
@@ -87,19 +96,21 @@ class ProposalRule:
         }
 
 
-def apply_rule(raw: Proposals, rule: ProposalRule, *, height: int, width: int) -> Proposals:
+def apply_rule(raw: RawProposals, rule: ProposalRule, *, height: int, width: int) -> Proposals:
     """Returns the proposals that the rule keeps: clipped, float32, objectness falling.
 
-    Equal objectness keeps the order of `raw`.
+    Equal objectness keeps the order of `raw`. All is done where `raw` lies; what is kept is copied.
     """
-    limit = np.array([width, height, width, height], dtype=np.float32)
-    boxes = np.asarray(raw.boxes_xyxy, dtype=np.float32).reshape(-1, 4).clip(0, limit)
-    scores = np.asarray(raw.objectness, dtype=np.float32)
-    least = np.minimum(rule.min_side, limit[:2])
-    usable = np.isfinite(scores) & ((boxes[:, 2:] - boxes[:, :2]) >= least).all(axis=1)
-    order = np.flatnonzero(usable)[np.argsort(-scores[usable], kind="stable")]
-    order = order[: _PRE_NMS_PER_KEPT * rule.keep]
-    boxes, scores = boxes[order], scores[order]
-    kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), rule.nms_iou).numpy()
-    kept = np.sort(kept)[: rule.keep]
-    return Proposals(boxes[kept], scores[kept])
+    across, down = raw.boxes_xyxy.float().view(-1, 2, 2).unbind(-1)
+    across, down = across.clamp(0, width), down.clamp(0, height)
+    boxes = torch.stack((across, down), dim=-1).flatten(1)
+    scores = raw.objectness.float()
+    usable = scores.isfinite()
+    usable &= across[:, 1] - across[:, 0] >= min(rule.min_side, width)
+    usable &= down[:, 1] - down[:, 0] >= min(rule.min_side, height)
+    # Last, and so without a word in what is suppressed.
+    scores = scores.masked_fill(~usable, -torch.inf)
+    order = scores.argsort(descending=True, stable=True)[: _PRE_NMS_PER_KEPT * rule.keep]
+    kept = order[nms(boxes[order], scores[order], rule.nms_iou).sort().values]
+    kept = kept[usable[kept]][: rule.keep]
+    return Proposals(boxes[kept].cpu().numpy(), scores[kept].cpu().numpy())

@@ -32,13 +32,14 @@ def readable_images(
 ) -> Iterator[Chunk]:
     """Yields the images that can be read, in order and by `chunk_size`; notes the others.
 
-    Two chunks are read ahead, or two pictures a thread. Which images share a chunk depends on the
-    files alone.
+    Two chunks are read ahead, or two pictures a thread; where a device decodes, one chunk ahead as
+    well, by a thread. Which images share a chunk depends on the files alone.
 
     Args:
         split: knows where they lie.
         images: in the plan's order.
         quarantined: is given image id -> why it cannot be used; no path of this machine in it.
+            Whole when the last chunk was taken.
         chunk_size: images at once.
         decoder: see pipeline.decoding.
         device: decodes, if the decoder is torchvision's.
@@ -56,19 +57,26 @@ def readable_images(
         except OSError as error:
             return f"image {image.file_name}: {error.strerror or error}"
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        found = _ahead(pool, read, images, 2 * max(chunk_size, READ_THREADS))
-        good = _good(found, quarantined)
-        while chunk := list(islice(good, chunk_size)):
-            encoded = [(i, read) for i, read in chunk if isinstance(read, EncodedImage)]
-            decoded = iter(decode_on_device([read for _, read in encoded], device))
-            ready: Chunk = []
-            for image, pixels in chunk:
-                final = next(decoded) if isinstance(pixels, EncodedImage) else pixels
-                if isinstance(final, UnreadableImageError):
-                    quarantined[image.image_id] = _without_path(final, split, image)
-                else:
-                    ready.append((image, SourceImage(image.image_id, final)))
+    def decode(good: Iterator[tuple[ImageInfo, Pixels | EncodedImage]]) -> Chunk | None:
+        chunk = list(islice(good, chunk_size))
+        if not chunk:
+            return None
+        encoded = [each for _, each in chunk if isinstance(each, EncodedImage)]
+        decoded = iter(decode_on_device(encoded, device))
+        ready: Chunk = []
+        for image, pixels in chunk:
+            final = next(decoded) if isinstance(pixels, EncodedImage) else pixels
+            if isinstance(final, UnreadableImageError):
+                quarantined[image.image_id] = _without_path(final, split, image)
+            else:
+                ready.append((image, SourceImage(image.image_id, final)))
+        return ready
+
+    with ThreadPoolExecutor(READ_THREADS) as pool, ThreadPoolExecutor(1) as decoder_thread:
+        good = _good(_ahead(pool, read, images, 2 * max(chunk_size, READ_THREADS)), quarantined)
+        following = decoder_thread.submit(decode, good)
+        while (ready := following.result()) is not None:
+            following = decoder_thread.submit(decode, good)
             if ready:
                 yield ready
 

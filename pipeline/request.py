@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dkdetr.errors import UsageError
 from pipeline.crops import CropRule
-from pipeline.decoding import Decoder
+from pipeline.decoding import DecoderChoice
 from pipeline.executor import Executor
 from pipeline.recall import Recall
 from pipeline.teacher import EncoderChoice, Precision
@@ -38,8 +38,9 @@ class CacheRequest:
     """Crops at once; None: 256 on CUDA, 64 elsewhere. Part of the fingerprint."""
     image_batch: int = 8
     """Images at once through a proposal network. Part of the fingerprint."""
-    decoder: Decoder = "pillow"
-    """`torchvision`: JPEGs by nvJPEG on a GPU. Part of the fingerprint."""
+    decoder: DecoderChoice = "auto"
+    """`torchvision`: JPEGs by nvJPEG on a GPU; `auto`: where there is one, else `pillow`. What was
+    chosen is part of the fingerprint."""
     encoder: EncoderChoice = "auto"
     """Whose code computes the teacher's image tower. Part of the fingerprint."""
     max_bad: float = 0.001

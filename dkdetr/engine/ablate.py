@@ -177,18 +177,23 @@ def _run(
 
 
 def _places(request: AblateRequest) -> list[dict[str, str]]:
-    """Returns the environment of each process: a GPU each where there are several, one thread."""
+    """Returns the environment of each process: a GPU, in turn, where there are several; threads."""
+    cores = len(os.sched_getaffinity(0))
     several = request.device in ("auto", "cuda")
     if several and pick_device(request.device).type == "cuda":
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         numbers = range(torch.cuda.device_count())
         gpus = shown.split(",") if shown else [str(number) for number in numbers]
         count = request.jobs or len(gpus)
-        return [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(count)]
+        threads = str(max(1, cores // count))
+        return [
+            {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)], "OMP_NUM_THREADS": threads}
+            for place in range(count)
+        ]
     if request.device.startswith("cuda"):
-        return [{} for _ in range(request.jobs or 1)]
+        count = request.jobs or 1
+        return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
     # One thread whatever the number of jobs: sums, and so results, must not depend on it.
-    cores = len(os.sched_getaffinity(0))
     return [{"OMP_NUM_THREADS": "1"} for _ in range(request.jobs or cores)]
 
 

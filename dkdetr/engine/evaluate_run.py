@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dkdetr.config import ExperimentConfig
+from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
@@ -18,7 +18,6 @@ from dkdetr.engine.run_folder import newest_run, portable_name
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.compiled import compile_for_inference
-from dkdetr.evaluation.detect import Precision
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
 from dkdetr.evaluation.gather import Shard

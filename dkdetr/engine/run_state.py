@@ -24,10 +24,11 @@ from dkdetr.engine.initial_weights import start_from_file
 from dkdetr.engine.optim import load_optimizer, make_optimizer
 from dkdetr.engine.pairing import TeacherSide
 from dkdetr.engine.run_folder import RunFolder
-from dkdetr.engine.step import StepResult, TrainingStep, choose_precision
+from dkdetr.engine.step import StepResult, TrainingStep
 from dkdetr.engine.student_setup import prepare_student, wrap_for_ranks
 from dkdetr.engine.weight_average import WeightAverage
 from dkdetr.errors import NonFiniteLossError
+from dkdetr.precision import training_type
 from dkdetr.structures import LoadedBatch
 from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
@@ -81,7 +82,7 @@ class RunState:
             self.text_embeddings,
             config,
             ranks,
-            precision=choose_precision(config.optim.precision, ranks.device),
+            precision=training_type(config.optim.precision, ranks.device),
             dumps=folder.dumps,
             teacher=teacher,
         )

@@ -24,7 +24,7 @@ from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
 from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
 from dkdetr.engine.step_chance import Moment, StepChance
 from dkdetr.engine.step_parts import marked
-from dkdetr.errors import NonFiniteLossError, PeerFailedError, UsageError
+from dkdetr.errors import NonFiniteLossError, PeerFailedError
 from dkdetr.losses.alignment import AlignedOutput, Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers, count_boxes, count_regions
 from dkdetr.losses.distillation import distillation_statistics
@@ -60,7 +60,7 @@ class TrainingStep:
         text_embeddings: the base classes', on the device.
         config: the experiment.
         ranks: this process among the job's.
-        precision: from `choose_precision`.
+        precision: from `dkdetr.precision.training_type`.
         teacher: what the settings' options want of the teacher and the training set.
         dumps: folder for the report of a step whose loss is not finite.
     """
@@ -277,23 +277,6 @@ class TrainingStep:
         place = {"epoch": epoch, "iteration": iteration, "rank": self._ranks.rank}
         path = write_dump(self._dumps, diagnosis, place | {"overflows": self._overflows_in_row})
         raise NonFiniteLossError(f"{diagnosis.sentence()}; see {path}")
-
-
-def choose_precision(setting: str, device: torch.device) -> torch.dtype:
-    """Returns the type that `optim.precision` means on a device.
-
-    Raises:
-        UsageError: the device cannot do it.
-    """
-    on_gpu = device.type == "cuda"
-    native_bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-    if setting == "auto":
-        return torch.float32 if not on_gpu else torch.bfloat16 if native_bf16 else torch.float16
-    if setting == "fp16" and not on_gpu:
-        raise UsageError("optim.precision=fp16 wants a CUDA device; use fp32 or auto on a CPU")
-    if setting == "bf16" and on_gpu and not native_bf16:
-        raise UsageError("optim.precision=bf16: this GPU has no bf16; use fp16 or auto")
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[setting]
 
 
 def counts_late(config: ExperimentConfig) -> bool:

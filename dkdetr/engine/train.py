@@ -32,6 +32,7 @@ from dkdetr.engine.student_setup import make_deterministic, refuse_sync_batch_on
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash
+from dkdetr.precision import float32_products
 from dkdetr.progress import progress
 from dkdetr.structures import LoadedBatch
 from dkdetr.student_file import load_student_file
@@ -99,7 +100,12 @@ def train(request: TrainRequest) -> TrainSummary:
     if request.deterministic:
         make_deterministic()
     timeout_s = request.config.compute.rank_timeout_s
-    with stop_on_sigterm() as stop, join_ranks(request.device, timeout_s=timeout_s) as ranks:
+    precision = request.config.optim.precision
+    with (
+        stop_on_sigterm() as stop,
+        join_ranks(request.device, timeout_s=timeout_s) as ranks,
+        float32_products(precision, ranks.device),
+    ):
         return _Run(request, ranks, stop).go()
 
 

@@ -15,10 +15,10 @@ from dkdetr.data.region_selection import SelectedRegions, select_regions
 from dkdetr.data.splits import Split
 from dkdetr.data.transforms import evaluation_geometry
 from dkdetr.errors import MismatchError
-from dkdetr.evaluation.detect import autocast
 from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
 from dkdetr.evaluation.protocols import group_of
 from dkdetr.evaluation.teacher_agreement import NO_OBJECT, TeacherAgreement, agreement_by_group
+from dkdetr.precision import computing
 from dkdetr.progress import progress
 from dkdetr.structures import ImageBatch, TeacherRegions
 from dkdetr.student.detector import DKDETR
@@ -68,7 +68,7 @@ def measure_agreement(
             regions = _collate(rows, picked)
             if bool(regions.valid.any()):
                 batch = make_batch(range(start, start + len(chosen))).to(device)
-                with torch.inference_mode(), autocast(config.optim.precision, device):
+                with torch.inference_mode(), computing(config.optim.precision, device):
                     features = [_at_regions(student, batch, regions.to(device))]
                     if own_kd:
                         features.append(_distilled(student, batch, regions.to(device)))

@@ -1,19 +1,17 @@
 """The inference loop: pictures in, detections out; it knows nothing of scoring."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dkdetr.config import Precision
 from dkdetr.evaluation.mask_postprocess import mask_rles
 from dkdetr.evaluation.postprocess import Detections, postprocess
+from dkdetr.precision import computing
 from dkdetr.structures import ImageBatch, StudentOutput
-
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
 def detect(
@@ -42,7 +40,7 @@ def detect(
         for batch in batches:
             images = batch.to(device)
             # Only here: a context held across `yield` would leak into whoever takes the images.
-            with torch.inference_mode(), autocast(precision, device):
+            with torch.inference_mode(), computing(precision, device):
                 output: StudentOutput = student(images, text_embeddings)
             with torch.inference_mode():
                 found = postprocess(
@@ -61,23 +59,6 @@ def detect(
                 yield image_id, detections
     finally:
         student.train(was_training)
-
-
-def autocast(
-    precision: Precision, device: torch.device
-) -> contextlib.AbstractContextManager[object]:
-    """Returns the context in which the student computes; `auto` is float32 but on a GPU.
-
-    On a GPU `auto` takes bfloat16 where the hardware has it, else float16.
-    """
-    if precision == "auto":
-        if device.type != "cuda":
-            return contextlib.nullcontext()
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
 
 
 def _with_masks(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dkdetr.boxes import nms_keep
-from dkdetr.config import ExperimentConfig
+from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.annotations import Category
 from dkdetr.data.picture_input import Picture, image_batch, rgb_pixels
 from dkdetr.data.prompts import prompt_set, readable_name
@@ -17,7 +17,7 @@ from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
 from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.evaluation.compiled import compile_for_inference
-from dkdetr.evaluation.detect import Precision, detect
+from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.postprocess import Detections
 from dkdetr.inference.hub import fetch_student_file
 from dkdetr.inference.prediction import Prediction

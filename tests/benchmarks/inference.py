@@ -12,9 +12,9 @@ import argparse
 import torch
 from torch import nn
 
-from dkdetr.engine.step import choose_precision
 from dkdetr.evaluation.compiled import compile_for_inference
-from dkdetr.evaluation.detect import autocast, detect
+from dkdetr.evaluation.detect import detect
+from dkdetr.precision import computing, computing_type
 from dkdetr.structures import ImageBatch
 from tests.benchmarks.detectors import (
     as_loaded,
@@ -40,7 +40,7 @@ def main() -> None:
     device = begin(options)
     student, config = our_student(options)
     student = student.to(device).eval()
-    take_attention(student, config, device, choose_precision(options.precision, device))
+    take_attention(student, config, device, computing_type(options.precision, device))
     print("| what | batch | ms | images/s | of transformers' |\n|---|---|---|---|---|")
     peer = peer_detector(options).to(device).eval()
     theirs: dict[int, float] = {}
@@ -88,7 +88,7 @@ def peer_detections(
     model: nn.Module, images: ImageBatch, device: torch.device, options: argparse.Namespace
 ) -> list[tuple[torch.Tensor, ...]]:
     """Returns boxes, scores and labels as the original's postprocess chooses them."""
-    with torch.inference_mode(), autocast(options.precision, device):
+    with torch.inference_mode(), computing(options.precision, device):
         output = model(**peer_inputs(images, device))
     found = []
     for logits, boxes in zip(output.logits.float(), output.pred_boxes.float(), strict=True):

@@ -23,9 +23,10 @@ from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.profiling import step_profiler
-from dkdetr.engine.step import TrainingStep, choose_precision
+from dkdetr.engine.step import TrainingStep
 from dkdetr.engine.step_parts import step_times
 from dkdetr.engine.student_setup import prepare_student
+from dkdetr.precision import training_type
 from dkdetr.structures import DecodedImages, TrainingBatch
 from tests.benchmarks.detectors import (
     as_loaded,
@@ -76,7 +77,7 @@ def our_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.de
     """Returns the seconds of a step; prints its parts."""
     student, config = our_student(options, ["kd.start_epoch=0"])
     student = student.to(device).train()
-    precision = choose_precision(options.precision, device)
+    precision = training_type(options.precision, device)
     take_attention(student, config, device, precision)
     prepare_student(student, config.compute)
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +111,7 @@ def peer_step(options: argparse.Namespace, batch: TrainingBatch, device: torch.d
     """Returns the seconds of a step of transformers' model."""
     model = peer_detector(options).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=1e-4)
-    dtype = choose_precision(options.precision, device)
+    dtype = training_type(options.precision, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

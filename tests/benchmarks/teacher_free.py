@@ -35,8 +35,9 @@ from dkdetr.encoders import RegionEncoder
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, pick_device
 from dkdetr.engine.optim import make_optimizer
-from dkdetr.engine.step import TrainingStep, choose_precision
+from dkdetr.engine.step import TrainingStep
 from dkdetr.experiment_file import load_experiment
+from dkdetr.precision import training_type
 from dkdetr.structures import (
     ImageBatch,
     Targets,
@@ -130,7 +131,7 @@ def _seconds(
         text,
         config,
         Ranks(rank=0, world_size=1, device=device),
-        precision=choose_precision(config.optim.precision, device),
+        precision=training_type(config.optim.precision, device),
         dumps=Path("nonfinite"),
     )
     times = []

@@ -140,7 +140,7 @@ def test_the_report_names_the_part_s_images_alone(world, monkeypatch) -> None:
 
 def _with_scaler(monkeypatch) -> None:
     """fp16 with its scaler on a CPU, which the settings refuse because it is slow."""
-    monkeypatch.setattr(run_state, "choose_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(run_state, "training_type", lambda *_: torch.float16)
 
 
 @pytest.mark.parametrize("kind", ["image nan", "box inf", "teacher nan", "gradient nan"])

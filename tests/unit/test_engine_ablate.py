@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dkdetr.engine import ablate as ablate_module
 from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, price_ablation
@@ -223,6 +224,22 @@ def test_a_finished_row_of_other_settings_is_refused(tmp_path, stand_in, planned
     planned(AblationPlan(**(vars(plan) | {"runs": tuple(other)})))
     with pytest.raises(MismatchError, match="config_hash h, asked for is other"):
         ablate(request_of(seeds=1), stand_in)
+
+
+def test_rows_share_cores_and_take_gpus_in_turn(monkeypatch):
+    def places(**changes) -> list[tuple[str | None, str]]:
+        found = ablate_module._places(request_of(**changes))
+        return [(each.get("CUDA_VISIBLE_DEVICES"), each["OMP_NUM_THREADS"]) for each in found]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert places(device="cpu", jobs=None) == [(None, "1")] * 6
+    monkeypatch.setattr(ablate_module, "pick_device", lambda _asked: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert places(device="auto", jobs=None) == [("0", "3"), ("1", "3")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert places(device="auto", jobs=3) == [("5", "2"), ("7", "2"), ("5", "2")]
+    assert places(device="cuda:1", jobs=2) == [(None, "3")] * 2
 
 
 def test_the_price_says_what_sharing_saves(tmp_path, stand_in, planned):

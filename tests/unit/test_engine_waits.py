@@ -29,29 +29,15 @@ from dkdetr.student.build import build_student
 
 
 class Copies(TorchDispatchMode):
-    """Remembers the copies from one device to another, and whether one waits for them.
-
-    As a stream and as its event it tells what was launched between a copy and the wait for it.
-    """
+    """Remembers the copies from one device to another, and whether one waits for them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.down: list[str] = []
         self.up: list[str] = []
-        self.launched: list[str] = []
-        self.while_copied: list[list[str]] = []
-
-    def record_event(self) -> "Copies":
-        self.launched.clear()
-        return self
-
-    def synchronize(self) -> None:
-        self.while_copied.append(self.launched[:])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.launched.append(func._schema.name)
         copies = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
         if func in copies and isinstance(result, Tensor):
             source = args[1] if func is copies[1] else args[0]
@@ -76,19 +62,40 @@ class OnTheCPU(TorchDispatchMode):
         return result
 
 
+class Work(TorchDispatchMode):
+    """Remembers, as a stream and its event, what is launched between a copy and the wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+        self.while_copied: list[list[str]] = []
+
+    def record_event(self) -> "Work":
+        self.launched.clear()
+        return self
+
+    def synchronize(self) -> None:
+        self.while_copied.append(self.launched[:])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.launched.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def without_numbers(self: Tensor) -> np.ndarray:
     """What `Tensor.numpy` gives here of a fake tensor: numbers of queries, neighbours different."""
     fewest_queries = 6
     return np.arange(self.numel(), dtype=np.float32).reshape(self.shape) % fewest_queries
 
 
-def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
+def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Copies, Work]:
     config = option_config(name)
     batch: TrainingBatch = training_batch(config)
     monkeypatch.setattr(FakeTensor, "numpy", without_numbers, raising=False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    copies = Copies()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: copies)
+    copies, work = Copies(), Work()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: work)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             student = build_student(config, text_dim=TEXT_DIM).train()
@@ -98,7 +105,7 @@ def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
         batch = batch.to("cuda")
         denoising = fake_denoising(config.student.denoising) if config.student.denoising else None
         criterion = Criterion(config.detection, config.kd, teacher_mean=text[0])
-        with copies:
+        with copies, work:
             regions = batch.regions if config.kd.auxiliary_queries else None
             output = student(
                 batch.images, text, regions,
@@ -110,7 +117,7 @@ def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
             if pairs is not None:
                 distillation_statistics(pairs)
         assert report.total.is_cuda
-    return copies
+    return copies, work
 
 
 def fake_denoising(groups: int) -> DenoisingQueries:
@@ -137,7 +144,7 @@ def test_the_watch_sees_what_waits():
 
 @pytest.mark.parametrize("name", ["cached", "siglip_bias", "everything extra", "masks", "iou"])
 def test_the_matching_alone_waits(name: str, monkeypatch: pytest.MonkeyPatch):
-    copies = waits_of(name, monkeypatch)
+    copies, _ = waits_of(name, monkeypatch)
     assert len(copies.down) == 1, copies.down
     assert len(copies.up) == 1, copies.up
 
@@ -152,12 +159,13 @@ def test_the_matching_alone_waits(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_a_gpu_has_work_while_pairs_are_assigned(
     name: str, operation: str, times: int, monkeypatch: pytest.MonkeyPatch
 ):
-    (launched,) = waits_of(name, monkeypatch).while_copied
+    _, work = waits_of(name, monkeypatch)
+    (launched,) = work.while_copied
     assert launched.count(operation) >= times, launched
 
 
 def test_pairs_that_depend_on_matches_wait_once_more(monkeypatch: pytest.MonkeyPatch):
-    copies = waits_of("cached without auxiliary", monkeypatch)
+    copies, _ = waits_of("cached without auxiliary", monkeypatch)
     assert (len(copies.down), len(copies.up)) == (2, 2), (copies.down, copies.up)
 
 

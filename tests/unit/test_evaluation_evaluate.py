@@ -12,7 +12,7 @@ from dkdetr.config import DataConfig, EvalConfig, ExperimentConfig, OptimConfig
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import CorruptArtefactError, MismatchError
-from dkdetr.evaluation.detect import autocast, detect
+from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.evaluate import evaluate_student, score_predictions
 from dkdetr.structures import EncoderOutput, ImageBatch, QueryOutput, StudentOutput
 
@@ -198,16 +198,6 @@ def test_other_names_for_the_same_ids_are_told(split, config, tmp_path):
     assert evaluation.metrics.notes == (
         "1 categories were looked for under another name: 'gnu' as 'wildebeest'",
     )
-
-
-def test_precision_follows_the_device():
-    cpu = torch.device("cpu")
-    for precision in ("fp32", "auto"):
-        with autocast(precision, cpu):
-            assert not torch.is_autocast_enabled("cpu")
-    with autocast("bf16", cpu):
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-        assert torch.is_autocast_enabled("cpu")
 
 
 def test_detect_gives_images_in_the_order_of_batches(split):

@@ -1,15 +1,27 @@
 """The decoder of a device: JPEGs of its own, everything doubtful by Pillow, nothing read past."""
 
 import io
+import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import decode_jpeg
 
 from dkdetr.data.image_files import UnreadableImageError
-from pipeline.decoding import EncodedImage, decode_on_device, decoder_name, suits_a_device
+from dkdetr.data.splits import load_split
+from pipeline import decoding
+from pipeline.decoding import (
+    EncodedImage,
+    choose_decoder,
+    decode_on_device,
+    decoder_name,
+    suits_a_device,
+)
+from pipeline.readable_images import readable_images
 
 CPU = torch.device("cpu")
 
@@ -72,3 +84,54 @@ def test_the_fingerprint_tells_the_decoders_apart():
     }
     assert len(names) == 3
     assert decoder_name("pillow", torch.device("cuda")) in names
+
+
+def test_auto_is_the_device_s_decoder_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    assert choose_decoder("auto", CPU) == "pillow"
+    assert choose_decoder("torchvision", CPU) == "torchvision"
+    asked: list[torch.device] = []
+
+    def decode(data: list[torch.Tensor], *, mode: object, device: torch.device):
+        asked.append(device)
+        return decode_jpeg(data, mode=mode, device="cpu")
+
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(decoding, "decode_jpeg", decode)
+    assert choose_decoder("auto", cuda) == "torchvision"
+    assert asked == [cuda]
+
+    def refuse(data: list[torch.Tensor], **_: object):
+        raise RuntimeError("compiled without nvJPEG")
+
+    monkeypatch.setattr(decoding, "decode_jpeg", refuse)
+    assert choose_decoder("auto", cuda) == "pillow"
+    assert choose_decoder("pillow", cuda) == "pillow"
+
+
+def test_the_next_chunk_is_decoded_while_one_is_used(tmp_path: Path):
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no picture" if number == 3 else encoded())
+    images = [{"id": n, "file_name": f"{n}.jpg", "height": 43, "width": 67} for n in range(6)]
+    annotations = tmp_path / "annotations.json"
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    annotations.write_text(json.dumps(content))
+    split = load_split(f"coco:{tmp_path}:{annotations}", tmp_path)
+    reached = threading.Event()
+
+    class Watching(dict):
+        """Told of a bad picture: here of the second chunk's, before anybody asked for it."""
+
+        def __setitem__(self, key: int, value: str) -> None:
+            super().__setitem__(key, value)
+            reached.set()
+
+    quarantined = Watching()
+    chunks = readable_images(
+        split, split.images, quarantined, chunk_size=3, decoder="torchvision", device=CPU
+    )
+    first = next(chunks)
+    assert reached.wait(60)
+    assert [image.file_name for image, _ in first] == ["0.jpg", "1.jpg", "2.jpg"]
+    rest = [image.file_name for chunk in chunks for image, _ in chunk]
+    assert rest == ["4.jpg", "5.jpg"]
+    assert list(quarantined) == [3]

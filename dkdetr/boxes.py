@@ -11,10 +11,9 @@ from torch import Tensor
 
 def cxcywh_to_xyxy(boxes_cxcywh: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
     """Returns the same boxes as (left, top, right, bottom)."""
-    centre_x, centre_y, width, height = boxes_cxcywh.unbind(-1)
-    half_w, half_h = width / 2, height / 2
-    corners = (centre_x - half_w, centre_y - half_h, centre_x + half_w, centre_y + half_h)
-    return torch.stack(corners, dim=-1)
+    centre, size = boxes_cxcywh.chunk(2, dim=-1)
+    half = size / 2
+    return torch.cat((centre - half, centre + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
@@ -52,26 +51,30 @@ def pairwise_iou(
 def elementwise_giou(
     boxes_a_xyxy: Float[Tensor, "*#batch 4"], boxes_b_xyxy: Float[Tensor, "*#batch 4"]
 ) -> Float[Tensor, "*batch"]:
-    """Returns generalised IoU, in [-1, 1], of boxes paired by position (arXiv 1902.09630)."""
-    # One coordinate at a time: several times faster on a CPU than slices of two.
-    left_a, top_a, right_a, bottom_a = boxes_a_xyxy.unbind(-1)
-    left_b, top_b, right_b, bottom_b = boxes_b_xyxy.unbind(-1)
-    shared_w = torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)
-    shared_h = torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)
-    shared = shared_w.clamp(min=0) * shared_h.clamp(min=0)
-    union = box_area(boxes_a_xyxy) + box_area(boxes_b_xyxy) - shared
-    hull_w = torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)
-    hull_h = torch.maximum(bottom_a, bottom_b) - torch.minimum(top_a, top_b)
-    hull = hull_w.clamp(min=0) * hull_h.clamp(min=0)
+    """Returns generalised IoU, in [-1, 1], of boxes paired by position (arXiv 1902.09630).
+
+    Of each pair: with `boxes_a_xyxy[..., :, None, :]` and `boxes_b_xyxy[..., None, :, :]`.
+    """
+    # Both axes at once: half the kernels. Where there are many pairs on a CPU, let coordinates be
+    # planes of their own (a view of [4, ...]): several times faster there than pairs of numbers.
+    top_left_a, bottom_right_a = boxes_a_xyxy.chunk(2, dim=-1)
+    top_left_b, bottom_right_b = boxes_b_xyxy.chunk(2, dim=-1)
+    shared = _area(
+        torch.maximum(top_left_a, top_left_b), torch.minimum(bottom_right_a, bottom_right_b)
+    )
+    union = _area(top_left_a, bottom_right_a) + _area(top_left_b, bottom_right_b) - shared
+    hull = _area(
+        torch.minimum(top_left_a, top_left_b), torch.maximum(bottom_right_a, bottom_right_b)
+    )
     tiny = torch.finfo(shared.dtype).tiny
     return shared / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-def pairwise_giou(
-    boxes_a_xyxy: Float[Tensor, "*#batch a 4"], boxes_b_xyxy: Float[Tensor, "*#batch b 4"]
-) -> Float[Tensor, "*batch a b"]:
-    """Returns generalised IoU, in [-1, 1], of each pair."""
-    return elementwise_giou(boxes_a_xyxy[..., :, None, :], boxes_b_xyxy[..., None, :, :])
+def _area(
+    top_left: Float[Tensor, "*batch 2"], bottom_right: Float[Tensor, "*batch 2"]
+) -> Float[Tensor, "*batch"]:
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    return width * height
 
 
 def clip_xyxy(

@@ -32,7 +32,8 @@ from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.student_setup import wrap_for_ranks
 from dkdetr.errors import NonFiniteLossError, PreemptedError, UsageError
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
-from dkdetr.losses.matcher import MatchingCosts, match
+from dkdetr.losses.matcher import match
+from dkdetr.losses.matching_cost import MatchingCosts
 from dkdetr.precision import float32_products
 from dkdetr.progress import progress
 from dkdetr.structures import EncoderOutput, LoadedBatch, Targets
@@ -204,7 +205,6 @@ def proposal_loss(
     Each object takes the token that is cheapest overall (Hungarian, method A.3); every other valid
     token is background, which the focal loss lets fade once it is easy.
     """
-    objects = [Targets(torch.zeros_like(each.labels), each.boxes_cxcywh) for each in targets]
     costs = MatchingCosts(
         cost_class=settings.cost_class,
         cost_bbox=settings.cost_bbox,
@@ -213,7 +213,7 @@ def proposal_loss(
         focal_gamma=settings.focal_gamma,
     )
     logits = encoder.objectness_logits
-    pairs = match(logits[..., None], encoder.boxes_cxcywh, objects, costs, valid=encoder.valid)
+    pairs = match(logits[..., None], encoder.boxes_cxcywh, targets, costs, valid=encoder.valid)
     wanted = torch.zeros_like(logits)
     wanted[pairs.image_index, pairs.query_index] = 1.0
     objectness = focal_loss(

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
 from dkdetr.config import DetectionLossConfig, KDConfig
-from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.distillation import AcrossRanks, Distillation
 from dkdetr.losses.masks import matched_mask_losses, stacked_masks
-from dkdetr.losses.matcher import Matches, MatchingCosts, Stage, match_stages
+from dkdetr.losses.matcher import Matches, StageMatches, assign, send_costs
+from dkdetr.losses.matching_cost import MatchingCosts, Stage, TargetRows
+from dkdetr.losses.stage_losses import LayerSums, denoising_sums, matched_sums
 from dkdetr.structures import (
     DenoisingQueries,
-    ExtraDetections,
     InstanceMasks,
     StudentOutput,
     Targets,
@@ -72,6 +71,7 @@ class Criterion:
             focal_alpha=detection.focal_alpha,
             focal_gamma=detection.focal_gamma,
         )
+        self._focal = {"alpha": detection.focal_alpha, "gamma": detection.focal_gamma}
 
     def __call__(
         self,
@@ -99,137 +99,83 @@ class Criterion:
         Raises:
             NonFiniteLossError: a matching cost is not finite.
         """
-        parts: dict[str, Tensor] = {}
         scale = 1 / normalisers.num_boxes
         weights = None if drawn_classes is None else drawn_classes.to(output.logits)
-        encoder, hybrid = output.encoder, output.hybrid
-        objectness = encoder.objectness_logits[..., None]
-        objects = [Targets(torch.zeros_like(t.labels), t.boxes_cxcywh) for t in targets]
-        decoding = Stage(output.logits, output.detection.boxes_cxcywh, targets)
-        encoding = Stage(objectness[None], encoder.boxes_cxcywh[None], objects, encoder.valid)
-        stages = [
-            decoding,
-            encoding,
-            *([] if hybrid is None else [self._repeated(hybrid, targets)]),
-        ]
-        matched = match_stages(stages, self._costs)
-        for layer, matches in enumerate(matched[0]):
-            suffix = _suffix(layer, len(matched[0]))
-            self._detect(parts, suffix, decoding, layer, matches, scale, weights)
-            if output.masks is not None:
-                self._segment(parts, suffix, output.masks, layer, matches, targets, scale)
-        heard = encoder.valid[..., None].to(objectness) if self._valid_tokens_only else None
-        self._detect(parts, ".encoder", encoding, 0, matched[1][0], scale, heard)
-        for layer, matches in enumerate(matched[2] if hybrid is not None else []):
-            suffix = f".hybrid{_suffix(layer, len(matched[2]))}"
-            share = scale / self._hybrid_repeats
-            self._detect(parts, suffix, stages[2], layer, matches, share, weights)
+        rows = TargetRows.of(targets)
+        stages = self._stages(output)
+        sent = send_costs(stages, rows, self._costs)
+        # What needs no pairs is launched here: a GPU has work while the CPU assigns.
+        apart: dict[str, Tensor] = {}
         if output.denoised is not None and denoising is not None:
-            self._denoise(parts, output.denoised, denoising, scale, weights)
+            sums = denoising_sums(output.denoised, denoising, weights, **self._focal)
+            apart |= self._named(".denoising", sums, scale / denoising.num_groups)
         if regions is not None:
-            parts |= self._distil(output, regions, normalisers.num_regions)
+            apart |= self._distil(output, regions, normalisers.num_regions)
+        matched = assign(sent)
+        heard = None
+        if self._valid_tokens_only:
+            heard = output.encoder.valid[..., None].to(output.encoder.objectness_logits)
+        decoder, encoder, *hybrid = matched_sums(
+            stages, matched, rows, (weights, heard, weights)[: len(stages)], **self._focal
+        )
+        parts = self._named("", decoder, scale)
+        if output.masks is not None:
+            parts |= self._segment(output.masks, matched[0], targets, scale)
+        parts |= self._named(".encoder", encoder, scale)
+        for sums in hybrid:
+            parts |= self._named(".hybrid", sums, scale / self._hybrid_repeats)
+        parts |= apart
         return LossReport(total=torch.stack(list(parts.values())).sum(), parts=parts)
 
     def match_last(self, output: StudentOutput, targets: Sequence[Targets]) -> Matches:
         """Returns which detection queries of the last layer are matched to which base objects."""
-        last = Stage(output.logits[-1:], output.detection.boxes_cxcywh[-1:], targets)
-        return match_stages([last], self._costs)[0][0]
+        last = Stage(output.logits[-1:], output.detection.boxes_cxcywh[-1:])
+        return assign(send_costs([last], TargetRows.of(targets), self._costs))[0].of_layer(0)
 
-    def _repeated(self, hybrid: ExtraDetections, targets: Sequence[Targets]) -> Stage:
-        """Returns the stage of the extra queries: each object is wanted several times (H-DETR)."""
-        repeats = self._hybrid_repeats
-        wanted = [
-            Targets(t.labels.repeat(repeats), t.boxes_cxcywh.repeat(repeats, 1)) for t in targets
+    def _stages(self, output: StudentOutput) -> list[Stage]:
+        """Returns the decoder, the encoder as one layer and, where there are any, extra queries."""
+        encoder, hybrid = output.encoder, output.hybrid
+        objectness = encoder.objectness_logits[None, ..., None]
+        stages = [
+            Stage(output.logits, output.detection.boxes_cxcywh),
+            Stage(objectness, encoder.boxes_cxcywh[None], encoder.valid),
         ]
-        return Stage(hybrid.logits, hybrid.queries.boxes_cxcywh, wanted)
+        if hybrid is not None:  # each object is wanted several times (H-DETR)
+            boxes = hybrid.queries.boxes_cxcywh
+            stages.append(Stage(hybrid.logits, boxes, repeats=self._hybrid_repeats))
+        return stages
 
-    def _denoise(
-        self,
-        parts: dict[str, Tensor],
-        denoised: ExtraDetections,
-        denoising: DenoisingQueries,
-        scale: Tensor,
-        weights: Tensor | None,
-    ) -> None:
-        """Adds the denoising queries' losses: each knows which object it was.
-
-        Empty places are weighed with 0 and have the box that is wanted of them: to leave them out
-        would ask the device how many they are.
-        """
-        num_classes = denoised.logits.shape[-1]
-        wanted = functional.one_hot(denoising.wanted_labels, num_classes).to(denoised.logits.dtype)
-        heard = denoising.valid[..., None].to(wanted)
-        heard = heard if weights is None else heard * weights
-        target_boxes = denoising.wanted_boxes_cxcywh
-        scale = scale / denoising.num_groups
-        for layer, logits in enumerate(denoised.logits):
-            boxes = denoised.queries.boxes_cxcywh[layer]
-            boxes = torch.where(denoising.valid[..., None], boxes, target_boxes.to(boxes.dtype))
-            suffix = f".denoising{_suffix(layer, len(denoised.logits))}"
-            self._judge(
-                parts, suffix, logits, wanted,
-                boxes.flatten(0, 1), target_boxes.flatten(0, 1), scale, heard,
-            )  # fmt: skip
-
-    def _detect(
-        self,
-        parts: dict[str, Tensor],
-        suffix: str,
-        stage: Stage,
-        layer: int,
-        matches: Matches,
-        scale: Tensor,
-        weights: Tensor | None,
-    ) -> None:
-        logits = stage.logits[layer]
-        labels, target_boxes = _matched_targets(matches, stage.targets)
-        wanted = torch.zeros_like(logits)
-        wanted[matches.image_index, matches.query_index, labels] = 1.0
-        matched_boxes = stage.boxes_cxcywh[layer, matches.image_index, matches.query_index]
-        self._judge(parts, suffix, logits, wanted, matched_boxes, target_boxes, scale, weights)
-
-    def _judge(
-        self,
-        parts: dict[str, Tensor],
-        suffix: str,
-        logits: Tensor,
-        wanted: Tensor,
-        boxes_cxcywh: Tensor,
-        target_boxes: Tensor,
-        scale: Tensor,
-        weights: Tensor | None,
-    ) -> None:
+    def _named(self, stem: str, sums: LayerSums, scale: Tensor) -> dict[str, Tensor]:
+        """Returns a stage's weighted parts, layer by layer."""
         settings = self._detection
-        class_loss = focal_loss(
-            logits,
-            wanted,
-            alpha=settings.focal_alpha,
-            gamma=settings.focal_gamma,
-            weights=None if weights is None else weights.expand_as(logits),
-        )
-        l1, giou = (
-            box_l1_loss(boxes_cxcywh, target_boxes),
-            box_giou_loss(boxes_cxcywh, target_boxes),
-        )
-        parts[f"class{suffix}"] = settings.weight_class * scale * class_loss
-        parts[f"bbox{suffix}"] = settings.weight_bbox * scale * l1
-        parts[f"giou{suffix}"] = settings.weight_giou * scale * giou
+        columns = {
+            "class": settings.weight_class * scale * sums.focal,
+            "bbox": settings.weight_bbox * scale * sums.l1,
+            "giou": settings.weight_giou * scale * sums.giou,
+        }
+        return _by_layer(stem, columns)
 
     def _segment(
         self,
-        parts: dict[str, Tensor],
-        suffix: str,
         masks: InstanceMasks,
-        layer: int,
-        matches: Matches,
+        matched: StageMatches,
         targets: Sequence[Targets],
         scale: Tensor,
-    ) -> None:
+    ) -> dict[str, Tensor]:
+        """Returns the mask losses' weighted parts; chunks of masks never stand together."""
         height, width = masks.padding_mask.shape[1:]
         wanted = stacked_masks(targets, (height, width))
-        dice, cross_entropy = matched_mask_losses(masks, layer, matches, wanted)
-        parts[f"dice{suffix}"] = self._detection.weight_dice * scale * dice
-        parts[f"mask_bce{suffix}"] = self._detection.weight_mask_bce * scale * cross_entropy
+        losses = [
+            matched_mask_losses(masks, layer, matched.of_layer(layer), wanted)
+            for layer in range(len(matched.place))
+        ]
+        dice, cross_entropy = (torch.stack(column) for column in zip(*losses, strict=True))
+        settings = self._detection
+        columns = {
+            "dice": settings.weight_dice * scale * dice,
+            "mask_bce": settings.weight_mask_bce * scale * cross_entropy,
+        }
+        return _by_layer("", columns)
 
 
 def count_regions(regions: TeacherRegions | None, device: torch.device) -> Float[Tensor, ""]:
@@ -244,12 +190,14 @@ def count_boxes(targets: Sequence[Targets], device: torch.device) -> Float[Tenso
     return torch.tensor(float(sum(len(target.labels) for target in targets)), device=device)
 
 
-def _suffix(layer: int, num_layers: int) -> str:
-    """Returns what the names of a layer's parts end with; the last layer's with nothing."""
-    return "" if layer == num_layers - 1 else f".{layer}"
-
-
-def _matched_targets(matches: Matches, targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
-    labels = torch.cat([target.labels for target in targets])
-    boxes = torch.cat([target.boxes_cxcywh for target in targets])
-    return labels[matches.target_index], boxes[matches.target_index]
+def _by_layer(
+    stem: str, columns: Mapping[str, Float[Tensor, "num_layers"]]
+) -> dict[str, Float[Tensor, ""]]:
+    """Returns parts named by kind, stem and layer; the last layer's without a number."""
+    layers = zip(*(column.unbind() for column in columns.values()), strict=True)
+    parts: dict[str, Tensor] = {}
+    for layer, values in enumerate(layers, start=1):
+        for kind, value in zip(columns, values, strict=True):
+            last = layer == len(columns[kind])
+            parts[f"{kind}{stem}" if last else f"{kind}{stem}.{layer - 1}"] = value
+    return parts

@@ -1,39 +1,34 @@
 """One-to-one matching of queries to ground truth (Hungarian algorithm, method A.3).
 
 Costs are computed where the student's output lies. However many layers are matched, they go to the
-CPU in one copy and the pairs come back in one.
+CPU in one copy and the pairs come back in one. Between `send_costs` and `assign` a GPU may be given
+work that needs no pairs.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dkdetr.boxes import cxcywh_to_xyxy, pairwise_giou
-from dkdetr.errors import NonFiniteLossError
-from dkdetr.losses.precision import at_least_float32
+from dkdetr.losses.assignment import assign_candidates
+from dkdetr.losses.matching_cost import MatchingCosts, PairCosts, Stage, TargetRows
 from dkdetr.structures import Targets
 
-
-@dataclass(frozen=True)
-class MatchingCosts:
-    """Weights of the three costs and the focal loss's shape inside the class cost."""
-
-    cost_class: float
-    cost_bbox: float
-    cost_giou: float
-    focal_alpha: float
-    focal_gamma: float
+PAIRS_AT_ONCE = 2**22
+"""Costs computed together on a GPU: 0.36 GB stand in memory, as one image of 300 objects took by
+itself. (Eight images of a dozen objects at 1024 pixels have 2 million pairs.)"""
+PAIRS_IN_CACHE = 2**17
+"""The same on a CPU, where more would go through its memory time and again."""
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Matched pairs of a batch, concatenated over images: which image, which query, which target.
+    """Matched pairs of a layer, concatenated over images: which image, which query, which target.
 
     `target_index` counts through the batch's targets laid end to end.
     """
@@ -44,34 +39,82 @@ class Matches:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What is matched to the same targets: the decoder's layers, or the encoder as one layer.
+class StageMatches:
+    """Matched pairs of a stage: every layer has as many, whatever they are.
 
-    Attributes:
-        logits: class logits; a label indexes their last axis.
-        boxes_cxcywh: normalised boxes.
-        targets: one an image.
-        valid: queries that may be matched; all, if left out.
+    `place` counts through the queries of the stage's layers and images laid end to end.
     """
 
-    logits: Float[Tensor, "num_layers batch num_queries num_classes"]
-    boxes_cxcywh: Float[Tensor, "num_layers batch num_queries 4"]
-    targets: Sequence[Targets]
-    valid: Bool[Tensor, "batch num_queries"] | None = None
+    image_index: Int[Tensor, "num_layers num_pairs"]
+    query_index: Int[Tensor, "num_layers num_pairs"]
+    target_index: Int[Tensor, "num_layers num_pairs"]
+    place: Int[Tensor, "num_layers num_pairs"]
+
+    def of_layer(self, layer: int) -> Matches:
+        """Returns the pairs of one layer."""
+        return Matches(self.image_index[layer], self.query_index[layer], self.target_index[layer])
+
+
+@dataclass(frozen=True)
+class SentCosts:
+    """Costs of candidates on their way to the CPU, and what they are of."""
+
+    stages: Sequence[Stage]
+    counts: tuple[int, ...]
+    shapes: Sequence[tuple[int, ...]]
+    numbers: Tensor
+    wait: Callable[[], None] | None
+
+    def arrays(self) -> list[NDArray[np.floating]]:
+        """Returns the numbers, part by part; waits until they are there."""
+        if not self.shapes:
+            return []
+        if self.wait is not None:
+            self.wait()
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        parts = np.split(self.numbers.numpy(), ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 @torch.no_grad()
-def match_stages(stages: Sequence[Stage], costs: MatchingCosts) -> list[list[Matches]]:
+def send_costs(stages: Sequence[Stage], targets: TargetRows, costs: MatchingCosts) -> SentCosts:
+    """Returns the costs of each target's cheapest queries, on their way; nobody waits for them."""
+    parts = [part for each in _cheapest_of(stages, targets, costs) for part in each]
+    shapes = [tuple(part.shape) for part in parts]
+    if not parts:
+        return SentCosts(stages, targets.counts, shapes, torch.zeros(0), None)
+    together = torch.cat([part.flatten() for part in parts])
+    numbers = together.to("cpu", non_blocking=True)  # into page-locked memory
+    wait = None
+    if together.is_cuda:
+        wait = torch.cuda.current_stream(together.device).record_event().synchronize
+    return SentCosts(stages, targets.counts, shapes, numbers, wait)
+
+
+def assign(sent: SentCosts) -> list[StageMatches]:
     """Returns the cheapest one-to-one matching of each stage, layer and image.
 
     Raises:
         NonFiniteLossError: a cost is NaN or infinite.
     """
-    parts = [part for stage in stages for pair in _cheapest_of(stage, costs) for part in pair]
-    numbers = iter(_in_one_copy(parts))
-    pairs = [found for stage in stages for found in _solve(stage, numbers)]
-    matches = iter(_sent_back(pairs, stages[0].logits.device))
-    return [[next(matches) for _ in range(len(stage.logits))] for stage in stages]
+    arrays = sent.arrays()
+    # Two arrays a stage, chunk after chunk of targets.
+    step = 2 * len(sent.stages)
+    solved: list[NDArray[np.int64]] = []
+    for number, stage in enumerate(sent.stages):
+        nothing = np.zeros((0, len(stage.logits), 0))
+        parts = [arrays[2 * number + which :: step] for which in (0, 1)]
+        cost, query = (np.concatenate(part) if part else nothing for part in parts)
+        solved.append(
+            assign_candidates(
+                cost,
+                query.astype(np.int64),
+                sent.counts,
+                num_queries=stage.logits.shape[2],
+                repeats=stage.repeats,
+            )
+        )
+    return _sent_back(solved, sent.stages[0].logits.device)
 
 
 def match(
@@ -87,144 +130,70 @@ def match(
     Raises:
         NonFiniteLossError: a cost is NaN or infinite.
     """
-    stage = Stage(logits[None], boxes_cxcywh[None], targets, valid)
-    return match_stages([stage], costs)[0][0]
+    stage = Stage(logits[None], boxes_cxcywh[None], valid)
+    return assign(send_costs([stage], TargetRows.of(targets), costs))[0].of_layer(0)
 
 
-def match_image(
-    logits: Float[Tensor, "num_queries num_classes"],
-    boxes_cxcywh: Float[Tensor, "num_queries 4"],
-    target: Targets,
-    costs: MatchingCosts,
-    allowed: Bool[Tensor, "num_queries"] | None = None,
-) -> tuple[Int[Tensor, "num_pairs"], Int[Tensor, "num_pairs"]]:
-    """Returns (query, target) indices of one image on the CPU, ordered by query."""
-    valid = None if allowed is None else allowed[None]
-    matches = match(logits[None], boxes_cxcywh[None], [target], costs, valid=valid)
-    return matches.query_index.cpu(), matches.target_index.cpu()
+def _cheapest_of(
+    stages: Sequence[Stage], targets: TargetRows, costs: MatchingCosts
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, for some targets at a time and each stage, the cheapest queries of each target.
 
-
-def _cheapest_of(stage: Stage, costs: MatchingCosts) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields, for each image with targets, the cheapest queries of each target.
-
-    (costs [layers, k, M], numbers of the queries [layers, k, M]), where k = M targets or all
-    queries, if they are fewer: a target assigned outside its M cheapest could always take a free
-    one of them, so an optimum of the whole lies in these. Costs that are not finite come first,
-    as minus infinity; queries that are not allowed last, as infinity.
+    (costs [targets, layers, k], numbers of the queries [targets, layers, k]), where k is how many
+    queries the targets of the fullest image want, or all queries, if they are fewer: a target
+    assigned outside its image's M cheapest could always take a free one of them, so an optimum of
+    the whole lies in these. Costs that are not finite come first, as minus infinity; queries that
+    are not allowed last, as infinity.
     """
-    for image, target in enumerate(stage.targets):
-        num_targets = len(target.labels)
-        if num_targets == 0:
-            continue
-        logits, boxes = stage.logits[:, image], stage.boxes_cxcywh[:, image]
-        cost = matching_cost(logits, boxes, target, costs)
-        cost = cost.masked_fill(~cost.isfinite(), -torch.inf)
-        if stage.valid is not None:
-            cost = cost.masked_fill(~stage.valid[image][:, None], torch.inf)
-        chosen = _smallest(cost, min(num_targets, cost.shape[1]))
-        yield cost.gather(1, chosen), chosen.to(cost.dtype)
+    if not sum(targets.counts):
+        return
+    price, image_index = PairCosts(stages, costs), targets.image_index()
+    layers = [len(stage.logits) * stage.logits.shape[2] for stage in stages]
+    at_once = PAIRS_AT_ONCE if image_index.is_cuda else PAIRS_IN_CACHE
+    at_once = max(1, at_once // sum(layers))
+    parts = (
+        torch.split(tensor, at_once)
+        for tensor in (targets.labels, targets.boxes_cxcywh, image_index)
+    )
+    for labels, boxes, images in zip(*parts, strict=True):
+        cost = price(labels, boxes, images).nan_to_num(
+            -torch.inf, posinf=-torch.inf, neginf=-torch.inf
+        )
+        for stage, columns in zip(stages, torch.split(cost, layers, dim=1), strict=True):
+            num_layers, _, num_queries = stage.logits.shape[:3]
+            rows = columns.view(-1, num_layers, num_queries)
+            if stage.valid is not None:
+                rows = rows.masked_fill(~stage.valid[images][:, None], torch.inf)
+            yield _smallest(rows, min(max(targets.counts) * stage.repeats, num_queries))
 
 
 def _smallest(
-    cost: Float[Tensor, "num_layers num_queries num_targets"], k: int
-) -> Int[Tensor, "num_layers k num_targets"]:
-    """Returns which k queries are cheapest for each target, the earlier ones of equals.
+    cost: Float[Tensor, "num_targets num_layers num_queries"], k: int
+) -> tuple[Float[Tensor, "num_targets num_layers k"], Float[Tensor, "num_targets num_layers k"]]:
+    """Returns (costs, numbers) of the k cheapest queries, cheapest first, the earlier of equals.
 
     topk leaves open which of several equals it takes, and a GPU takes others than a CPU. So the
     first says only how dear the last one is; the second has numbers that are all different.
     """
-    last = cost.topk(k, dim=1, largest=False).values[:, -1:]
-    num_queries = cost.shape[1]
-    place = torch.arange(num_queries, dtype=torch.int32, device=cost.device)[:, None]
+    last = cost.topk(k, dim=-1, largest=False).values[..., -1:]
+    num_queries = cost.shape[-1]
+    place = torch.arange(num_queries, dtype=torch.int32, device=cost.device)
     rank = torch.where(cost < last, place, place + num_queries)
     rank = rank.masked_fill(cost > last, 2 * num_queries)
-    return rank.topk(k, dim=1, largest=False).values.long() % num_queries
+    query = rank.topk(k, dim=-1, largest=False).values.long() % num_queries
+    # The earlier come first, and a stable sort leaves it so among equals.
+    ordered, order = cost.gather(-1, query).sort(dim=-1, stable=True)
+    return ordered, query.gather(-1, order).to(cost.dtype)
 
 
-def _in_one_copy(tensors: Sequence[Tensor]) -> list[NDArray[np.floating]]:
-    """Returns tensors of one type on the CPU; numbers of queries are exact in float32 too."""
-    if not tensors:
-        return []
-    together = torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
-    parts = np.split(together, ends[:-1])
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _sent_back(pairs: Sequence[NDArray[np.int64]], device: torch.device) -> list[Matches]:
-    """Returns matches on a device of (image, query, target) rows, without waiting for them."""
-    together = torch.as_tensor(np.concatenate(pairs, axis=1))
+def _sent_back(solved: Sequence[NDArray[np.int64]], device: torch.device) -> list[StageMatches]:
+    """Returns matches on a device of what `assign_candidates` gave, without waiting for them."""
+    together = torch.as_tensor(np.concatenate([rows.reshape(4, -1) for rows in solved], axis=1))
     if device.type == "cuda":
         together = together.pin_memory()
     together = together.to(device, non_blocking=True)
-    matches: list[Matches] = []
-    start = 0
-    for rows in pairs:
-        end = start + rows.shape[1]
-        image, query, target = together[:, start:end]
-        matches.append(Matches(image, query, target))
-        start = end
-    return matches
-
-
-def _solve(stage: Stage, numbers: Iterator[NDArray[np.floating]]) -> Iterator[NDArray[np.int64]]:
-    """Yields each layer's (image, query, target) rows, from what `_cheapest_of` gave."""
-    nobody = np.zeros((3, 0), np.int64)
-    of_layers = [[nobody] for _ in range(len(stage.logits))]
-    first_target = 0
-    for image, target in enumerate(stage.targets):
-        if len(target.labels) == 0:
-            continue
-        costs, queries = next(numbers), next(numbers).astype(np.int64)
-        for found, cost, query in zip(of_layers, costs, queries, strict=True):
-            matched, number = _assign(cost, query)
-            images = np.full_like(matched, image)
-            found.append(np.stack((images, matched, number + first_target)))
-        first_target += len(target.labels)
-    for found in of_layers:
-        yield np.concatenate(found, axis=1)
-
-
-def _assign(
-    cost: NDArray[np.floating], query: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns (query, target) numbers, ordered by query, from what `_cheapest_of` yields.
-
-    Raises:
-        NonFiniteLossError: a cost is not finite.
-    """
-    if np.isneginf(cost).any():
-        raise NonFiniteLossError("a matching cost is not finite: the student's output is broken")
-    allowed = np.isfinite(cost)
-    candidates, row = np.unique(query[allowed], return_inverse=True)
-    column = np.nonzero(allowed)[1]
-    # What is not among a target's cheapest is never its own: infinite, which scipy understands.
-    full = np.full((len(candidates), cost.shape[1]), np.inf)
-    full[row, column] = cost[allowed]
-    chosen, number = linear_sum_assignment(full)
-    return candidates[chosen], number.astype(np.int64)
-
-
-def matching_cost(
-    logits: Float[Tensor, "*layers num_queries num_classes"],
-    boxes_cxcywh: Float[Tensor, "*layers num_queries 4"],
-    target: Targets,
-    costs: MatchingCosts,
-) -> Float[Tensor, "*layers num_queries num_targets"]:
-    """Returns what it costs to give each query each target.
-
-    The class cost is the focal loss of the label said yes minus that of it said no.
-    """
-    # The labels that occur or, if they are fewer, all: LVIS has 866 columns, the encoder one.
-    few_columns = logits.shape[-1] < len(target.labels)
-    columns = logits if few_columns else logits[..., target.labels]
-    probability = at_least_float32(columns).sigmoid()
-    alpha, gamma = costs.focal_alpha, costs.focal_gamma
-    yes = alpha * (1 - probability) ** gamma * -(probability + 1e-12).log()
-    no = (1 - alpha) * probability**gamma * -(1 - probability + 1e-12).log()
-    gain = (yes - no)[..., target.labels] if few_columns else yes - no
-    boxes = at_least_float32(boxes_cxcywh)
-    wanted = target.boxes_cxcywh.to(boxes.dtype)
-    distance = torch.cdist(boxes, wanted, p=1)
-    overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
-    return costs.cost_class * gain + costs.cost_bbox * distance - costs.cost_giou * overlap
+    sizes = [rows[0].size for rows in solved]
+    return [
+        StageMatches(*part.view(rows.shape))
+        for rows, part in zip(solved, torch.split(together, sizes, dim=1), strict=True)
+    ]

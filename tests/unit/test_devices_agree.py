@@ -25,7 +25,8 @@ from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.step import MAX_OVERFLOWS, TrainingStep
 from dkdetr.engine.train import Watch, train
 from dkdetr.evaluation.detect import detect
-from dkdetr.losses.matcher import MatchingCosts, match
+from dkdetr.losses.matcher import match
+from dkdetr.losses.matching_cost import MatchingCosts
 from dkdetr.structures import Targets
 from pipeline.decoding import EncodedImage, decode_on_device
 from pipeline.encode_stream import BusyClock, embed_stream

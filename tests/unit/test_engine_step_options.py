@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import Launches
 from step_options import OPTIONS, FakeTeacher, step_of, training_batch
 from tiny_student import TEXT_DIM, tiny_config
 
 from dkdetr.data.transforms import ViewGeometry
 from dkdetr.engine.pairing import boxes_in_original, embed_own_anchors
+from dkdetr.engine.step import _means
 from dkdetr.experiment_file import ConfigError, config_from_dict, config_to_dict
 from dkdetr.structures import OriginalImage
 from dkdetr.student.build import build_student
@@ -116,12 +118,37 @@ def test_matching_is_done_again_only_where_pairs_depend_on_it(monkeypatch: pytes
     from dkdetr.losses import criterion
 
     calls = itertools.count()
-    match = criterion.match_stages
-    monkeypatch.setattr(criterion, "match_stages", lambda *a: (next(calls), match(*a))[1])
+    match = criterion.assign
+    monkeypatch.setattr(criterion, "assign", lambda *a: (next(calls), match(*a))[1])
     for name, expected in (("cached", 1), ("iou", 1), ("cached without auxiliary", 2)):
         before = next(calls)
         step_of(name)(training_batch(step_of(name).config))
         assert next(calls) - before - 1 == expected, name
+
+
+def test_figures_are_means_over_the_micro_batches_that_have_them_in_two_launches_a_count():
+    one, two, three, ten = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    with Launches() as counted:
+        means = _means([{"a": one, "b": two, "c": ten}, {"a": three, "b": three}])
+    assert {name: value.item() for name, value in means.items()} == {"a": 2, "b": 2.5, "c": 10}
+    assert list(means) == ["a", "b", "c"]
+    assert counted.total == 4
+    assert _means([]) == {}
+
+
+def test_buffers_are_kept_and_put_back_in_a_launch_a_type():
+    each = step_of("cached")
+    assert each.step._copy_of_buffers() == []  # without a scaler no step is taken back
+    each.step.scaler = torch.amp.GradScaler("cpu")
+    before = {name: value.clone() for name, value in each.student.named_buffers()}
+    assert {value.dtype for value in before.values()} == {torch.float32, torch.int64}
+    with Launches() as counted:
+        kept = each.step._copy_of_buffers()
+    assert counted.by_name == {"_foreach_copy_": 2}
+    for buffer in each.student.buffers():
+        buffer += 1
+    each.step._put_back(kept)
+    assert all(torch.equal(value, before[name]) for name, value in each.student.named_buffers())
 
 
 @pytest.mark.parametrize("flip", [False, True])

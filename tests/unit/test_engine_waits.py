@@ -52,17 +52,40 @@ class OnTheCPU(TorchDispatchMode):
         return result
 
 
+class Work(TorchDispatchMode):
+    """Remembers, as a stream and its event, what is launched between a copy and the wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+        self.while_copied: list[list[str]] = []
+
+    def record_event(self) -> "Work":
+        self.launched.clear()
+        return self
+
+    def synchronize(self) -> None:
+        self.while_copied.append(self.launched[:])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.launched.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def without_numbers(self: Tensor) -> np.ndarray:
-    """What `Tensor.numpy` gives here of a fake tensor: some numbers, all of them different."""
-    return np.arange(self.numel(), dtype=np.float32).reshape(self.shape)
+    """What `Tensor.numpy` gives here of a fake tensor: numbers of queries, neighbours different."""
+    fewest_queries = 6
+    return np.arange(self.numel(), dtype=np.float32).reshape(self.shape) % fewest_queries
 
 
-def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
+def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Copies, Work]:
     config = option_config(name)
     batch: TrainingBatch = training_batch(config)
     monkeypatch.setattr(FakeTensor, "numpy", without_numbers, raising=False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    copies = Copies()
+    copies, work = Copies(), Work()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: work)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             student = build_student(config, text_dim=TEXT_DIM).train()
@@ -72,7 +95,7 @@ def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
         batch = batch.to("cuda")
         denoising = fake_denoising(config.student.denoising) if config.student.denoising else None
         criterion = Criterion(config.detection, config.kd, teacher_mean=text[0])
-        with copies:
+        with copies, work:
             regions = batch.regions if config.kd.auxiliary_queries else None
             output = student(
                 batch.images, text, regions,
@@ -84,7 +107,7 @@ def waits_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Copies:
             if pairs is not None:
                 distillation_statistics(pairs)
         assert report.total.is_cuda
-    return copies
+    return copies, work
 
 
 def fake_denoising(groups: int) -> DenoisingQueries:
@@ -111,13 +134,28 @@ def test_the_watch_sees_what_waits():
 
 @pytest.mark.parametrize("name", ["cached", "siglip_bias", "everything extra", "masks", "iou"])
 def test_the_matching_alone_waits(name: str, monkeypatch: pytest.MonkeyPatch):
-    copies = waits_of(name, monkeypatch)
+    copies, _ = waits_of(name, monkeypatch)
     assert len(copies.down) == 1, copies.down
     assert len(copies.up) == 1, copies.up
 
 
+@pytest.mark.parametrize(
+    ("name", "operation", "times"),
+    [
+        ("cached", "aten::_log_softmax", 2),  # RKD, of images and batch: the teacher's relations
+        ("denoising", "aten::binary_cross_entropy_with_logits", 1),
+    ],
+)
+def test_a_gpu_has_work_while_pairs_are_assigned(
+    name: str, operation: str, times: int, monkeypatch: pytest.MonkeyPatch
+):
+    _, work = waits_of(name, monkeypatch)
+    (launched,) = work.while_copied
+    assert launched.count(operation) >= times, launched
+
+
 def test_pairs_that_depend_on_matches_wait_once_more(monkeypatch: pytest.MonkeyPatch):
-    copies = waits_of("cached without auxiliary", monkeypatch)
+    copies, _ = waits_of("cached without auxiliary", monkeypatch)
     assert (len(copies.down), len(copies.up)) == (2, 2), (copies.down, copies.up)
 
 

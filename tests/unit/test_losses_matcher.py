@@ -6,8 +6,9 @@ from scipy.optimize import linear_sum_assignment
 from tiny_student import boxes_inside
 
 from dkdetr.errors import NonFiniteLossError
-from dkdetr.losses import matcher
-from dkdetr.losses.matcher import MatchingCosts, match, match_image, matching_cost
+from dkdetr.losses import assignment, matcher
+from dkdetr.losses.matcher import match
+from dkdetr.losses.matching_cost import MatchingCosts, PairCosts, Stage
 from dkdetr.structures import Targets
 
 COSTS = MatchingCosts(cost_class=2, cost_bbox=5, cost_giou=2, focal_alpha=0.25, focal_gamma=2)
@@ -16,6 +17,27 @@ BOX_ONLY = MatchingCosts(cost_class=0, cost_bbox=1, cost_giou=0, focal_alpha=0.2
 
 def at(*centres: float) -> torch.Tensor:
     return torch.tensor([[centre, 0.5, 0.2, 0.2] for centre in centres])
+
+
+def matching_cost(
+    logits: torch.Tensor, boxes: torch.Tensor, target: Targets, costs: MatchingCosts
+) -> torch.Tensor:
+    """[queries, targets] of one image."""
+    price = PairCosts([Stage(logits[None, None], boxes[None, None])], costs)
+    return price(target.labels, target.boxes_cxcywh, torch.zeros_like(target.labels)).T
+
+
+def match_image(
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    target: Targets,
+    costs: MatchingCosts,
+    allowed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(query, target) indices of one image."""
+    valid = None if allowed is None else allowed[None]
+    matches = match(logits[None], boxes[None], [target], costs, valid=valid)
+    return matches.query_index, matches.target_index
 
 
 def test_the_whole_is_cheaper_than_greed():
@@ -69,7 +91,7 @@ def test_candidates_hold_the_optimum(seed: int, monkeypatch: pytest.MonkeyPatch)
         solved_sizes.append(len(cost))
         return linear_sum_assignment(cost)
 
-    monkeypatch.setattr(matcher, "linear_sum_assignment", spy)
+    monkeypatch.setattr(assignment, "linear_sum_assignment", spy)
     generator = torch.Generator().manual_seed(seed)
     reduced = 0
     for case in range(100):
@@ -133,7 +155,8 @@ def test_of_equal_costs_the_earlier_queries_are_taken(
     for patch in (False, True):
         if patch:
             monkeypatch.setattr(torch.Tensor, "topk", from_behind)
-        found = matcher._smallest(cost[None], 4)[0].sort(dim=0).values
-        assert torch.equal(found, wanted)
+        costs, found = matcher._smallest(cost.T[:, None], 4)
+        assert torch.equal(found.long().sort(dim=-1).values[:, 0].T, wanted)
+        assert torch.equal(costs[:, 0].T, cost.sort(dim=0).values[:4])
         query, _ = match_image(torch.zeros(num_queries, 1), boxes, target, BOX_ONLY)
         assert set(query.tolist()) <= set(wanted.flatten().tolist())

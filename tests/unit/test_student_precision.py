@@ -21,7 +21,7 @@ from tiny_student import (
 from dkdetr.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from dkdetr.losses import criterion
 from dkdetr.losses.criterion import Criterion, Normalisers
-from dkdetr.losses.matcher import Matches
+from dkdetr.losses.matcher import StageMatches
 from dkdetr.losses.relational_kd import relational_loss
 from dkdetr.losses.semantic_kd import semantic_bce_loss
 from dkdetr.structures import EncoderOutput, StudentOutput
@@ -71,16 +71,16 @@ def test_losses_agree_with_float32(dtype: torch.dtype, seed: int, monkeypatch: p
         return detector.SelectedAnchors(boxes, encoder.objectness_logits.detach())
 
     monkeypatch.setattr(detector, "select_anchors", in_token_order)
-    match, made = criterion.match_stages, list[list[list[Matches]]]()
+    assign, made = criterion.assign, list[list[StageMatches]]()
 
-    def remember(*args: Any) -> list[list[Matches]]:
-        made.append(match(*args))
+    def remember(*args: Any) -> list[StageMatches]:
+        made.append(assign(*args))
         return made[-1]
 
-    monkeypatch.setattr(criterion, "match_stages", remember)
+    monkeypatch.setattr(criterion, "assign", remember)
     plain = losses_of(run(None, seed), seed)
     replay = iter(made)
-    monkeypatch.setattr(criterion, "match_stages", lambda *_args: next(replay))
+    monkeypatch.setattr(criterion, "assign", lambda *_args: next(replay))
     half = losses_of(run(dtype, seed), seed)
     for name, value in plain.items():
         assert half[name].dtype == torch.float32

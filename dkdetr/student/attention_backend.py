@@ -63,13 +63,14 @@ def _problem(device: torch.device, dtype: torch.dtype, dims: Dims) -> str | None
     try:
         from triton.errors import TritonError
 
-        from dkdetr.student.attention_op import LEAST_CAPABILITY, MOST_QUERIES
+        from dkdetr.student.attention_op import LEAST_CAPABILITY, trial_queries
     except ImportError as error:
         return f"triton cannot be imported ({error})"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return f"the kernel wants compute capability {LEAST_CAPABILITY} or newer"
     try:
-        _try_out(device, dtype, dims, MOST_QUERIES)
+        for num_queries in trial_queries(device):
+            _try_out(device, dtype, dims, num_queries)
     except torch.OutOfMemoryError:
         raise
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:

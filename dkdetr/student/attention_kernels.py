@@ -3,7 +3,8 @@
 Shape letters as in `attention_reference`; in a program q counts its queries, p points, c channels.
 A tile [q, p, c] is laid over the threads so that a thread holds 16 bytes of neighbouring channels;
 the points of a level lie side by side, the levels are unrolled. Levels' sizes are plain numbers: a
-kernel serves pictures of every size.
+kernel serves pictures of every size. `level_sum_kernel` goes the other way round, a program does a
+square of a coarse map's cells.
 
 The file is imported by `attention_op` alone, when a kernel is first wanted. `no_type_check`: Triton
 reads these functions as text, so the tests' shape checks must not wrap them.
@@ -28,7 +29,8 @@ def _place(location, size):
     location = tl.minimum(tl.maximum(location, -9.0), 9.0)  # tl.clamp knows no float64
     x = tl.fma(location, size, -0.5)
     cell = tl.floor(x)
-    return cell.to(tl.int32), (x - cell) + tl.fma(location, size, -(x + 0.5))
+    # Not -(x + 0.5), which is rounded where it passes a power of two.
+    return cell.to(tl.int32), (x - cell) + (tl.fma(location, size, -x) - 0.5)
 
 
 @triton.jit
@@ -104,11 +106,12 @@ def backward_kernel(
     num_tokens, num_queries, heights, widths, starts,
     H: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    EXACT: tl.constexpr, TOGETHER: tl.constexpr,
+    EXACT: tl.constexpr, TOGETHER: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """Adds to `grad_value` [B, T, H, C], which is of type `EXACT`; writes the two others.
 
-    A thread reads and adds to `TOGETHER` neighbouring channels at once.
+    A thread reads and adds to `TOGETHER` neighbouring channels at once. Only the first `ADDED`
+    levels are added to: the others are `level_sum_kernel`'s.
     """
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -142,8 +145,67 @@ def backward_kernel(
             by_weight += share_x * share_y * likeness
             by_x += (share_y if corner % 2 else -share_y) * likeness
             by_y += (share_x if corner // 2 else -share_x) * likeness
-            added = (weight * share_x * share_y)[:, :, None] * grad
-            tl.atomic_add(grad_maps + cells, added, mask=read, sem="relaxed")
+            if level < ADDED:
+                added = (weight * share_x * share_y)[:, :, None] * grad
+                tl.atomic_add(grad_maps + cells, added, mask=read, sem="relaxed")
         tl.store(grad_weights_ptr + place, by_weight, mask=asked)
         tl.store(grad_locations_ptr + 2 * place, by_x * weight * width, mask=asked)
         tl.store(grad_locations_ptr + 2 * place + 1, by_y * weight * height, mask=asked)
+
+
+@triton.jit
+@no_type_check
+def _given(cells, first, second_share):
+    """Returns [cells, samples]: what each sample gives each cell of one axis."""
+    second = tl.where(cells[:, None] == first[None, :] + 1, second_share[None, :], 0.0)
+    return tl.where(cells[:, None] == first[None, :], 1 - second_share[None, :], second)
+
+
+@triton.jit(do_not_specialize=(*_SIZES[:2], "height", "width", "start", "level"))
+@no_type_check
+def level_sum_kernel(
+    locations_ptr, weights_ptr, grad_out_ptr, grad_value_ptr,
+    num_tokens, num_queries, height, width, start, level,
+    H: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
+    SIDE: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Adds one level's part to `grad_value` [B, T, H, C] in float32, as products of matrices.
+
+    For a square of `SIDE` x `SIDE` cells and `QUERIES` queries: what each query gives each
+    cell, times what it is given. Many queries share a cell of a coarse map, and only the sums of a
+    program are added atomically. Shares are rounded to the type of `grad_out` for the product,
+    which is done in `PRODUCT`, that type as well but in the interpreter.
+    """
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    across = tl.cdiv(width, SIDE)
+    squares = across * tl.cdiv(height, SIDE)
+    square, part = tl.program_id(0) % squares, tl.program_id(0) // squares
+    top_line, left_column = square // across * SIDE, square % across * SIDE
+    lines, columns = top_line + tl.arange(0, SIDE), left_column + tl.arange(0, SIDE)
+    c = tl.arange(0, BLOCK_C)
+    total = tl.zeros((SIDE * SIDE, BLOCK_C), dtype=tl.float32)
+    for first in range(0, QUERIES, BLOCK_Q):
+        q = part * QUERIES + first + tl.arange(0, BLOCK_Q)
+        asked = q < num_queries
+        row = (image * num_queries + q) * H + head
+        given = tl.zeros((SIDE, SIDE, BLOCK_Q), dtype=tl.float32)
+        for point in tl.static_range(P):
+            place = row * (L * P) + level * P + point
+            weight, left, right_share, top, bottom_share = _samples(
+                locations_ptr, weights_ptr, place, asked, width, height, tl.float32
+            )
+            down = weight[None, :] * _given(lines, top, bottom_share)
+            given += down[:, None, :] * _given(columns, left, right_share)[None, :, :]
+        known = asked[:, None] & (c < C)[None, :]
+        grad = tl.load(grad_out_ptr + row[:, None] * C + c[None, :], mask=known, other=0.0)
+        given = tl.reshape(given.to(grad.dtype).to(PRODUCT), (SIDE * SIDE, BLOCK_Q))
+        total = tl.dot(given, grad.to(PRODUCT), total, input_precision="tf32x3")
+    cell = tl.arange(0, SIDE * SIDE)
+    line, column = top_line + cell // SIDE, left_column + cell % SIDE
+    token = image * num_tokens + start + line * width + column
+    inside = (line < height) & (column < width)
+    tl.atomic_add(
+        grad_value_ptr + (token * H + head)[:, None] * C + c[None, :],
+        total, mask=inside[:, None] & (c < C)[None, :], sem="relaxed",
+    )  # fmt: skip

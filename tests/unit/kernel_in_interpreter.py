@@ -4,12 +4,15 @@
 environment before Triton is imported for the first time.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkdetr.errors import UsageError
+from dkdetr.student import attention_op
 from dkdetr.student.attention_backend import picks_triton, use_backend
 from dkdetr.student.attention_op import triton_attention
 from dkdetr.student.attention_reference import SpatialShapes
@@ -17,18 +20,41 @@ from dkdetr.student.deformable_attention import (
     MultiScaleDeformableAttention,
     deformable_attention,
 )
-from tests.attention_cases import CASES, check, draw
+from tests.attention_cases import CASES, SUMMED, check, draw, sum_levels
 
 
+@pytest.mark.parametrize("summed", SUMMED)
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference(name: str):
+def test_equals_the_reference(name: str, summed: str, monkeypatch: pytest.MonkeyPatch):
+    sum_levels(monkeypatch, SUMMED[summed])
     check(CASES[name](), triton_attention, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("summed", ["added", "summed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["the student's own", "on borders and middles", "far outside"])
-def test_equals_the_reference_in_other_types(name: str, dtype: torch.dtype):
+def test_equals_the_reference_in_other_types(
+    name: str, dtype: torch.dtype, summed: str, monkeypatch: pytest.MonkeyPatch
+):
+    sum_levels(monkeypatch, SUMMED[summed])
     check(CASES[name](), triton_attention, "cpu", dtype)
+
+
+def test_coarse_levels_are_summed_where_many_queries_share_them(monkeypatch: pytest.MonkeyPatch):
+    """Which levels are added to is the tile's word, but the levels that are summed are the last."""
+    sizes = [40, 40, 4, 4, 30, 30, 16, 16, 0, 3]
+    locations = torch.empty(1, 5000, 1, 5, 1, 2)
+    tile = attention_op._TILES[9, 0]
+    monkeypatch.setattr(attention_op, "_tile_for", lambda _device: tile)
+    value = torch.empty(1, 1, 1, 32)
+    assert attention_op._num_added(value, locations, sizes) == 3
+    assert attention_op._num_added(value, locations[:, :2047], sizes) == 5
+    assert attention_op._num_added(value, locations.double(), sizes) == 5
+    assert attention_op._num_added(torch.empty(1, 1, 1, 33), locations, sizes) == 5
+    tile = replace(tile, summed_cells=0)
+    assert attention_op._num_added(value, locations, sizes[:-2]) == 4
+    tile = replace(tile, summed_cells=1600)
+    assert attention_op._num_added(value, locations, sizes) == 0
 
 
 def test_gradients_equal_finite_differences():

@@ -13,7 +13,7 @@ import torch
 from dkdetr.errors import UsageError
 from dkdetr.student import attention_backend
 from dkdetr.student.attention_backend import picks_triton, use_backend
-from tests.attention_cases import CASES, SHARE, check
+from tests.attention_cases import CASES, SHARE, SUMMED, check, sum_levels
 from tests.e2e.commands import ROOT
 from tests.tiny_student import tiny_config, tiny_student
 
@@ -46,9 +46,13 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", SHARE)
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference_on_a_gpu(name: str, dtype: torch.dtype):
+@pytest.mark.parametrize("summed", SUMMED)
+def test_equals_the_reference_on_a_gpu(
+    name: str, dtype: torch.dtype, summed: str, monkeypatch: pytest.MonkeyPatch
+):
     from dkdetr.student.attention_op import triton_attention
 
+    sum_levels(monkeypatch, SUMMED[summed])
     check(CASES[name](), triton_attention, "cuda", dtype)
 
 
@@ -109,6 +113,7 @@ def test_the_setting_reaches_every_attention():
 
 # What adds to memory: Hopper four neighbouring floats at once.
 ADDITIONS = {80: r"(atom|red)\.global", 90: r"(atom|red)\.global[^;]*\.v4\.f32"}
+PRODUCTS = {80: r"mma\.sync[^;]*\.bf16", 90: r"wgmma[^;]*\.bf16"}
 
 
 class AbsentGPU:
@@ -132,7 +137,7 @@ class AbsentGPU:
 def compiled_for(
     capability: int, dtype: torch.dtype, dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> list[Any]:
-    """The forward and the backward kernel as a call compiles them on such a GPU."""
+    """The three kernels as a call compiles them on such a GPU: forward, backward, level sum."""
     from triton.runtime.driver import driver
 
     from dkdetr.student import attention_op
@@ -145,19 +150,24 @@ def compiled_for(
     with torch.device("meta"):
         exact = torch.promote_types(dtype, torch.float32)
         value = torch.empty(1, 64 * L, H, C, dtype=dtype)
+        sums = torch.empty(1, 64 * L, H, C, dtype=exact)
         locations = torch.empty(1, 100, H, L, P, 2, dtype=exact)
         weights, out = locations[..., 0], torch.empty(1, 100, H * C, dtype=dtype)
-    given = [value, locations, weights, out]
-    for kernel, tensors in (
-        (attention_op.forward_kernel, given),
-        (attention_op.backward_kernel, [*given, value.to(exact), locations, weights]),
-    ):
+    for name in ("forward_kernel", "backward_kernel", "level_sum_kernel"):
+        kernel = getattr(attention_op, name)
+
         # As in a launch, down to how Triton tells arguments apart; but nothing is launched.
         def compile_only(*args: Any, warmup: bool, run: Any = kernel.run, **more: Any) -> None:
             kernels.append(run(*args, warmup=True, **more))
 
         monkeypatch.setattr(kernel, "run", compile_only)
-        attention_op._launch(kernel, tensors, [8, 8] * L)
+    given, sizes = [value, locations, weights, out], [8, 8] * L
+    attention_op._launch(attention_op.forward_kernel, given, sizes)
+    attention_op._launch(
+        attention_op.backward_kernel, [*given, sums, locations, weights], sizes, ADDED=L - 1
+    )
+    if dtype is not torch.float64:
+        attention_op._sum_level(L - 1, [locations, weights, out, sums], sizes)
     return kernels
 
 
@@ -175,19 +185,23 @@ def resources(cubin: bytes, path: Path) -> str:
 def test_compiles_for_gpus_that_are_not_here(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Registers do not spill, a thread reads 16 bytes at once, Hopper adds four floats at once."""
+    """Hardly a register spills, a thread reads 16 bytes at once, Hopper adds four floats at once;
+    a level's sum is a product on tensor cores."""
     pytest.importorskip("triton")
-    forward, backward = compiled_for(capability, torch.bfloat16, DIMS, monkeypatch)
-    for kernel in (forward, backward):
+    forward, backward, level_sum = compiled_for(capability, torch.bfloat16, DIMS, monkeypatch)
+    for kernel in (forward, backward, level_sum):
         taken = resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
         print(capability, kernel.name, re.findall(r"REG:\d+ STACK:\d+", taken))
-        assert "STACK:0 " in taken
+        spilled = int(re.findall(r"STACK:(\d+)", taken)[0])
+        assert spilled <= (8 if kernel is level_sum else 0)  # Triton 3.6 on Ampere: two registers
     assert re.search(r"ld\.global[^;]*\.v4\.b32", forward.asm["ptx"])
     assert re.search(ADDITIONS[capability], backward.asm["ptx"])
+    assert re.search(PRODUCTS[capability], level_sum.asm["ptx"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_other_types_compile_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """The interpreter knows operations that the compiler lacks for a type."""
     pytest.importorskip("triton")
-    assert len(compiled_for(90, dtype, (2, 5, 2, 3), monkeypatch)) == 2
+    kernels = compiled_for(90, dtype, (2, 5, 2, 3), monkeypatch)
+    assert len(kernels) == (2 if dtype is torch.float64 else 3)

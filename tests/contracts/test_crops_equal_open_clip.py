@@ -11,8 +11,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from pipeline.crops import CropRule, crop_windows
-from pipeline.resampling import Look, cut_by_matrices, cut_one_by_one
+from pipeline.resampling import cut_by_kernel, cut_by_matrices, cut_one_by_one
 from pipeline.teacher import load_teacher
+from pipeline.window_fit import Look
 
 REAL_COCO = "DKDETR_TEST_COCO"
 WAYS = {
@@ -20,6 +21,8 @@ WAYS = {
     "matrices": lambda *given: cut_by_matrices(*given, dtype=torch.float32),
     "half matrices": lambda *given: cut_by_matrices(*given, dtype=torch.float16),
 }
+if os.environ.get("TRITON_INTERPRET") == "1":  # test_pipeline_crop_kernel runs this file so
+    WAYS["kernel"] = lambda image, windows, look: next(cut_by_kernel([image], [windows], look))
 RESIZE_MODES = {"squash": "squash", "clip_center": "shortest"}
 BOXES = np.array(
     [[10, 20, 90, 60], [100, 30, 340, 310], [300, 100, 420, 130], [50, 50, 66, 66],

@@ -44,6 +44,7 @@ from pipeline.proposal_sources import (
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.recall import cache_recall
 from pipeline.request import CacheRequest, CacheSummary, ProposalsReady
+from pipeline.resampling import resampling_on
 from pipeline.shard_worker import (
     ShardJob,
     ShardReport,
@@ -55,7 +56,7 @@ from pipeline.shard_worker import (
 )
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
-from pipeline.teacher_model import Teacher
+from pipeline.teacher_model import Teacher, usual_batch
 
 _RECALL_IMAGES = 2000
 _STOPPED = "stopped by SIGTERM; what was finished stands, and the same command goes on from there"
@@ -154,7 +155,7 @@ def _fill(
     for note in notes:
         say(note)
     rule = teacher.resolve(request.crops)
-    crop_batch = request.crop_batch or (256 if teacher.device.type == "cuda" else 64)
+    crop_batch = request.crop_batch or usual_batch(teacher.device)
     plan = plan_cache(split, request, teacher.embed_dim, crop_batch=crop_batch)
     parts = cache_parts(request, split, images, source, teacher, plan, rule)
     own_canary = pack_canary(canary_embeddings(teacher))
@@ -218,6 +219,7 @@ def _job(
         encoder=teacher.encoder,
         decoder=choose_decoder(request.decoder, teacher.device),
         device=request.device,
+        resampling=resampling_on(teacher.device),
         canary=canary,
         proposals=prepared,
         proposal_rule=ProposalRule(keep=request.keep),

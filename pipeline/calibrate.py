@@ -33,7 +33,7 @@ from pipeline.readable_images import READ_THREADS
 from pipeline.request import CacheRequest
 from pipeline.shard_worker import PendingImage, crops_of
 from pipeline.teacher import load_teacher, teacher_embed_dim
-from pipeline.teacher_model import Teacher
+from pipeline.teacher_model import Teacher, usual_batch
 
 _IMAGES_A_SHARD = 4
 _TEXTS = 64
@@ -104,7 +104,7 @@ def price_cache(request: CacheRequest) -> CachePrice:
 
 
 def _crop_batch(request: CacheRequest, teacher: Teacher) -> int:
-    return request.crop_batch or (256 if teacher.device.type == "cuda" else 64)
+    return request.crop_batch or usual_batch(teacher.device)
 
 
 def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dkdetr.errors import UsageError
-from pipeline.resampling import Placement
+from pipeline.window_fit import Placement
 
 _MIN_SIDE = 2
 _MAX_SCALE = 10.0

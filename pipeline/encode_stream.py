@@ -46,7 +46,7 @@ def embed_stream(
         crops.append(stack)
         num_crops += len(stack)
         while num_crops >= batch_size:
-            joined = torch.cat(crops)
+            joined = torch.cat(crops) if len(crops) > 1 else crops[0]
             launched.append(_Rows(encode(joined[:batch_size])))
             crops, num_crops = [joined[batch_size:]], num_crops - batch_size
             if len(launched) > _IN_FLIGHT:

@@ -31,9 +31,11 @@ from pipeline.canary import check_canary
 from pipeline.crops import CropRule, combine_crops, crop_windows
 from pipeline.decoding import Decoder
 from pipeline.encode_stream import BusyClock, embed_stream
+from pipeline.picture_upload import on_device
 from pipeline.proposal_sources import open_source
 from pipeline.proposals import ProposalRule, Proposals, ProposalSource, SourceImage, apply_rule
 from pipeline.readable_images import readable_images
+from pipeline.resampling import resampling_on
 from pipeline.teacher import Precision, load_teacher
 from pipeline.teacher_model import Encoder, Teacher
 
@@ -53,6 +55,8 @@ class ShardJob:
     encoder: Encoder
     decoder: Decoder
     device: str
+    resampling: str
+    """The way that the cache's fingerprint records; see pipeline.resampling."""
     canary: str
     proposals: str
     """A prepared source: see pipeline.proposal_sources."""
@@ -157,6 +161,12 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
             f"the teacher '{job.teacher}' is {teacher.identity} on this worker and "
             f"{job.teacher_identity} where the cache was planned: give all workers the same weights"
         )
+    if resampling_on(device) != job.resampling:
+        raise MismatchError(
+            f"crops are cut here by '{resampling_on(device)}' and where the cache was planned by "
+            f"'{job.resampling}': their pixels differ by grey levels; give all workers the same "
+            "device and packages"
+        )
     check_canary(job.canary, teacher, where=f"the cache {job.cache_path}")
     return ShardTools(
         plan=load_plan(job.cache_path),
@@ -196,7 +206,7 @@ def embed_images(job: ShardJob, shard: int, tools: ShardTools) -> MadeShard:
             waited += time.monotonic() - asked
             if chunk is None:
                 return
-            pictures = [picture for _, picture in chunk]
+            pictures = on_device([picture for _, picture in chunk], teacher.device)
             new: list[PendingImage] = []
             for (image, picture), found in zip(chunk, tools.source.propose(pictures), strict=True):
                 height, width = picture.pixels.shape[:2]
@@ -243,10 +253,8 @@ def crops_of(
         boxes = np.concatenate((image.proposals.boxes_xyxy, image.base.boxes_xyxy))
         mine = crop_windows(boxes.astype(np.float32), rule, height=height, width=width)
         windows.append(np.concatenate((mine.reshape(-1, 4), [[0, 0, width, height]])))
-    pixels = [
-        torch.as_tensor(picture.pixels).permute(2, 0, 1).to(teacher.device).contiguous()
-        for picture in pictures
-    ]
+    there = on_device(pictures, teacher.device)
+    pixels = [torch.as_tensor(picture.pixels).permute(2, 0, 1) for picture in there]
     cut = teacher.cut_pictures(pixels, windows, rule)
     for image, crops in zip(images, cut, strict=True):
         if rule.views == "orig":

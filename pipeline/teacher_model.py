@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from dkdetr.resampling import Interpolation
 from pipeline.crops import CropRule, combine_crops, crop_windows
 from pipeline.fused_tower import FusedTower
-from pipeline.resampling import Look, Placement, cut_pictures, cut_windows, resampling_on
+from pipeline.resampling import cut_pictures, cut_windows, resampling_on
 from pipeline.teacher_source import TeacherSource
+from pipeline.window_fit import Look, Placement
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Encoder = Literal["open_clip", "fused", "compiled"]
 """Whose code computes the image tower: open_clip's, ours, or ours through torch.compile."""
 _ENCODERS = {"fused": "fused ViT", "compiled": "fused ViT, torch.compile"}
-_TEXT_BATCH = 256
+_TEXT_BATCH, _REGION_BATCH = 256, 64
 _TOKENIZER_PROBE = "A photo of the RED umbrella's handle, 2 o'clock!"
 
 
@@ -97,8 +98,12 @@ class Teacher:
         self._tower: Any = None
         if encoder != "open_clip":
             self._tower = FusedTower(cast("Any", model).visual, _DTYPES[precision])
+        self._region_batch = _REGION_BATCH
         if encoder == "compiled":
-            self._tower = torch.compile(self._tower)
+            # One program a batch size, none of any size, which would be slower: so regions, the
+            # canary's with them, come in the batches that a cache is made in.
+            self._tower = torch.compile(self._tower, dynamic=False)
+            self._region_batch = usual_batch(device)
 
     @property
     def identity(self) -> str:
@@ -176,16 +181,26 @@ class Teacher:
         height, width = image.shape[:2]
         windows = crop_windows(boxes_xyxy, rule, height=height, width=width)
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        crops = self.cut(pixels.to(self.device).contiguous(), windows.reshape(-1, 4), rule)
+        crops = self.cut(pixels.to(self.device), windows.reshape(-1, 4), rule)
         crops = crops.unflatten(0, windows.shape[:2])
         if rule.views == "avg":
             crops = torch.cat((crops, crops.flip(-1)), dim=1)
         per_box = crops.shape[1]
-        batches = [self.crop_features(part) for part in crops.flatten(0, 1).split(64) if len(part)]
-        if not batches:
+        parts = [part for part in crops.flatten(0, 1).split(self._region_batch) if len(part)]
+        if not parts:
             return np.zeros((0, self.embed_dim), dtype=np.float32)
-        rows = np.concatenate(batches)
+        rows = np.concatenate([self._region_features(part) for part in parts])
         return combine_crops(rows.reshape(-1, per_box, self.embed_dim), rule.combine)
+
+    def _region_features(
+        self, crops: UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[np.ndarray, "batch embed_dim"]:
+        """Returns the crops' features; a compiled tower is given whole batches alone."""
+        missing = self._region_batch - len(crops)
+        if self.encoder != "compiled" or not missing:
+            return self.crop_features(crops)
+        padding = crops.new_zeros((missing, *crops.shape[1:]))
+        return self.crop_features(torch.cat((crops, padding)))[: len(crops)]
 
     def cut(
         self, pixels: UInt8[Tensor, "3 height width"], windows: np.ndarray, rule: CropRule
@@ -221,6 +236,11 @@ class Teacher:
         enabled = self.precision != "fp32"
         dtype = _DTYPES[self.precision] if enabled else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+
+
+def usual_batch(device: torch.device) -> int:
+    """Returns how many crops a device encodes at once where nobody says otherwise."""
+    return 256 if device.type == "cuda" else 64
 
 
 def tensors_sha256(model: nn.Module) -> str:

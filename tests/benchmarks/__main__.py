@@ -74,7 +74,8 @@ BENCHMARKS = (
     Benchmark(
         "cache_fill", "The cache stage by part",
         cpu="--teacher pictograms --images 32 --boxes 16 --repeats 1",
-        gpu="--images 528 --boxes 300 --workers 8 --repeats 1",
+        gpu="--images 528 --boxes 300 --workers 8 --repeats 1 --decoder torchvision "
+        "--encoder compiled",
         peers=recorded.CACHE,
     ),
     Benchmark("inference", "Inference", gpu="--compile", peers=recorded.INFERENCE),

@@ -2,12 +2,14 @@
 
 The usual way: Pillow opens the picture and cuts each crop, open_clip's own preprocessing makes it a
 tensor, a DataLoader batches one picture at a time, and the vectors go into one file a picture. All
-three on the same pictures, boxes, teacher and device, in one run.
+three on the same pictures, boxes, teacher and device, in one run. The teacher is loaded, and
+compiled, once before anything is timed.
 
 On a CPU time is that of the process (without loader processes of the usual way), so that a busy
 machine changes little; on a GPU it is the clock's.
 
 python -m tests.benchmarks.cache_fill [--teacher MODEL:WEIGHTS] [--images 48] [--boxes 4]
+    [--decoder torchvision] [--encoder compiled]    # the target's, on a GPU
 """
 
 import argparse
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import open_clip
@@ -33,9 +36,13 @@ from pipeline.build import cache_teacher  # noqa: E402
 from pipeline.crops import CropRule, crop_windows  # noqa: E402
 from pipeline.decoding import EncodedImage, decode_on_device  # noqa: E402
 from pipeline.fused_tower import can_be_fused  # noqa: E402
+from pipeline.picture_upload import on_device as uploaded  # noqa: E402
+from pipeline.proposals import SourceImage  # noqa: E402
 from pipeline.request import CacheRequest  # noqa: E402
+from pipeline.resampling import cut_by_kernel, cut_one_by_one, cut_together  # noqa: E402
 from pipeline.teacher import load_teacher  # noqa: E402
 from pipeline.teacher_model import Teacher  # noqa: E402
+from pipeline.window_fit import Look  # noqa: E402
 from tests.benchmarks.machine import describe  # noqa: E402
 
 HEIGHT, WIDTH = 480, 640
@@ -48,6 +55,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48, help="more than 16")
     parser.add_argument("--boxes", type=int, default=4, help="of an image")
     parser.add_argument("--crop-batch", type=int, help="default: 256 on CUDA, 64 elsewhere")
+    parser.add_argument("--decoder", choices=("pillow", "torchvision"), default="pillow")
+    parser.add_argument(
+        "--encoder", choices=("auto", "open_clip", "fused", "compiled"), default="auto"
+    )
     parser.add_argument("--workers", type=int, default=0, help="loader processes; with a GPU only")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--repeats", type=int, default=2, help="the best counts")
@@ -60,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         boxes = write_pictures(root, options.images, options.boxes)
-        teacher = load_teacher(options.teacher, device)
+        teacher = load_teacher(options.teacher, device, encoder=options.encoder)
         batch = options.crop_batch or (256 if device == "cuda" else 64)
         crops = options.images * options.boxes * len(CropRule().scales)
         print(
@@ -71,12 +82,13 @@ def main() -> None:
         print(f"crops {unit}, best of {options.repeats}")
         print("| what | crops | of the encoder alone |\n|---|---|---|")
         ceiling = max(encoder_rate(teacher, batch, crops) for _ in range(options.repeats))
-        print(f"| encoder alone, batches of {batch} | {ceiling:.1f} | 1.00 |")
+        print(f"| encoder alone ({teacher.encoder}), batches of {batch} | {ceiling:.1f} | 1.00 |")
         ours = max(
-            fill_rate(root, root / f"cache{number}", options, batch)
+            fill_rate(root, root / f"cache{number}", options, teacher, batch)
             for number in range(options.repeats)
         )
-        what = "cache-teacher: decode, crop, encode, write"
+        what = "cache-teacher: decode, crop, encode, write, "
+        what += f"--decoder {options.decoder} --encoder {teacher.encoder}"
         print(f"| {what} | {ours:.1f} | {ours / ceiling:.2f} |")
         print(f"\n| part, by itself | {unit} |\n|---|---|")
         for part, rate in part_rates(root, boxes, teacher, options.teacher, batch):
@@ -133,11 +145,13 @@ def _an_object(image_id: int, box: np.ndarray) -> dict[str, Any]:
     return {"id": image_id, "image_id": image_id, "category_id": person, "bbox": bbox, "iscrowd": 0}
 
 
-def fill_rate(root: Path, out: Path, options: argparse.Namespace, batch: int) -> float:
+def fill_rate(
+    root: Path, out: Path, options: argparse.Namespace, teacher: Teacher, batch: int
+) -> float:
     """Returns the rate of `cache-teacher` over all but one shard's images.
 
-    The same command on one shard's pictures has the same start (teacher, canary, names), which so
-    falls out of the difference. The crops of whole pictures and base objects count too.
+    The same command on one shard's pictures has the same start (canary, names), which so falls out
+    of the difference. The crops of whole pictures and base objects count too.
     """
     took = []
     for part in ("one_shard", "train"):
@@ -149,9 +163,12 @@ def fill_rate(root: Path, out: Path, options: argparse.Namespace, batch: int) ->
             prompts="single",
             keep=options.boxes,
             crop_batch=batch,
+            decoder=options.decoder,
+            encoder=teacher.encoder,
             neighbors=False,
         )
-        took.append(seconds(lambda wanted=request: cache_teacher(wanted)))
+        with patch("pipeline.build.load_teacher", lambda *_given, **_how: teacher):
+            took.append(seconds(lambda wanted=request: cache_teacher(wanted)))
     windows = (options.boxes + 1) * len(CropRule().scales) + 1
     return (options.images - SHARD) * windows / (took[1] - took[0])
 
@@ -189,24 +206,48 @@ def part_rates(
     on_device()
     yield "JPEGs, Pillow, one thread", len(paths) / seconds(by_pillow)
     yield f"JPEGs, torchvision on {teacher.device}", len(paths) / seconds(on_device)
-    pixels = [torch.as_tensor(each).permute(2, 0, 1).to(teacher.device).contiguous()
-              for each in by_pillow()[:8]]  # fmt: skip
+    chunk = [SourceImage(number, pixels) for number, pixels in enumerate(by_pillow()[:8])]
+    if teacher.device.type == "cuda":
+        uploaded(chunk, teacher.device)
+        rounds = 20
+        took = seconds(lambda: [uploaded(chunk, teacher.device) for _ in range(rounds)])
+        yield "decoded pictures to the GPU, 8 in one copy", rounds * len(chunk) / took
+    pixels = [torch.as_tensor(each.pixels).permute(2, 0, 1).contiguous()
+              for each in uploaded(chunk, teacher.device)]  # fmt: skip
     windows = [crop_windows(boxes[number], CropRule(), height=HEIGHT, width=WIDTH).reshape(-1, 4)
                for number in sorted(boxes)[:8]]  # fmt: skip
-    count = sum(len(each) for each in windows)
-
-    def cut() -> list[torch.Tensor]:
-        return list(teacher.cut_pictures(pixels, windows, CropRule()))
-
-    cut()
-    yield "crops cut", count / seconds(cut)
+    for way, cut in ways_to_cut(teacher, pixels, windows).items():
+        cut()
+        yield f"crops cut, {way}", sum(len(each) for each in windows) / seconds(cut)
     kinds = ["open_clip"]
     if can_be_fused(teacher._model.visual):  # type: ignore[attr-defined]
         kinds += ["fused", *(["compiled"] if torch.cuda.is_available() else [])]
     for kind in kinds:
-        other = load_teacher(spec, teacher.device, encoder=kind)
+        other = teacher
+        if kind != teacher.encoder:
+            other = load_teacher(spec, teacher.device, encoder=kind)
         rounds = 100 if torch.cuda.is_available() else 4
         yield f"crops encoded, --encoder {kind}", encoder_rate(other, batch, rounds * batch)
+
+
+def ways_to_cut(
+    teacher: Teacher, pixels: list[torch.Tensor], windows: list[np.ndarray]
+) -> dict[str, Callable[[], object]]:
+    """Returns by name what cuts all windows on the teacher's device."""
+    how = teacher.preprocessing
+    look = Look(how.size_hw, "squash", how.interpolation, how.fill)
+    if teacher.device.type != "cuda":
+        return {
+            "torchvision, one by one": lambda: [
+                cut_one_by_one(each, mine, look) for each, mine in zip(pixels, windows, strict=True)
+            ]
+        }
+    return {
+        "Triton kernels": lambda: list(cut_by_kernel(pixels, windows, look)),
+        "products of matrices": lambda: list(
+            cut_together(pixels, windows, look, dtype=torch.float16)
+        ),
+    }
 
 
 class UsualCrops(torch.utils.data.Dataset[Any]):

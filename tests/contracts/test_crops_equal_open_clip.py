@@ -11,8 +11,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from pipeline.crops import CropRule, crop_windows
-from pipeline.resampling import Look, cut_by_matrices, cut_one_by_one
+from pipeline.resampling import cut_by_kernel, cut_by_matrices, cut_one_by_one
 from pipeline.teacher import load_teacher
+from pipeline.window_fit import Look
 
 REAL_COCO = "DKDETR_TEST_COCO"
 WAYS = {
@@ -20,6 +21,9 @@ WAYS = {
     "matrices": lambda *given: cut_by_matrices(*given, dtype=torch.float32),
     "half matrices": lambda *given: cut_by_matrices(*given, dtype=torch.float16),
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:  # slow, so it alone; test_pipeline_crop_kernel runs this file so
+    WAYS = {"kernel": lambda image, windows, look: next(cut_by_kernel([image], [windows], look))}
 RESIZE_MODES = {"squash": "squash", "clip_center": "shortest"}
 BOXES = np.array(
     [[10, 20, 90, 60], [100, 30, 340, 310], [300, 100, 420, 130], [50, 50, 66, 66],
@@ -38,12 +42,13 @@ def test_crops_embed_as_those_of_pillow_and_open_clip(spec: str, count: int) -> 
     how = teacher.preprocessing
     crops: dict[tuple[str, str], list[torch.Tensor]] = {}
     expected: dict[str, list[torch.Tensor]] = {}
-    for path in _photographs(count):
+    for path in _photographs(1 if INTERPRETED else count):
         with Image.open(path) as file:
             picture = file.convert("RGB")
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
         size = {"height": picture.height, "width": picture.width}
         windows = crop_windows(BOXES, CropRule(), **size).reshape(-1, 4)
+        windows = windows[::5] if INTERPRETED else windows
         for placement, resize_mode in RESIZE_MODES.items():
             preprocess = image_transform(
                 how.size_hw, is_train=False, mean=how.mean, std=how.std, resize_mode=resize_mode,
@@ -70,7 +75,7 @@ def _open_clip_rows(teacher, pixels: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("placement", ["squash", "clip_center", "pad_square"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_matrices_give_torchvisions_pixels(placement: str, interpolation: str) -> None:
+def test_every_way_gives_torchvisions_pixels(placement: str, interpolation: str) -> None:
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 255, (13, 17, 3), dtype=np.uint8)
     picture = np.array(Image.fromarray(coarse).resize((130, 90), Image.Resampling.BICUBIC))
@@ -80,9 +85,10 @@ def test_matrices_give_torchvisions_pixels(placement: str, interpolation: str) -
     )
     look = Look((32, 32), placement, interpolation, (120, 7, 250))  # type: ignore[arg-type]
     one_by_one = cut_one_by_one(pixels, windows, look).int()
-    for dtype, limit in ((torch.float32, 2), (torch.float16, 3)):
-        together = cut_by_matrices(pixels, windows, look, dtype=dtype).int()
-        assert (together - one_by_one).abs().max() <= limit, (dtype, placement)
+    for way, cut in WAYS.items():
+        limit = 3 if way == "half matrices" else 2
+        together = cut(pixels, windows, look).int()
+        assert (together - one_by_one).abs().max() <= limit, (way, placement)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -177,6 +177,20 @@ def test_another_teacher_or_picture_is_refused_in_words(
         cache_teacher(request_)
 
 
+def test_a_cache_is_finished_by_the_way_of_cutting_that_began_it(
+    request_: CacheRequest, teacher_spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ways differ by grey levels, which the canary would let pass."""
+    cache_teacher(request_)
+    teacher = load_teacher(teacher_spec)
+    job = build._job(request_, teacher, "", "", 64, CropRule())
+    with pytest.raises(MismatchError, match="crops are cut here by 'torchvision"):
+        shard_worker.tools_of(replace(job, resampling="another way"), 0)
+    monkeypatch.setattr("pipeline.teacher_model.resampling_on", lambda _device: "another way")
+    with pytest.raises(StaleCacheError, match=r"teacher\.resampling"):
+        cache_teacher(request_)
+
+
 def test_a_teacher_that_embeds_otherwise_is_caught_by_the_canary(
     request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,8 +30,9 @@ from dkdetr.losses.matching_cost import MatchingCosts
 from dkdetr.structures import Targets
 from pipeline.decoding import EncodedImage, decode_on_device
 from pipeline.encode_stream import BusyClock, embed_stream
-from pipeline.resampling import Look, cut_pictures
+from pipeline.resampling import cut_pictures
 from pipeline.teacher import load_teacher
+from pipeline.window_fit import Look
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPTIONS = ["cached", "iou", "everything extra", "masks", "cached without auxiliary"]

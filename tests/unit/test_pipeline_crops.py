@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from pipeline.crops import CropRule, combine_crops, crop_windows
-from pipeline.resampling import Look, cut_windows
+from pipeline.resampling import cut_windows
+from pipeline.window_fit import Look
 
 
 def test_windows_round_outward_and_grow_about_the_centre() -> None:

@@ -6,7 +6,8 @@ import torch
 
 from pipeline import encode_stream
 from pipeline.encode_stream import BusyClock, embed_stream
-from pipeline.resampling import Look, cut_by_matrices, cut_together
+from pipeline.resampling import cut_by_matrices, cut_together
+from pipeline.window_fit import Look
 
 
 @pytest.mark.parametrize("sizes", [[3, 4, 0, 9], [0, 0, 5], [8, 8], [1], [16, 0], [40, 0, 41]])

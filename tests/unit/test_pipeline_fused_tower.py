@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from dkdetr.errors import UsageError
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
+from pipeline.encode_stream import embed_stream
 from pipeline.fused_tower import FusedTower, can_be_fused
 from pipeline.teacher import load_teacher
+from pipeline.teacher_model import usual_batch
 
 VISION = {"image_size": 64, "layers": 4, "width": 96, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -86,7 +88,9 @@ def test_half_precision_stays_near_float32_and_as_near_as_autocast(
 
 def test_compiled_it_still_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **how: compile_(module, backend="aot_eager", **how)
+    )
     spec = teacher_spec(tmp_path, "compiled-tower")
     usual, compiled = load_teacher(spec), load_teacher(spec, encoder="compiled")
     crops = crops_of(64)
@@ -123,3 +127,36 @@ def test_other_towers_are_left_to_open_clip(changes: dict, tmp_path: Path) -> No
     assert not can_be_fused(teacher._model.visual)  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="no plain ViT"):
         load_teacher(spec, encoder="fused")
+
+
+def test_compiled_it_is_one_program_of_fixed_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The canary's few crops, a shard's last ones and regions of any number share the batch."""
+    shapes: list[tuple[object, ...]] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        pixels = [given for given in inputs if getattr(given, "ndim", 0) == 4]
+        shapes.append(tuple(pixels[0].shape) if pixels else ("no pixels",))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **how: compile_(module, backend=count, **how)
+    )
+    torch._dynamo.reset()
+    spec = teacher_spec(tmp_path, "counted-tower")
+    usual, compiled = load_teacher(spec), load_teacher(spec, encoder="compiled")
+    batch = usual_batch(compiled.device)
+    packed = pack_canary(canary_embeddings(usual))
+    assert check_canary(packed, compiled, where="it") > 0.9999
+    crops = crops_of(64, 40)
+    stacks = [crops, crops[:30], crops[:1]]
+    rows = list(embed_stream(stacks, compiled.features_on_device, batch_size=batch))
+    np.testing.assert_allclose(rows[1], usual.crop_features(crops[:30]), atol=2e-4, rtol=1e-4)
+    picture = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    boxes = np.tile(np.array([[5, 5, 60, 80]], dtype=np.float32), (45, 1))
+    found = compiled.encode_regions(picture, boxes)
+    np.testing.assert_allclose(found, usual.encode_regions(picture, boxes), atol=1e-4)
+    assert shapes == [(batch, 3, 64, 64)]
+    torch._dynamo.reset()

@@ -13,6 +13,7 @@ import torch
 from dkdetr.errors import UsageError
 from dkdetr.student import attention_backend
 from dkdetr.student.attention_backend import picks_triton, use_backend
+from tests.absent_gpu import AbsentGPU, resources
 from tests.attention_cases import CASES, SHARE, SUMMED, check, sum_levels
 from tests.e2e.commands import ROOT
 from tests.tiny_student import tiny_config, tiny_student
@@ -116,24 +117,6 @@ ADDITIONS = {80: r"(atom|red)\.global", 90: r"(atom|red)\.global[^;]*\.v4\.f32"}
 PRODUCTS = {80: r"mma\.sync[^;]*\.bf16", 90: r"wgmma[^;]*\.bf16"}
 
 
-class AbsentGPU:
-    """What Triton asks a driver for while it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # a device of its own: Triton remembers what it compiled for one
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compiled_for(
     capability: int, dtype: torch.dtype, dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> list[Any]:
@@ -169,16 +152,6 @@ def compiled_for(
     if dtype is not torch.float64:
         attention_op._sum_level(L - 1, [locations, weights, out, sums], sizes)
     return kernels
-
-
-def resources(cubin: bytes, path: Path) -> str:
-    """What a compiled kernel takes: its stack is where registers spill to."""
-    import triton
-
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), "-res-usage", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("capability", ADDITIONS)

@@ -1,0 +1,73 @@
+"""Whether the Triton kernels cut the teacher's crops on a device, or the products of matrices."""
+
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from dkdetr.resampling import Interpolation
+from pipeline.window_fit import Look
+
+_RAMP = tuple(range(0, 256, 17))
+_WANTED: dict[Interpolation, tuple[int, ...]] = {
+    "bicubic": (20, 72, 127, 183, 235),
+    "bilinear": (24, 73, 128, 182, 231),
+}
+"""What Pillow makes of the ramp in five pixels."""
+
+
+def cuts_by_kernel(device: torch.device) -> bool:
+    """Returns whether the kernels run here: on CUDA devices, once they were tried out.
+
+    They are compiled and run once, small, and must give Pillow's pixels before they are trusted;
+    where that fails, a line on stderr says so and the products of matrices take over.
+    """
+    if device.type != "cuda":
+        return False
+    problem = _problem(device)
+    if problem is None:
+        return True
+    _say_once(f"crops are cut by products of matrices, which is slower: {problem}")
+    return False
+
+
+@functools.cache
+def _problem(device: torch.device) -> str | None:
+    """Returns why the kernels cannot run; None if they did."""
+    try:
+        from triton.errors import TritonError
+
+        from pipeline.crop_launch import LEAST_CAPABILITY
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"the kernels want compute capability {LEAST_CAPABILITY} or newer"
+    try:
+        return _try_out(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"the kernels do not run here ({type(error).__name__}: {lines[0]})"
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _try_out(device: torch.device) -> str | None:
+    """Returns what is wrong with the pixels that the kernels give; None if nothing is."""
+    from pipeline.crop_launch import cut_in_parts
+
+    ramp = torch.tensor([[_RAMP], [_RAMP], [_RAMP[::-1]]], dtype=torch.uint8).to(device)
+    whole = np.array([[0, 0, len(_RAMP), 1]])
+    for interpolation, levels in _WANTED.items():
+        look = Look((3, len(levels)), "squash", interpolation)
+        (crops,) = cut_in_parts([ramp], np.zeros(1, dtype=np.int64), whole, look)
+        wanted = torch.tensor([[levels], [levels], [levels[::-1]]]).expand(3, 3, -1)
+        if not torch.equal(crops[0].cpu().long(), wanted):
+            return f"the kernels give other pixels than Pillow ({interpolation})"
+    return None

@@ -8,7 +8,7 @@ block only the class token, which alone is read.
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,6 +48,34 @@ class FusedTower(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, class_token_only=number == last)
         return self.norm_after(x[:, 0]) @ self.projection
+
+
+class FromCrops(nn.Module):
+    """A tower and what comes before it: grey levels in, of which a compiler makes one kernel.
+
+    Args:
+        tower: takes normalised pixels.
+        scale: multiplies grey levels, a number a channel.
+        shift: is subtracted after that.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        scale: Float[Tensor, "1 3 1 1"],
+        shift: Float[Tensor, "1 3 1 1"],
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, crops: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b embed_dim"]:
+        """Returns the tower's features."""
+        return self.tower(crops.float() * self.scale - self.shift)
 
 
 class _Block(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dkdetr.resampling import Interpolation
 from pipeline.crops import CropRule, combine_crops, crop_windows
-from pipeline.fused_tower import FusedTower
+from pipeline.fused_tower import FromCrops, FusedTower
 from pipeline.resampling import cut_pictures, cut_windows, resampling_on
 from pipeline.teacher_source import TeacherSource
 from pipeline.window_fit import Look, Placement
@@ -97,7 +97,8 @@ class Teacher:
         self.encoder: Encoder = encoder
         self._tower: Any = None
         if encoder != "open_clip":
-            self._tower = FusedTower(cast("Any", model).visual, _DTYPES[precision])
+            tower = FusedTower(cast("Any", model).visual, _DTYPES[precision])
+            self._tower = FromCrops(tower, self._scale, self._shift)
         self._region_batch = _REGION_BATCH
         if encoder == "compiled":
             # One program a batch size, none of any size, which would be slower: so regions, the
@@ -162,10 +163,10 @@ class Teacher:
         self, crops: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch embed_dim"]:
         """Returns the same on the teacher's device; a GPU may still be at it."""
+        if self._tower is not None:
+            return self._tower(crops.to(self.device)).float()
         pixels = crops.to(self.device, memory_format=torch.channels_last).float()
         pixels = pixels * self._scale - self._shift
-        if self._tower is not None:
-            return self._tower(pixels).float()
         with self._autocast():
             features = cast("Tensor", self._model.encode_image(pixels))  # pyright: ignore[reportCallIssue]
         return features.float()

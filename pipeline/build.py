@@ -26,7 +26,7 @@ from dkdetr.errors import DataError, UsageError
 from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
-from pipeline.decoding import choose_decoder
+from pipeline.decoding import DecoderChoice, choose_decoder, decoder_name
 from pipeline.executor import run_shards
 from pipeline.file_proposals import FileProposals
 from pipeline.fingerprint import cache_parts, cache_provenance
@@ -109,7 +109,7 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
     teacher = load_teacher(
         request.teacher, device, precision=request.precision, encoder=request.encoder
     )
-    _introduce(teacher, say)
+    _introduce(teacher, request.decoder, say)
     images = check_images(split, decode=False)
     if spec.trains:
         network = fit_proposals(request, split, images, say)
@@ -179,8 +179,10 @@ def _fill(
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
 
 
-def _introduce(teacher: Teacher, say: Say) -> None:
-    say(f"teacher {teacher.identity} on {teacher.device}, {teacher.precision}")
+def _introduce(teacher: Teacher, choice: DecoderChoice, say: Say) -> None:
+    say(f"teacher {teacher.identity} on {teacher.device}, {teacher.precision}, {teacher.encoder}")
+    decoder = decoder_name(choose_decoder(choice, teacher.device), teacher.device)
+    say(f"pictures decoded by {decoder}; crops cut by {resampling_on(teacher.device)}")
     if teacher.random:
         say("RANDOM WEIGHTS: the cache is for trials only and is marked as such")
     if teacher.note:

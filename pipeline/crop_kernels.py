@@ -1,4 +1,4 @@
-"""Triton kernels that cut windows out of pictures by Pillow's rule, bit for bit.
+"""Triton kernels that cut windows out of pictures by Pillow's rule, bit for bit: across, then down.
 
 As Pillow does: weights in double precision, rounded to whole 2^-22, first across, then down, sums
 in whole numbers, whole grey levels between the passes. Weights are worked out once a window and

@@ -64,7 +64,8 @@ def cut_in_parts(
     """Yields the windows in order, some at a time: the pixels that Pillow gives.
 
     Args:
-        pictures: on one device; not copied if they lie side by side, whole rows or whole pixels.
+        pictures: on one device. Several are joined in one buffer; one is taken as it lies, if it
+            has whole rows or whole pixels.
         owners: each window's picture.
         windows: left, top, right, bottom.
         look: how they are fitted.

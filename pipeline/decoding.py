@@ -5,8 +5,8 @@ On a GPU torchvision's decoder is nvJPEG. Its pixels differ from Pillow's by a f
 fingerprint. Whatever is no plain, whole JPEG goes to Pillow, whose verdict on bad files stands.
 """
 
+import functools
 import io
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +22,39 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from dkdetr.data.image_files import UnreadableImageError, decode_image
+from dkdetr.errors import UsageError
 
 Decoder = Literal["pillow", "torchvision"]
 DecoderChoice = Literal["auto", "pillow", "torchvision"]
 _END_OF_IMAGE = b"\xff\xd9"
+_DEVICE_FAILURES = (
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),  # since 2.8
+)
+"""What says nothing of a picture, though both are RuntimeErrors."""
 
 
 def choose_decoder(choice: DecoderChoice, device: torch.device) -> Decoder:
-    """Returns whose code decodes: `auto` is torchvision on a GPU that decodes a small JPEG."""
-    if choice != "auto":
-        return choice
-    if device.type != "cuda":
+    """Returns whose code decodes: `auto` is torchvision on a GPU that can.
+
+    Raises:
+        UsageError: torchvision's is asked for, and it does not decode a small JPEG here.
+    """
+    if choice == "pillow" or (choice == "auto" and device.type != "cuda"):
         return "pillow"
+    if _decodes(device):
+        return "torchvision"
+    if choice == "auto":
+        return "pillow"
+    raise UsageError(f"--decoder torchvision: it decodes no JPEG on '{device}'; use auto or pillow")
+
+
+@functools.cache
+def _decodes(device: torch.device) -> bool:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
-    (pixels,) = _decoded([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
-    return "pillow" if pixels is None else "torchvision"
+    small = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    return _decoded([small], device)[0] is not None
 
 
 def decoder_name(decoder: Decoder, device: torch.device) -> str:
@@ -92,12 +109,35 @@ def _decoded(data: list[Tensor], device: torch.device) -> list[Tensor | None]:
     if not data:
         return []
     try:
-        with warnings.catch_warnings():
-            # Since 0.29 it points at TorchCodec, a further package with a decoder like this one.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
+        if device.type == "cuda":
+            return _decoded_beside(data, device)
+        return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
+    except _DEVICE_FAILURES:
+        raise
     except RuntimeError:
         if len(data) == 1:
             return [None]
     # One of them was refused; it is not said which.
     return [pixels for each in data for pixels in _decoded([each], device)]
+
+
+def _decoded_beside(data: list[Tensor], device: torch.device) -> list[Tensor | None]:
+    """Decodes while the device's default stream is at earlier pictures.
+
+    nvJPEG writes from a stream of its own that waits for no other (pytorch/vision 9606). Memory
+    that the default stream still reads must not be given to it: so it has a stream, and with it a
+    pool of memory, that nothing else allocates from, and blocks come back to it only when the
+    default stream is through with them.
+    """
+    queue = _own_queue(device)
+    with torch.cuda.stream(queue):
+        decoded = list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
+        queue.synchronize()
+    for pixels in decoded:
+        pixels.record_stream(torch.cuda.default_stream(device))
+    return [*decoded]
+
+
+@functools.cache
+def _own_queue(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -53,6 +53,7 @@ class CacheDescription:
             "storage    turns a region's embedding by 1 - cosine = {:.1e} in the mean, {:.1e} at "
             "most (measured when written)".format(*self.storage_error),
             f"teacher    {info.teacher}{random}",
+            f"pictures   {self._cut_and_decoded()}",
             f"names      {self.names['base']} base, {self.names['novel']} novel",
             f"neighbours {self._neighbors()}",
             f"fingerprint {info.fingerprint}",
@@ -69,6 +70,12 @@ class CacheDescription:
             f"of {self.neighbors['objects']:,} regions, {self.neighbors['search']} search, "
             f"recall {self.neighbors['recall']:.1%}"
         )
+
+    def _cut_and_decoded(self) -> str:
+        """Imported caches do not say."""
+        decoder = self.info.parts.get("images", {}).get("decoder", "what is not known")
+        resampling = self.info.parts["teacher"].get("resampling", "what is not known")
+        return f"decoded by {decoder}; crops cut by {resampling}"
 
     def as_json(self) -> dict[str, Any]:
         """Returns the description as plain data."""

@@ -29,7 +29,7 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.errors import MismatchError
 from pipeline.canary import check_canary
 from pipeline.crops import CropRule, combine_crops, crop_windows
-from pipeline.decoding import Decoder
+from pipeline.decoding import Decoder, choose_decoder
 from pipeline.encode_stream import BusyClock, embed_stream
 from pipeline.picture_upload import on_device
 from pipeline.proposal_sources import open_source
@@ -167,6 +167,7 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
             f"'{job.resampling}': their pixels differ by grey levels; give all workers the same "
             "device and packages"
         )
+    choose_decoder(job.decoder, device)  # it must be here, too
     check_canary(job.canary, teacher, where=f"the cache {job.cache_path}")
     return ShardTools(
         plan=load_plan(job.cache_path),

@@ -21,6 +21,8 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.by_name: Counter[str] = Counter()
+        self.cast: set[int] = set()
+        """`id` of every tensor that was copied to another type."""
 
     @property
     def total(self) -> int:
@@ -31,6 +33,8 @@ class Launches(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if not func.is_view and name not in _FREE:
             self.by_name[name] += 1
+        if name == "_to_copy":
+            self.cast.add(id(args[0]))
         return result
 
 

@@ -35,7 +35,8 @@ class PredictionSummary:
         """Returns a short table for people."""
         width = max((len(name) for name, _ in self.per_picture), default=0)
         table = [f"{name:{width}s}  {found}" for name, found in self.per_picture]
-        total = f"{self.detections} boxes in {self.pictures} pictures"
+        pictures = "picture" if self.pictures == 1 else "pictures"
+        total = f"{self.detections} boxes in {self.pictures} {pictures}"
         return [*table, total, *(f"{kind}: {path}" for kind, path in self.files.items())]
 
     def as_json(self) -> dict[str, Any]:

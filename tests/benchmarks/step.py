@@ -26,7 +26,7 @@ from dkdetr.engine.profiling import step_profiler
 from dkdetr.engine.step import TrainingStep
 from dkdetr.engine.step_parts import step_times
 from dkdetr.engine.student_setup import prepare_student
-from dkdetr.precision import training_type
+from dkdetr.precision import float32_products, training_type
 from dkdetr.structures import DecodedImages, TrainingBatch
 from tests.benchmarks.detectors import (
     as_loaded,
@@ -54,12 +54,14 @@ def main() -> None:
     device = begin(options)
     print(f"batch {options.batch}, {options.steps} steps")
     batch = as_loaded(made_up_batch(options.batch, options.size, options.classes), device)
-    ours = our_step(options, batch, device)
+    with float32_products(options.precision, device):
+        ours = our_step(options, batch, device)
     print("\n| what | ms a step | images/s | peak GiB |\n|---|---|---|---|")
     report("ours, all losses", ours, options, device)
     if options.alone:
         return
-    theirs = peer_step(options, batch, device)
+    with float32_products(options.precision, device):
+        theirs = peer_step(options, batch, device)
     report("transformers", theirs, options, device)
     print(f"ours is {theirs / ours:.2f} times as fast")
     loader, there = jitter_rates(options, device)

@@ -37,7 +37,7 @@ from dkdetr.engine.distributed import Ranks, pick_device
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.step import TrainingStep
 from dkdetr.experiment_file import load_experiment
-from dkdetr.precision import training_type
+from dkdetr.precision import float32_products, training_type
 from dkdetr.structures import (
     ImageBatch,
     Targets,
@@ -93,7 +93,10 @@ def main() -> None:
               f"{options.teacher}, {device}, {options.steps} steps")  # fmt: skip
         base = 0.0
         for name, rows in ways.items():
-            seconds = _seconds(config, batch, boxes, rows, text.to(device), device, options.steps)
+            with float32_products(config.optim.precision, device):
+                seconds = _seconds(
+                    config, batch, boxes, rows, text.to(device), device, options.steps
+                )
             base = base or seconds
             print(f"{name:42s} {seconds:8.4f} s a step   {100 * (seconds / base - 1):+7.1f}%")
 

@@ -27,6 +27,7 @@ from dkdetr.engine.train import Watch, train
 from dkdetr.evaluation.detect import detect
 from dkdetr.losses.matcher import match
 from dkdetr.losses.matching_cost import MatchingCosts
+from dkdetr.precision import float32_products
 from dkdetr.structures import Targets
 from pipeline.decoding import EncodedImage, decode_on_device
 from pipeline.encode_stream import BusyClock, embed_stream
@@ -41,10 +42,8 @@ OPTIONS = ["cached", "iou", "everything extra", "masks", "cached without auxilia
 @pytest.fixture(autouse=True)
 def _exact_convolutions():
     """A GPU rounds a convolution's float32 to 10 bits, unless it is told not to."""
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
+    with float32_products("fp32", torch.device("cuda")):
+        yield
 
 
 def one_step(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, float], list[Tensor]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from dispatched import Copies
+from device_copies import Copies
 from norm_kernels import stand_in_kernels
 from step_options import option_config, training_batch
 from tiny_student import NUM_CLASSES, TEXT_DIM

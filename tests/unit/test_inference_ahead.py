@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dispatched import Copies
+from device_copies import Copies
 from tiny_student import TEXT_DIM, image_batch, text_embeddings, tiny_config, tiny_student
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

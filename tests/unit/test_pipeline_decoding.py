@@ -1,5 +1,6 @@
 """The decoder of a device: JPEGs of its own, everything doubtful by Pillow, nothing read past."""
 
+import contextlib
 import io
 import json
 import threading
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.io import decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from dkdetr.data.image_files import UnreadableImageError
 from dkdetr.data.splits import load_split
+from dkdetr.errors import UsageError
 from pipeline import decoding
 from pipeline.decoding import (
     EncodedImage,
@@ -86,26 +88,75 @@ def test_the_fingerprint_tells_the_decoders_apart():
     assert decoder_name("pillow", torch.device("cuda")) in names
 
 
-def test_auto_is_the_device_s_decoder_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def given_nvjpeg(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands for a GPU whose decoder works; remembers the stream at work and who reads later."""
+    said: list[str] = []
+
+    class Queue:
+        def synchronize(self) -> None:
+            said.append("waited for")
+
+    @contextlib.contextmanager
+    def stream(queue: Queue):
+        said.append("own stream")
+        yield
+        said.append("left")
+
+    class Pixels(torch.Tensor):
+        def record_stream(self, stream: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            said.append(f"read by {stream}")
+
+    def decode(data: list[torch.Tensor], *, mode: ImageReadMode, device: torch.device):
+        said.append(f"decoded on {device}")
+        return [each.as_subclass(Pixels) for each in decode_jpeg(data, mode=mode, device="cpu")]
+
+    monkeypatch.setattr(decoding, "decode_jpeg", decode)
+    monkeypatch.setattr(decoding, "_own_queue", lambda _device: Queue())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _device: "the default stream")
+    decoding._decodes.cache_clear()
+    yield said
+    decoding._decodes.cache_clear()
+
+
+def test_auto_is_the_device_s_decoder_where_there_is_one(given_nvjpeg: list[str]):
     assert choose_decoder("auto", CPU) == "pillow"
     assert choose_decoder("torchvision", CPU) == "torchvision"
-    asked: list[torch.device] = []
+    assert "decoded on cuda:0" not in given_nvjpeg
+    assert choose_decoder("pillow", CUDA) == "pillow"
+    assert choose_decoder("auto", CUDA) == "torchvision"
+    assert given_nvjpeg.count("decoded on cuda:0") == 1
 
-    def decode(data: list[torch.Tensor], *, mode: object, device: torch.device):
-        asked.append(device)
-        return decode_jpeg(data, mode=mode, device="cpu")
 
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(decoding, "decode_jpeg", decode)
-    assert choose_decoder("auto", cuda) == "torchvision"
-    assert asked == [cuda]
-
+def test_a_device_without_a_decoder_is_told(monkeypatch: pytest.MonkeyPatch, given_nvjpeg):
     def refuse(data: list[torch.Tensor], **_: object):
         raise RuntimeError("compiled without nvJPEG")
 
     monkeypatch.setattr(decoding, "decode_jpeg", refuse)
-    assert choose_decoder("auto", cuda) == "pillow"
-    assert choose_decoder("pillow", cuda) == "pillow"
+    assert choose_decoder("auto", CUDA) == "pillow"
+    with pytest.raises(UsageError, match="decodes no JPEG on 'cuda:0'"):
+        choose_decoder("torchvision", CUDA)
+
+
+def test_nvjpeg_writes_to_memory_that_nobody_reads(given_nvjpeg: list[str]):
+    """Of a stream of its own; the readers' stream is said to use it before it may come back."""
+    pixels = list(decode_on_device([EncodedImage(encoded(), Path("a"), (43, 67))] * 2, CUDA))
+    assert len(pixels) == 2
+    reader = "read by the default stream"
+    assert given_nvjpeg == ["own stream", "decoded on cuda:0", "waited for", "left", reader, reader]
+
+
+def test_a_device_s_failure_is_no_bad_picture(monkeypatch: pytest.MonkeyPatch):
+    def fail(data: list[torch.Tensor], **_: object):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(decoding, "decode_jpeg", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(decode_on_device([EncodedImage(encoded(), Path("a"), (43, 67))], CPU))
 
 
 def test_the_next_chunk_is_decoded_while_one_is_used(tmp_path: Path):

@@ -1,6 +1,8 @@
 """What a precision means on a device, and that the process's switches are put back."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from dkdetr.errors import UsageError
 from dkdetr.precision import computing, computing_type, float32_products, training_type
+from tests.e2e.commands import ROOT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 VOLTA, AMPERE = (7, 0), (8, 0)
@@ -74,6 +77,25 @@ def test_a_cpu_s_switches_are_left_alone():
     before = torch.get_float32_matmul_precision()
     with float32_products("tf32", CPU):
         assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="torch 2.9 brought the newer switches"
+)
+def test_switches_that_the_caller_has_set_are_left_alone():
+    """By the newer ones, in a process of its own: torch has no way back to the older."""
+    code = """
+import torch
+from dkdetr.precision import float32_products
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+with float32_products("fp32", torch.device("cuda")):
+    print(torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["tf32", "ieee"], done.stderr
 
 
 @pytest.mark.gpu

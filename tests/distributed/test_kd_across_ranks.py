@@ -1,29 +1,14 @@
 """Two gloo ranks: relations gathered across them are one process's, and no option hangs them."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from step_options import OPTIONS
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.two_ranks import found_by_two_ranks
 
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(ROOT / "tests/distributed/kd_ranks.py"), str(out)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return found_by_two_ranks("kd_ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["gathered", "gathered, cross only, reverse"])

@@ -1,29 +1,13 @@
 """Batch norm over two gloo ranks, of unequal maps, is torch's batch norm of everything at once."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.two_ranks import found_by_two_ranks
 
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program = str(ROOT / "tests/distributed/sync_norm_ranks.py")
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", program, str(out)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return found_by_two_ranks("sync_norm_ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("way", ["plain", "compiled", "kernels"])

@@ -109,8 +109,7 @@ class NetworkTraining:
             start_batch=batch,
         )
         try:
-            with float32_products("tf32", self._ranks.device):
-                self._train(wrap_for_ranks(self.trunk, self._ranks), loader)
+            self._train(wrap_for_ranks(self.trunk, self._ranks), loader)
         except (RuntimeError, EOFError, OSError):
             # A SIGTERM for the whole group ends the loader's processes too.
             if not self._stop.is_set or self._ranks.world_size > 1:
@@ -147,13 +146,16 @@ class NetworkTraining:
         asked = time.monotonic()
         for batch, _ in zip(loader, range(2), strict=False):
             got = time.monotonic()
-            with float32_products("tf32", self._ranks.device):
-                self._step(self.trunk, batch).item()
+            self._step(self.trunk, batch).item()
             loading, stepping = got - asked, time.monotonic() - got
             asked = time.monotonic()
         return loading, stepping
 
     def _step(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
+        with float32_products("tf32", self._ranks.device):
+            return self._float32_step(model, loaded)
+
+    def _float32_step(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
         config, device = self._config, self._ranks.device
         # Dropout's draws: a resumed step must draw as an uninterrupted one.
         torch.manual_seed(derive_seed("fit", config.seed, self._iteration, self._ranks.rank))

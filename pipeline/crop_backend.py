@@ -1,13 +1,12 @@
 """Whether the Triton kernels cut the teacher's crops on a device, or the products of matrices."""
 
 import functools
-import subprocess
-import sys
 
 import numpy as np
 import torch
 
 from dkdetr.resampling import Interpolation
+from dkdetr.triton_trial import problem_of, say_once
 from pipeline.window_fit import Look
 
 _RAMP = tuple(range(0, 256, 17))
@@ -29,33 +28,14 @@ def cuts_by_kernel(device: torch.device) -> bool:
     problem = _problem(device)
     if problem is None:
         return True
-    _say_once(f"crops are cut by products of matrices, which is slower: {problem}")
+    say_once(f"crops are cut by products of matrices, which is slower: {problem}")
     return False
 
 
 @functools.cache
 def _problem(device: torch.device) -> str | None:
     """Returns why the kernels cannot run; None if they did."""
-    try:
-        from triton.errors import TritonError
-
-        from pipeline.crop_launch import LEAST_CAPABILITY
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"the kernels want compute capability {LEAST_CAPABILITY} or newer"
-    try:
-        return _try_out(device)
-    except torch.OutOfMemoryError:
-        raise
-    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"the kernels do not run here ({type(error).__name__}: {lines[0]})"
-
-
-@functools.cache
-def _say_once(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    return problem_of(device, lambda: _try_out(device))
 
 
 def _try_out(device: torch.device) -> str | None:

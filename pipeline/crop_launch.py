@@ -4,7 +4,6 @@ Nothing here waits for the device. Windows are cut in parts of at most `_PART_BY
 what lies between the passes.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ import triton
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from dkdetr.triton_trial import on
 from pipeline import crop_kernels as kernels
 from pipeline.window_fit import Look, fit_windows
 
-LEAST_CAPABILITY = (7, 0)
 _PART_BYTES = 1 << 29
 _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
@@ -186,7 +185,7 @@ def _cut_part(
     sizes, red, green, blue = (part.start, width, height), *look.fill
     tile = {"BLOCK_ROWS": blocks.rows, "BLOCK": blocks.columns}
     columns = triton.cdiv(width, blocks.columns)
-    with _on(buffer.device):
+    with on(buffer.device):
         _launch(
             kernels.weigh_kernel,
             (num, 2, triton.cdiv(max(width, height), blocks.weighed)),
@@ -207,7 +206,3 @@ def _cut_part(
 def _launch(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
     """Starts a kernel; products and sums are never fused, or weights were not Pillow's."""
     kernel[grid](*given, **options, num_warps=4, enable_fp_fusion=False)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

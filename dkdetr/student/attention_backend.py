@@ -2,14 +2,13 @@
 
 import functools
 import os
-import subprocess
-import sys
 from typing import Literal
 
 import torch
 from torch import nn
 
 from dkdetr.errors import UsageError
+from dkdetr.triton_trial import problem_of, say_once
 
 Backend = Literal["auto", "triton", "torch"]
 Dims = tuple[int, int, int, int]
@@ -51,7 +50,7 @@ def picks_triton(backend: Backend, device: torch.device, dtype: torch.dtype, dim
         return True
     if backend == "triton":
         raise UsageError(f"ops.backend=triton: {problem}; use ops.backend=auto or torch")
-    _say_once(f"deformable attention goes by plain PyTorch, which is slower: {problem}")
+    say_once(f"deformable attention goes by plain PyTorch, which is slower: {problem}")
     return False
 
 
@@ -60,28 +59,14 @@ def _problem(device: torch.device, dtype: torch.dtype, dims: Dims) -> str | None
     """Returns why the kernel cannot run; None if it did."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the kernel runs on GPUs, not on '{device.type}'"
-    try:
-        from triton.errors import TritonError
 
-        from dkdetr.student.attention_op import LEAST_CAPABILITY, trial_queries
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"the kernel wants compute capability {LEAST_CAPABILITY} or newer"
-    try:
+    def trial() -> None:
+        from dkdetr.student.attention_op import trial_queries
+
         for num_queries in trial_queries(device):
             _try_out(device, dtype, dims, num_queries)
-    except torch.OutOfMemoryError:
-        raise
-    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"the kernel does not run here ({type(error).__name__}: {lines[0]})"
-    return None
 
-
-@functools.cache
-def _say_once(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    return problem_of(device, trial)
 
 
 def _try_out(device: torch.device, dtype: torch.dtype, dims: Dims, num_queries: int) -> None:

@@ -5,7 +5,6 @@ Equal to `reference_attention` rounded to the type of `value`. Gradients of valu
 atomically, so their last bits differ from run to run.
 """
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dkdetr.student.attention_kernels import (
     level_sum_kernel,
 )
 from dkdetr.student.attention_reference import SpatialShapes
+from dkdetr.triton_trial import LEAST_CAPABILITY, on
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ _TILES = {
     (8, 0): _Tile(4096, 2048, adds_together=1, num_warps=4, summed_cells=512),
     (7, 0): _Tile(2048, 2048, adds_together=1, num_warps=4, summed_cells=0),  # Volta: untested
 }
-LEAST_CAPABILITY = min(_TILES)
+assert min(_TILES) == LEAST_CAPABILITY
 _INTERPRETED = _Tile(
     1 << 20, 1 << 20, adds_together=4, num_warps=1, summed_cells=20, summed_queries=1
 )
@@ -196,7 +196,7 @@ def _launch(kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int], **opti
         options["TOGETHER"] = min(tile.adds_together, block_c)
     block_q = room // (block_p * block_c)
     block_q = max(1, min(MOST_QUERIES, block_q, triton.next_power_of_2(Q)))
-    with _on(value.device):
+    with on(value.device):
         kernel[(triton.cdiv(Q, block_q), H, B)](
             *tensors,
             T, Q, heights, widths, tuple(starts),
@@ -218,7 +218,7 @@ def _sum_level(level: int, tensors: Sequence[Tensor], sizes: Sequence[int]) -> N
     if not squares:
         return
     kernel: Any = level_sum_kernel
-    with _on(locations.device):
+    with on(locations.device):
         kernel[(squares * triton.cdiv(Q, _QUERIES_SUMMED), H, B)](
             *tensors,
             T, Q, height, width, _starts(sizes)[level], level,
@@ -236,10 +236,6 @@ def _product_type(grad_out: Tensor) -> Any:
         return tl.float32
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     return types[grad_out.dtype]
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _tile_for(device: torch.device) -> _Tile:

@@ -6,10 +6,7 @@ GPU; for GPUs that are not here they are compiled.
 """
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dkdetr.triton_trial import say_once
 from pipeline import crop_backend, resampling
 from pipeline.crop_backend import cuts_by_kernel
 from pipeline.crops import CropRule
@@ -30,7 +28,7 @@ from pipeline.shard_worker import PendingImage, crops_of
 from pipeline.window_fit import Look, fit_windows
 from tests.absent_gpu import AbsentGPU, resources
 from tests.crop_cases import FILL, check_crops, fitted
-from tests.e2e.commands import ROOT
+from tests.interpreted import pass_in_interpreter
 
 CUDA = torch.device("cuda", 0)
 PLACEMENTS = ("squash", "clip_center", "pad_square")
@@ -41,22 +39,14 @@ def _forget():
     """What was tried and said before."""
     yield
     crop_backend._problem.cache_clear()
-    crop_backend._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def test_in_the_interpreter():
     """All of `crops_in_interpreter.py`, in a process that sees Triton for the first time."""
-    pytest.importorskip("triton")
     cases = Path(__file__).with_name("crops_in_interpreter.py")
     crops = Path(__file__).parents[1] / "contracts" / "test_crops_equal_open_clip.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", str(cases),
-         str(crops)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert re.search(r"\d+ passed", done.stdout)
+    pass_in_interpreter(cases, crops)
 
 
 @pytest.mark.gpu
@@ -152,7 +142,7 @@ def cut_on_a_fake_gpu(
 
     monkeypatch.setattr(resampling, "cuts_by_kernel", lambda _device: kernel)
     monkeypatch.setattr(crop_launch, "_launch", launch)
-    monkeypatch.setattr(crop_launch, "_on", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(crop_launch, "on", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "empty", unpinned)
     random = np.random.default_rng(0)

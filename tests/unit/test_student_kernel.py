@@ -1,9 +1,6 @@
 """The Triton kernel: equal to the reference, chosen where it runs, dropped where it does not."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,10 @@ import torch
 from dkdetr.errors import UsageError
 from dkdetr.student import attention_backend
 from dkdetr.student.attention_backend import picks_triton, use_backend
+from dkdetr.triton_trial import say_once
 from tests.absent_gpu import AbsentGPU, resources
 from tests.attention_cases import CASES, SHARE, SUMMED, check, sum_levels
-from tests.e2e.commands import ROOT
+from tests.interpreted import pass_in_interpreter
 from tests.tiny_student import tiny_config, tiny_student
 
 CUDA = torch.device("cuda", 0)
@@ -27,21 +25,12 @@ def _forget():
     """What was tried and said before."""
     yield
     attention_backend._problem.cache_clear()
-    attention_backend._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def test_in_the_interpreter():
     """All of `kernel_in_interpreter.py`, in a process that sees Triton for the first time."""
-    pytest.importorskip("triton")
-    cases = Path(__file__).with_name("kernel_in_interpreter.py")
-    done = subprocess.run(
-        # Without the shape checks of conftest.py, which torch.compile cannot look through.
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", str(cases)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert re.search(r"\d+ passed", done.stdout)
+    pass_in_interpreter(Path(__file__).with_name("kernel_in_interpreter.py"))
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ The plan never looks at pixels, so which objects stand where is the same on ever
 the last pixel of a box may hang on the rasteriser.
 """
 
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,20 @@ def _overlap(first: tuple[float, float, float], second: tuple[float, float, floa
 def _cut_out(
     planned: PlannedObject, sprites: SpriteBank, size: int
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Returns (left, top) and the warped drawing [height, width, 4] float32, inside the scene."""
+    """Returns (left, top) and the warped drawing [height, width, 4] float32, inside the scene.
+
+    A perspective that folds a flat drawing over itself leaves nothing of it: then it has none.
+    """
+    place, layer = _warp(planned, sprites, size)
+    if not _solid(layer).any():
+        flat = dataclasses.replace(planned, corner_shifts=(0.0,) * len(planned.corner_shifts))
+        return _warp(flat, sprites, size)
+    return place, layer
+
+
+def _warp(
+    planned: PlannedObject, sprites: SpriteBank, size: int
+) -> tuple[tuple[int, int], np.ndarray]:
     pyramid = sprites.pyramid(planned.label, planned.style)
     scale = max(pyramid[0].size) / planned.side
     sprite = pyramid[min(int(np.log2(max(scale, 1.0)) + 0.3), len(pyramid) - 1)]

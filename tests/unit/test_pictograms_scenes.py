@@ -76,6 +76,30 @@ def test_every_planned_object_is_visible_and_its_box_is_tight(bank, held):
                 assert edge.any()
 
 
+def test_a_flat_drawing_that_perspective_would_fold_is_drawn_without_it():
+    """The world `full` plans two such cigarettes; nothing was left to put a box around."""
+    cigarette = next(each for each in named_drawings() if each.name == "cigarette")
+    folded = PlannedObject(
+        label=0,
+        style="full",
+        centre_xy=(60.0, 60.0),
+        side=43.0,
+        angle=8.4,
+        flipped=False,
+        corner_shifts=(-0.062, -0.028, 0.048, 0.094, 0.038, -0.117, 0.016, -0.046),
+        gains=(1.0, 1.0, 1.0),
+    )
+    plain = dataclasses.replace(folded, corner_shifts=(0.0,) * 8)
+    scenes = [
+        render_scene(
+            ScenePlan(size=128, objects=(planned,), pixel_seed=(1,)), SpriteBank([cigarette])
+        )
+        for planned in (folded, plain)
+    ]
+    assert scenes[0].masks.sum() > 40
+    assert (scenes[0].masks == scenes[1].masks).all()
+
+
 def test_held_out_scenes_show_only_that_style():
     drawn = {each.style for index in range(20) for each in make_plan(index, held=True).objects}
     seen = {each.style for index in range(20) for each in make_plan(index).objects}

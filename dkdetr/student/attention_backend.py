@@ -1,6 +1,7 @@
 """Which code does deformable attention (`ops.backend`): the Triton kernel, or plain PyTorch."""
 
 import functools
+import itertools
 import os
 from typing import Literal
 
@@ -63,20 +64,22 @@ def _problem(device: torch.device, dtype: torch.dtype, dims: Dims) -> str | None
     def trial() -> None:
         from dkdetr.student.attention_op import trial_queries
 
-        for num_queries in trial_queries(device):
-            _try_out(device, dtype, dims, num_queries)
+        for num_queries, coordinates in itertools.product(trial_queries(device), (2, 4)):
+            _try_out(device, dtype, dims, num_queries, coordinates)
 
     return problem_of(device, trial)
 
 
-def _try_out(device: torch.device, dtype: torch.dtype, dims: Dims, num_queries: int) -> None:
+def _try_out(
+    device: torch.device, dtype: torch.dtype, dims: Dims, num_queries: int, coordinates: int
+) -> None:
     H, C, L, P = dims
-    exact = torch.promote_types(dtype, torch.float32)
     value = torch.zeros(1, L, H, C, dtype=dtype, device=device)
-    locations = torch.full((1, num_queries, H, L, P, 2), 0.5, dtype=exact, device=device)
-    weights = torch.zeros(1, num_queries, H, L, P, dtype=exact, device=device)
+    reference = torch.full((1, num_queries, L, coordinates), 0.5, device=device)
+    logits = torch.zeros(1, num_queries, H, L, P, dtype=dtype, device=device)
+    inputs = (value, reference, torch.stack((logits, logits), dim=-1), logits)
     sizes = [1, 1] * L
-    out = torch.ops.dkdetr.deformable_attention(value, locations, weights, sizes)
-    torch.ops.dkdetr.deformable_attention_backward(out, value, locations, weights, sizes)
+    out, softmax = torch.ops.dkdetr.deformable_attention(*inputs, sizes)
+    torch.ops.dkdetr.deformable_attention_backward(out, *inputs, softmax, sizes)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a kernel's failure shows late

@@ -1,10 +1,11 @@
 """Deformable attention as a registered operator: Triton forward and backward, known to autograd
 and to torch.compile.
 
-Equal to `reference_attention` rounded to the type of `value`. Gradients of values are added up
+Equal to `plain_attention` rounded to the type of `value`. Gradients of values are added up
 atomically, so their last bits differ from run to run.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,9 +51,9 @@ class _Tile:
 # By compute capability, from the newest down. Chosen by registers and instructions of the compiled
 # kernels, not by the clock: student/README.md.
 _TILES = {
-    (9, 0): _Tile(4096, 4096, adds_together=4, num_warps=4, summed_cells=512),  # Hopper
+    (9, 0): _Tile(4096, 4096, adds_together=4, num_warps=4, summed_cells=1024),  # Hopper
     # Ampere adds one by one, so in rows.
-    (8, 0): _Tile(4096, 2048, adds_together=1, num_warps=4, summed_cells=512),
+    (8, 0): _Tile(4096, 2048, adds_together=1, num_warps=4, summed_cells=1024),
     (7, 0): _Tile(2048, 2048, adds_together=1, num_warps=4, summed_cells=0),  # Volta: untested
 }
 assert min(_TILES) == LEAST_CAPABILITY
@@ -69,78 +70,111 @@ many channels, or its sums find no room in registers."""
 def triton_attention(
     value: Float[Tensor, "B T H C"],
     spatial_shapes: SpatialShapes,
-    sampling_locations: Float[Tensor, "B Q H L P 2"],
-    attention_weights: Float[Tensor, "B Q H L P"],
+    reference_points: Float[Tensor, "B Q L two_or_four"],
+    offsets: Float[Tensor, "B Q H L P 2"],
+    logits: Float[Tensor, "B Q H L P"],
 ) -> Float[Tensor, "B Q HC"]:
-    """Returns what `reference_attention` does, in the type of `value`.
+    """Returns what `plain_attention` does, in the type of `value`.
 
-    Locations, weights and sums are float32, or float64 where value or locations are.
+    Sampling places, the softmax and sums are float32, or float64 where an input is.
+
+    Raises:
+        ValueError: reference points want a gradient, which is not computed here.
     """
-    exact = torch.promote_types(value.dtype, sampling_locations.dtype)
-    exact = torch.promote_types(exact, torch.float32)
     sizes = [side for shape in spatial_shapes for side in shape]
-    return torch.ops.dkdetr.deformable_attention(
-        value, sampling_locations.to(exact), attention_weights.to(exact), sizes
-    )
+    inputs = (value, reference_points, offsets, logits)
+    return torch.ops.dkdetr.deformable_attention(*inputs, sizes)[0]
 
 
 @torch.library.custom_op("dkdetr::deformable_attention", mutates_args=())
-def _forward(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    B, _, H, C = value.shape
-    Q = locations.shape[1]
-    out = value.new_empty(B, Q, H * C)
-    if not (out.numel() and weights.numel()):
-        return out.zero_()
-    _launch(forward_kernel, [*_laid_out(value, locations, weights), out], sizes)
-    return out
+def _forward(
+    value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Returns the result, and what the backward kernels know a softmax by."""
+    out, softmax = _empty_results(value, reference, offsets, logits)
+    if not (out.numel() and logits.numel()):
+        return out.zero_(), softmax.zero_()
+    given = _laid_out(value, reference, offsets, logits)
+    block_s = triton.next_power_of_2(logits.shape[3] * logits.shape[4])
+    _launch(forward_kernel, given, [out, softmax], sizes, BLOCK_S=block_s)
+    return out, softmax
+
+
+def _empty_results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    value, B, Q, H = inputs[0], *inputs[3].shape[:3]
+    softmax = value.new_empty(B, Q, H, 2, dtype=_exact_type(inputs))
+    return value.new_empty(B, Q, H * value.shape[3]), softmax
 
 
 @_forward.register_fake
-def _(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+def _(
+    value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return _empty_results(value, reference, offsets, logits)
 
 
 @torch.library.custom_op("dkdetr::deformable_attention_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
+    grad_out: Tensor,
+    value: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    softmax: Tensor,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = _laid_out(value, locations, weights, grad_out)
+    given = _laid_out(value, reference, offsets, logits, softmax, grad_out)
     plain = torch.contiguous_format
-    grad_value = torch.zeros_like(given[0], dtype=locations.dtype, memory_format=plain)  # added to
-    grad_locations = torch.empty_like(given[1], memory_format=plain)
-    grad_weights = torch.empty_like(given[2], memory_format=plain)
-    if grad_out.numel() and weights.numel():
-        added = _num_added(value, locations, sizes)
-        grads = [grad_value, grad_locations, grad_weights]
-        _launch(backward_kernel, [*given, *grads], sizes, ADDED=added)
+    grad_value = torch.zeros_like(given[0], dtype=softmax.dtype, memory_format=plain)  # added to
+    grad_offsets = torch.empty_like(given[2], memory_format=plain)
+    grad_logits = torch.empty_like(given[3], memory_format=plain)
+    if grad_out.numel() and logits.numel():
+        added = _num_added(value, softmax, sizes)
+        grads = [grad_value, grad_offsets, grad_logits]
+        _launch(backward_kernel, given, grads, sizes, ADDED=added)
         for level in range(added, len(sizes) // 2):
             _sum_level(level, [*given[1:], grad_value], sizes)
     else:
-        grad_locations.zero_()
-        grad_weights.zero_()
-    return grad_value.to(value.dtype), grad_locations, grad_weights
+        grad_offsets.zero_()
+        grad_logits.zero_()
+    return grad_value.to(value.dtype), grad_offsets, grad_logits
 
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
+    grad_out: Tensor,
+    value: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    softmax: Tensor,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = torch.contiguous_format
     return (
         torch.empty_like(value, memory_format=layout),
-        torch.empty_like(locations, memory_format=layout),
-        torch.empty_like(weights, memory_format=layout),
+        torch.empty_like(offsets, memory_format=layout),
+        torch.empty_like(logits, memory_format=layout),
     )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.sizes = inputs
-    ctx.save_for_backward(*tensors)
+    if ctx.needs_input_grad[1]:
+        raise ValueError(
+            "the Triton kernel has no gradient for reference points: detach them, or take "
+            "ops.backend=torch"
+        )
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
     op = torch.ops.dkdetr.deformable_attention_backward
-    return *op(grad_out, *ctx.saved_tensors, ctx.sizes), None
+    grad_value, grad_offsets, grad_logits = op(grad_out, *ctx.saved_tensors, ctx.sizes)
+    return grad_value, None, grad_offsets, grad_logits, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -151,17 +185,22 @@ def _laid_out(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
+def _exact_type(inputs: Sequence[Tensor]) -> torch.dtype:
+    """Returns the type of sampling places, softmax and sums."""
+    return functools.reduce(torch.promote_types, [t.dtype for t in inputs], torch.float32)
+
+
 def trial_queries(device: torch.device) -> set[int]:
     """Returns numbers of queries that together run every kernel there is for maps of one cell."""
     return {MOST_QUERIES, max(MOST_QUERIES, _tile_for(device).summed_queries)}
 
 
-def _num_added(value: Tensor, locations: Tensor, sizes: Sequence[int]) -> int:
+def _num_added(value: Tensor, softmax: Tensor, sizes: Sequence[int]) -> int:
     """Returns how many levels, from the first, have their gradients of values added atomically."""
     tile, L = _tile_for(value.device), len(sizes) // 2
     if (
-        locations.dtype is torch.float64
-        or locations.shape[1] < tile.summed_queries
+        softmax.dtype is torch.float64
+        or softmax.shape[1] < tile.summed_queries
         or value.shape[3] > _MOST_CHANNELS_SUMMED
     ):
         return L
@@ -177,54 +216,62 @@ def _starts(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
-def _launch(kernel: Any, tensors: Sequence[Tensor], sizes: Sequence[int], **options: Any) -> None:
-    """Runs a kernel over all queries; the first three tensors are value, locations, weights."""
-    value, locations = tensors[:2]
+def _launch(
+    kernel: Any,
+    given: Sequence[Tensor],
+    written: Sequence[Tensor],
+    sizes: Sequence[int],
+    **options: Any,
+) -> None:
+    """Runs a kernel over all queries; value, reference points, offsets and logits come first."""
+    value, reference, offsets = given[:3]
     B, T, H, C = value.shape
-    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     heights, widths = tuple(sizes[0::2]), tuple(sizes[1::2])
     *starts, num_tokens = _starts(sizes)
-    assert len(heights) == L, f"{len(heights)} levels, locations for {L}"
+    assert len(heights) == L, f"{len(heights)} levels, offsets for {L}"
     assert num_tokens == T, f"levels of {heights} x {widths} are not {T} tokens"
     assert T * H * C < 2**31, f"{T} tokens of {H * C} channels are more than the kernel counts"
+    exact = _exact_type(given)
     tile = _tile_for(value.device)
     block_p, block_c = triton.next_power_of_2(P), triton.next_power_of_2(C)
     if kernel is forward_kernel:
         room = tile.forward_bytes // value.element_size()
     else:
-        room = tile.backward_bytes // locations.element_size()
+        room = tile.backward_bytes // exact.itemsize
         options["TOGETHER"] = min(tile.adds_together, block_c)
     block_q = room // (block_p * block_c)
     block_q = max(1, min(MOST_QUERIES, block_q, triton.next_power_of_2(Q)))
     with on(value.device):
         kernel[(triton.cdiv(Q, block_q), H, B)](
-            *tensors,
+            *given, *written,
             T, Q, heights, widths, tuple(starts),
-            H=H, C=C, L=L, P=P,
+            H=H, C=C, L=L, P=P, R=reference.shape[3],
             BLOCK_Q=block_q, BLOCK_P=block_p, BLOCK_C=block_c,
-            EXACT=tl.float64 if locations.dtype is torch.float64 else tl.float32,
+            EXACT=tl.float64 if exact is torch.float64 else tl.float32,
             num_warps=tile.num_warps,
             **options,
         )  # fmt: skip
 
 
 def _sum_level(level: int, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
-    """Runs `level_sum_kernel` on locations, weights, gradients of results and of values."""
-    locations, _, grad_out, grad_value = tensors
+    """Runs `level_sum_kernel`: reference points to gradients of results, then those of values."""
+    reference, offsets, _, _, grad_out, grad_value = tensors
     B, T, H, C = grad_value.shape
-    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     height, width = sizes[2 * level : 2 * level + 2]
     squares = triton.cdiv(height, _SIDE) * triton.cdiv(width, _SIDE)
     if not squares:
         return
     kernel: Any = level_sum_kernel
-    with on(locations.device):
+    with on(offsets.device):
         kernel[(squares * triton.cdiv(Q, _QUERIES_SUMMED), H, B)](
             *tensors,
             T, Q, height, width, _starts(sizes)[level], level,
-            H=H, C=C, L=L, P=P,
+            H=H, C=C, L=L, P=P, R=reference.shape[3],
             QUERIES=_QUERIES_SUMMED, SIDE=_SIDE, PRODUCT=_product_type(grad_out),
-            BLOCK_Q=64, BLOCK_C=max(16, triton.next_power_of_2(C)),
+            BLOCK_Q=64, BLOCK_P=triton.next_power_of_2(P),
+            BLOCK_C=max(16, triton.next_power_of_2(C)),
             # Eight warps for float32, whose product in three parts would spill with four.
             num_warps=4 if grad_out.element_size() == 2 else 8, num_stages=1,
         )  # fmt: skip

@@ -15,6 +15,50 @@ SpatialShapes = Sequence[tuple[int, int]]
 """(height, width) of each level, finest first; their areas sum to the number of tokens."""
 
 
+def plain_attention(
+    value: Float[Tensor, "B T H C"],
+    spatial_shapes: SpatialShapes,
+    reference_points: Float[Tensor, "B Q L two_or_four"],
+    offsets: Float[Tensor, "B Q H L P 2"],
+    logits: Float[Tensor, "B Q H L P"],
+) -> Float[Tensor, "B Q HC"]:
+    """Returns `reference_attention` where offsets lead, weighted by the softmax of the logits.
+
+    A softmax is over all levels and points. Gradients flow to every input.
+    """
+    locations = sampling_locations(reference_points, offsets, spatial_shapes)
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    return reference_attention(value, spatial_shapes, locations, weights)
+
+
+def sampling_locations(
+    reference_points: Float[Tensor, "B Q L two_or_four"],
+    offsets: Float[Tensor, "B Q H L P 2"],
+    spatial_shapes: SpatialShapes,
+) -> Float[Tensor, "B Q H L P 2"]:
+    """Returns where offsets lead from (x, y), or (x, y, w, h), in coordinates of each level.
+
+    Offsets count tokens of their level or, with a size, half the box over the number of points.
+    Locations have the reference points' type, float32, whatever autocast does around them.
+    """
+    offsets = offsets.to(reference_points.dtype)
+    centres = reference_points[:, :, None, :, None, :2]
+    if reference_points.shape[-1] == 2:
+        return centres + offsets / map_sizes(spatial_shapes, offsets)[:, None]
+    half_sizes = reference_points[:, :, None, :, None, 2:] * 0.5
+    return centres + offsets / offsets.shape[4] * half_sizes
+
+
+def map_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
+    """Returns (width, height) of each level, of the type and device of `like`; 1 for an empty one.
+
+    Filled on the device: a copy would be waited for, and an exported graph would hold it as a
+    constant, wrong for pictures of another size.
+    """
+    sides = [like.new_zeros(()) + side for hw in spatial_shapes for side in reversed(hw)]
+    return torch.stack(sides).view(-1, 2).clamp(min=1)  # or the gradient of offsets is 0 / 0
+
+
 def reference_attention(
     value: Float[Tensor, "B T H C"],
     spatial_shapes: SpatialShapes,

@@ -11,46 +11,48 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dkdetr.student.attention_backend import Backend, picks_triton
-from dkdetr.student.attention_reference import SpatialShapes, reference_attention
+from dkdetr.student.attention_reference import SpatialShapes, plain_attention
 
 
 def deformable_attention(
     value: Float[Tensor, "B T H C"],
     spatial_shapes: SpatialShapes,
-    sampling_locations: Float[Tensor, "B Q H L P 2"],
-    attention_weights: Float[Tensor, "B Q H L P"],
+    reference_points: Float[Tensor, "B Q L two_or_four"],
+    offsets: Float[Tensor, "B Q H L P 2"],
+    logits: Float[Tensor, "B Q H L P"],
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "B Q HC"]:
     """Returns each query's weighted sum of bilinear samples of the value maps.
 
-    Locations are (x, y) with (0, 0) a level's top left corner and (1, 1) its bottom right;
-    samples outside are 0. Gradients flow to values, locations and weights. Sums are float32 at
-    least; the Triton kernel rounds them to the type of `value`.
+    Args:
+        value: of all tokens.
+        spatial_shapes: of the levels that the tokens are of.
+        reference_points: (x, y), or (x, y, w, h); (0, 0) is a level's top left corner and (1, 1)
+            its bottom right.
+        offsets: of the samples, in tokens of their level or, of points with a size, in units of
+            half of it over the number of points. Samples outside are 0.
+        logits: of the samples' weights, a softmax over all levels and points.
+        backend: of the code.
+
+    Gradients flow to values, offsets and logits. Sampling places, the softmax and sums are float32
+    at least; the Triton kernel rounds results to the type of `value`.
 
     Raises:
         UsageError: `backend` is "triton", and it cannot run here.
+        ValueError: reference points want a gradient of the Triton kernel.
     """
+    inputs = (value, spatial_shapes, reference_points, offsets, logits)
     H, C = value.shape[2:]
-    L, P = sampling_locations.shape[3:5]
+    L, P = logits.shape[3:]
     # Atomic additions come in whatever order the threads do.
     if not torch.are_deterministic_algorithms_enabled() and picks_triton(
         backend, value.device, value.dtype, (H, C, L, P)
     ):
         from dkdetr.student.attention_op import triton_attention
 
-        return triton_attention(value, spatial_shapes, sampling_locations, attention_weights)
-    return reference_attention(value, spatial_shapes, sampling_locations, attention_weights)
-
-
-def map_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
-    """Returns (width, height) of each level, of the type and device of `like`.
-
-    Filled on the device: a copy would be waited for, and an exported graph would hold it as a
-    constant, wrong for pictures of another size.
-    """
-    sides = [like.new_zeros(()) + side for hw in spatial_shapes for side in reversed(hw)]
-    return torch.stack(sides).view(-1, 2)
+        return triton_attention(*inputs)
+    return plain_attention(*inputs)
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -103,17 +105,8 @@ class MultiScaleDeformableAttention(nn.Module):
         value = self.value_proj(tokens).masked_fill(padding_mask[..., None], 0.0)
         value = value.view(B, tokens.shape[1], H, -1)
         offsets = self.sampling_offsets(query).view(B, Q, H, L, P, 2)
-        weights = self.attention_weights(query).view(B, Q, H, L * P).softmax(-1)
-        weights = weights.view(B, Q, H, L, P)
-        # Locations stay in the reference points' float32, whatever autocast does around them.
-        offsets = offsets.to(reference_points.dtype)
-        centres = reference_points[:, :, None, :, None, :2]
-        if reference_points.shape[-1] == 2:
-            locations = centres + offsets / map_sizes(spatial_shapes, offsets)[:, None]
-        else:
-            half_sizes = reference_points[:, :, None, :, None, 2:] * 0.5
-            locations = centres + offsets / P * half_sizes
+        logits = self.attention_weights(query).view(B, Q, H, L, P)
         gathered = deformable_attention(
-            value, spatial_shapes, locations, weights, backend=self.backend
+            value, spatial_shapes, reference_points, offsets, logits, backend=self.backend
         )
         return self.output_proj(gathered)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dkdetr.config import MASK_UPSAMPLING
 from dkdetr.student.attention_backend import Backend
-from dkdetr.student.deformable_attention import deformable_attention, map_sizes
+from dkdetr.student.deformable_attention import deformable_attention
 from dkdetr.student.encoder import DeformableEncoder, TokenGrid, token_centres
 from dkdetr.student.position_encoding import encode_positions, sines
 
@@ -158,12 +158,15 @@ def dynamic_attention(
     parts = parameters.split(_PART_SIZES, dim=-1)
     to_offsets, offset_bias, to_weights, weight_bias, to_output, output_bias = parts
     offsets = queries @ to_offsets.view(N, 2 * _PLACES, C).mT + offset_bias[:, None]
-    weights = queries @ to_weights.view(N, _PLACES, C).mT + weight_bias[:, None]
-    offsets = offsets.view(N, T, _HEADS, 1, _POINTS, 2) / map_sizes([map_hw], offsets)
-    weights = weights.view(N, T, _HEADS, 1, _POINTS).softmax(-1)
-    locations = reference_points[:, :, None, None, None] + offsets
-    value = values.view(N, T, _HEADS, C // _HEADS)
-    gathered = deformable_attention(value, [map_hw], locations, weights, backend=backend)
+    logits = queries @ to_weights.view(N, _PLACES, C).mT + weight_bias[:, None]
+    gathered = deformable_attention(
+        values.view(N, T, _HEADS, C // _HEADS),
+        [map_hw],
+        reference_points[:, :, None],
+        offsets.view(N, T, _HEADS, 1, _POINTS, 2),
+        logits.view(N, T, _HEADS, 1, _POINTS),
+        backend=backend,
+    )
     output = gathered.relu() @ to_output[..., None] + output_bias[:, None]
     return output.view(N, height, width)
 

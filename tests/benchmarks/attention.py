@@ -4,14 +4,18 @@ python -m tests.benchmarks.attention [--batch 8] [--size 1024] [--repeats 20]
 
 On a GPU at the paper's size (21,760 tokens): the Triton kernel, our PyTorch reference, and
 transformers' module, in float32 and bfloat16. On a CPU, small, what runs there: the ratio is what
-to read. The error is the largest difference from float64, computed from the same rounded numbers,
-as a share of the largest output. A small attention takes longer to start than to compute: what its
-kernels take alone stands beside it. The Triton kernel comes as its table has it, with all gradients
-of values added atomically, and with one level more summed by products: what the table is judged by.
+to read. All begin with reference points, offsets and logits, as a layer has them: the kernel takes
+these, the others PyTorch's sampling places and softmax. An encoder looks around each token, as a
+student does ("near": its first offsets, and a token's spread), or anywhere on the maps. The error
+is the largest difference from float64, computed from the same rounded numbers, as a share of the
+largest output. A small attention takes longer to start than to compute: what its kernels take alone
+stands beside it. The Triton kernel comes as its table has it, with all gradients of values added
+atomically, and with a level more and one less summed by products: what the table is judged by.
 """
 
 import argparse
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -19,21 +23,24 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention as Theirs,
 )
 
 from dkdetr.student.attention_backend import picks_triton
-from dkdetr.student.attention_reference import reference_attention
+from dkdetr.student.attention_reference import plain_attention, sampling_locations
+from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
 from tests.benchmarks.machine import describe
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
 STRIDES = (8, 16, 32, 64)
-SUMMED = {"triton, added": 0, "triton, 1024 summed": 1024}
+SUMMED = {f"triton, {cells} summed": cells for cells in (0, 256, 4096)}
 """Up to how many cells a level's gradients are summed by products, beside what the table says."""
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Values, reference points, offsets, logits."""
 Shapes = list[tuple[int, int]]
 
 
@@ -53,30 +60,39 @@ def main() -> None:
         f"batch {options.batch}, {num_tokens} tokens, {HEADS} heads x {CHANNELS}, {POINTS} points"
     )
     print(
-        "what     type      code                forward ms  with backward ms  (transformers = 1)  "
-        "kernels alone ms  error"
+        "what              type      code                forward ms  with backward ms  "
+        "(transformers = 1)  kernels alone ms  error"
     )
-    for what, num_queries in (("encoder", num_tokens), ("decoder", 320)):
+    for what in ("encoder, near", "encoder, anywhere"):
+        papers = [(1024 // stride,) * 2 for stride in STRIDES]
+        met = squares_met(
+            draw(what, 1, papers, torch.float32, torch.device("cpu")), papers, level=2
+        )
+        print(
+            f"{what}: at 1024 x 1024, 64 queries meet {met:.2f} of the 4 squares of 32 x 32 cells"
+        )
+    for what in ("encoder, near", "encoder, anywhere", "decoder"):
         for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
-            inputs = draw(options.batch, num_queries, num_tokens, dtype, device)
+            inputs = draw(what, options.batch, shapes, dtype, device)
             report(what, inputs, shapes, options.repeats)
 
 
 def report(what: str, inputs: Inputs, shapes: Shapes, repeats: int) -> None:
-    value, locations, weights = inputs
-    one = (value[:1].double(), shapes, locations[:1].double(), weights[:1].double())
-    exact = reference_attention(*one)
+    value = inputs[0]
+    first = [tensor[:1] for tensor in inputs]
+    exact = plain_attention(first[0].double(), shapes, *(tensor.double() for tensor in first[1:]))
     codes = contestants(value, shapes)
     rows: list[tuple[str, float, float, str, float]] = []
     for name, run in codes.items():
-        leaves = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        leaves[1].requires_grad_(False)
         with torch.no_grad():
-            found = run(value[:1], locations[:1], weights[:1]).double()
+            found = run(*first).double()
             forward = milliseconds(lambda run=run: run(*inputs), repeats, value.device)
         grad = torch.randn_like(run(*inputs))
 
-        def step(run: Callable[..., Tensor] = run, leaves: Inputs = leaves, grad: Tensor = grad):
-            return torch.autograd.grad(run(*leaves), leaves, grad)
+        def step(run: Callable[..., Tensor] = run, all: list[Tensor] = leaves, grad: Tensor = grad):
+            return torch.autograd.grad(run(*all), [all[0], *all[2:]], grad)
 
         with summing(SUMMED[name]) if name in SUMMED else contextlib.nullcontext():
             both = milliseconds(step, repeats, value.device)
@@ -88,7 +104,7 @@ def report(what: str, inputs: Inputs, shapes: Shapes, repeats: int) -> None:
         ratios = f"({forward / their_forward:.2f}, {both / their_both:.2f})"
         kind = str(value.dtype).removeprefix("torch.")
         print(
-            f"{what:8} {kind:9} {name:19} {forward:10.3f} {both:17.3f}  {ratios:18} "
+            f"{what:17} {kind:9} {name:19} {forward:10.3f} {both:17.3f}  {ratios:18} "
             f"{kernels:>16}  {error:.1e}"
         )
 
@@ -100,13 +116,15 @@ def contestants(value: Tensor, shapes: Shapes) -> dict[str, Callable[..., Tensor
         from dkdetr.student.attention_op import triton_attention
 
         for name in ("triton", *SUMMED):
-            found[name] = lambda v, loc, w: triton_attention(v, shapes, loc, w)
-    found["torch"] = lambda v, loc, w: reference_attention(v, shapes, loc, w)
+            found[name] = lambda v, *others: triton_attention(v, shapes, *others)
+    found["torch"] = lambda v, *others: plain_attention(v, shapes, *others)
     theirs, sizes = Theirs(), torch.tensor(shapes, device=value.device)
 
-    def as_installed(v: Tensor, loc: Tensor, w: Tensor) -> Tensor:
+    def as_installed(v: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         # Theirs samples in the type of the values: locations are rounded with them.
-        return theirs(v, sizes, shapes, None, loc.to(v.dtype), w.to(v.dtype), 64)
+        locations = sampling_locations(points, offsets, shapes).to(v.dtype)
+        weights = logits.flatten(3).softmax(-1).view(logits.shape)
+        return theirs(v, sizes, shapes, None, locations, weights, 64)
 
     return found | {"transformers": as_installed}
 
@@ -122,15 +140,62 @@ def summing(cells: int) -> Generator[None]:
         yield
 
 
-def draw(
-    batch: int, num_queries: int, num_tokens: int, dtype: torch.dtype, device: torch.device
-) -> Inputs:
+def draw(what: str, batch: int, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Returns what an encoder's or a decoder's layer gives its attention, drawn at random."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (batch, num_queries, HEADS, len(STRIDES), POINTS)
+    num_tokens = sum(height * width for height, width in shapes)
+    num_queries = 320 if what == "decoder" else num_tokens
+    places = (batch, num_queries, HEADS, len(shapes), POINTS)
     value = torch.randn(batch, num_tokens, HEADS, CHANNELS, generator=generator)
-    locations = torch.rand(*sizes, 2, generator=generator)
-    weights = torch.rand(sizes, generator=generator).flatten(3).softmax(-1).view(sizes)
-    return value.to(device, dtype), locations.to(device), weights.to(device)
+    if what == "decoder":
+        points = torch.rand(batch, num_queries, 1, 4, generator=generator)
+        points = points.expand(-1, -1, len(shapes), -1).contiguous()
+    else:
+        points = torch.cat([middles(*shape) for shape in shapes])[None, :, None]
+        points = points.expand(batch, -1, len(shapes), -1).contiguous()
+    if what == "encoder, anywhere":
+        sides = torch.tensor([(width, height) for height, width in shapes])[:, None]
+        offsets = (
+            torch.rand(*places, 2, generator=generator) - points[:, :, None, :, None]
+        ) * sides
+    else:
+        width = HEADS * CHANNELS
+        start = MultiScaleDeformableAttention(
+            width, HEADS, len(shapes), POINTS
+        ).sampling_offsets.bias
+        offsets = torch.randn(*places, 2, generator=generator)
+        offsets += start.detach().view(HEADS, len(shapes), POINTS, 2)
+    logits = torch.randn(places, generator=generator)
+    half = [tensor.to(device, dtype) for tensor in (value, offsets, logits)]
+    return half[0], points.to(device), half[1], half[2]
+
+
+def middles(height: int, width: int) -> Tensor:
+    """Returns the (x, y) of a level's tokens, [height * width, 2]."""
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
+    return torch.stack((x.flatten(), y.flatten()), dim=-1)
+
+
+def squares_met(inputs: Inputs, shapes: Shapes, level: int) -> float:
+    """Returns of how many squares a block of queries meets some: what the level sum must do."""
+    side, block = 16, 64
+    height, width = shapes[level]
+    _, points, offsets, _ = inputs
+    places = (
+        points[:, :, None, level, None] * torch.tensor([width, height]) + offsets[:, :, :, level]
+    )
+    first = (places.float() - 0.5).floor()
+    met = 0.0
+    for top, left in itertools.product(range(0, height, side), range(0, width, side)):
+        corner = torch.tensor([left, top])
+        inside = ((first >= corner - 1) & (first < corner + side)).all(-1).any(-1)
+        blocks = functional.pad(inside, (0, 0, 0, -inside.shape[1] % block)).unflatten(
+            1, (-1, block)
+        )
+        met += blocks.any(2).float().mean().item()
+    return met
 
 
 def milliseconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:

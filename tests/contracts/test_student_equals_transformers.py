@@ -21,8 +21,8 @@ from dkdetr.experiment_file import config_from_dict
 from dkdetr.inference.convert import ConversionReport, convert
 from dkdetr.structures import EncoderOutput, ImageBatch
 from dkdetr.student import detector
+from dkdetr.student.attention_reference import reference_attention
 from dkdetr.student.build import build_student
-from dkdetr.student.deformable_attention import deformable_attention
 from dkdetr.student.detector import DKDETR
 from dkdetr.student.query_selection import SelectedAnchors, select_anchors
 
@@ -244,5 +244,5 @@ def test_deformable_attention_alone_in_float64():
     expected = theirs.MultiScaleDeformableAttention()(
         value, torch.tensor(shapes), shapes, None, locations, weights, 64
     )
-    found = deformable_attention(value, shapes, locations, weights)
+    found = reference_attention(value, shapes, locations, weights)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)

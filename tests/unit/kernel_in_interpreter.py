@@ -20,7 +20,7 @@ from dkdetr.student.deformable_attention import (
     MultiScaleDeformableAttention,
     deformable_attention,
 )
-from tests.attention_cases import CASES, SUMMED, check, draw, sum_levels
+from tests.attention_cases import CASES, SUMMED, Case, check, draw, sum_levels
 
 
 @pytest.mark.parametrize("summed", SUMMED)
@@ -32,7 +32,9 @@ def test_equals_the_reference(name: str, summed: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("summed", ["added", "summed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", ["the student's own", "on borders and middles", "far outside"])
+@pytest.mark.parametrize(
+    "name", ["the student's own", "on borders and middles", "far outside", "around boxes"]
+)
 def test_equals_the_reference_in_other_types(
     name: str, dtype: torch.dtype, summed: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -43,27 +45,32 @@ def test_equals_the_reference_in_other_types(
 def test_coarse_levels_are_summed_where_many_queries_share_them(monkeypatch: pytest.MonkeyPatch):
     """Which levels are added to is the tile's word, but the levels that are summed are the last."""
     sizes = [40, 40, 4, 4, 30, 30, 16, 16, 0, 3]
-    locations = torch.empty(1, 5000, 1, 5, 1, 2)
-    tile = attention_op._TILES[9, 0]
+    softmax = torch.empty(1, 5000, 1, 2)
+    tile = replace(attention_op._TILES[9, 0], summed_cells=512)
     monkeypatch.setattr(attention_op, "_tile_for", lambda _device: tile)
     value = torch.empty(1, 1, 1, 32)
-    assert attention_op._num_added(value, locations, sizes) == 3
-    assert attention_op._num_added(value, locations[:, :2047], sizes) == 5
-    assert attention_op._num_added(value, locations.double(), sizes) == 5
-    assert attention_op._num_added(torch.empty(1, 1, 1, 33), locations, sizes) == 5
+    assert attention_op._num_added(value, softmax, sizes) == 3
+    assert attention_op._num_added(value, softmax[:, :2047], sizes) == 5
+    assert attention_op._num_added(value, softmax.double(), sizes) == 5
+    assert attention_op._num_added(torch.empty(1, 1, 1, 33), softmax, sizes) == 5
     tile = replace(tile, summed_cells=0)
-    assert attention_op._num_added(value, locations, sizes[:-2]) == 4
+    assert attention_op._num_added(value, softmax, sizes[:-2]) == 4
     tile = replace(tile, summed_cells=1600)
-    assert attention_op._num_added(value, locations, sizes) == 0
+    assert attention_op._num_added(value, softmax, sizes) == 0
 
 
-def test_gradients_equal_finite_differences():
-    case = draw(((2, 2), (1, 2)), Q=2, C=2, P=1).to("cpu", torch.float64)
-    inputs = [t.clone().requires_grad_() for t in (case.value, case.locations, case.weights)]
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_gradients_equal_finite_differences(coordinates: int):
+    case = draw(((2, 2), (1, 2)), Q=2, C=2, P=1, R=coordinates).to("cpu", torch.float64)
     assert torch.autograd.gradcheck(
-        lambda v, loc, w: triton_attention(v, case.shapes, loc, w),
-        inputs, eps=1e-7, atol=1e-5, fast_mode=True,
+        lambda v, o, w: triton_attention(v, case.shapes, case.reference_points, o, w),
+        leaves(case), eps=1e-7, atol=1e-5, fast_mode=True,
     )  # fmt: skip
+
+
+def leaves(case: Case) -> list[Tensor]:
+    """What has a gradient."""
+    return [t.clone().requires_grad_() for t in (case.value, case.offsets, case.logits)]
 
 
 # It looks at gradients of tensors of its own.
@@ -71,26 +78,57 @@ def test_gradients_equal_finite_differences():
 def test_the_operators_keep_torch_s_contract():
     """Schema, fake tensors, autograd, and tracing with static and dynamic shapes."""
     case = draw(((2, 2), (1, 2)), Q=2, C=2, P=1)
-    tensors = [t.clone().requires_grad_() for t in (case.value, case.locations, case.weights)]
+    value, offsets, logits = leaves(case)
     sizes = [2, 2, 1, 2]
+    tensors = (value, case.reference_points, offsets, logits)
     torch.library.opcheck(torch.ops.dkdetr.deformable_attention.default, (*tensors, sizes))
-    fixed = [t.detach() for t in (torch.randn(1, 2, 2), *tensors)]
-    torch.library.opcheck(torch.ops.dkdetr.deformable_attention_backward.default, (*fixed, sizes))
+    fixed = [tensor.detach() for tensor in tensors]
+    softmax = torch.ones(1, 2, 1, 2)
+    torch.library.opcheck(
+        torch.ops.dkdetr.deformable_attention_backward.default,
+        (torch.randn(1, 2, 2), *fixed, softmax, sizes),
+    )
+
+
+def test_reference_points_get_no_gradient_and_say_so():
+    case = draw(((2, 2),))
+    points = case.reference_points.clone().requires_grad_()
+    with pytest.raises(ValueError, match="detach them"):
+        triton_attention(case.value, case.shapes, points, case.offsets, case.logits)
+    with torch.no_grad():
+        triton_attention(case.value, case.shapes, points, case.offsets, case.logits)
 
 
 def test_tensors_of_any_strides_are_read():
     case = draw(((3, 2), (1, 2)), H=2)
-    value = case.value.transpose(1, 2).contiguous().transpose(1, 2)
-    locations = case.locations.transpose(1, 2).contiguous().transpose(1, 2)
-    weights = case.weights.transpose(1, 2).contiguous().transpose(1, 2)
-    wanted = triton_attention(case.value, case.shapes, case.locations, case.weights)
-    assert torch.equal(triton_attention(value, case.shapes, locations, weights), wanted)
+    tensors = (case.value, case.reference_points, case.offsets, case.logits)
+    value, *others = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
+    wanted = triton_attention(tensors[0], case.shapes, *tensors[1:])
+    assert torch.equal(triton_attention(value, case.shapes, *others), wanted)
+
+
+def test_queries_that_look_elsewhere_are_passed_by():
+    """A query's gradient that is no number spoils the square of cells it looks at, no other."""
+    case = draw(((32, 32),), Q=130, C=16)
+    reference = torch.full_like(case.reference_points, 0.25)  # in the square at the top left
+    reference[:, 64:] = 0.75
+    softmax = torch.tensor([0.0, 1.0]).expand(1, 130, 1, 2).contiguous()  # all weights are 1
+    grad_out = torch.ones(1, 130, 16)
+    grad_out[:, 3] = float("nan")
+    sums = torch.zeros_like(case.value)
+    given = [reference, torch.zeros_like(case.offsets), torch.zeros_like(case.logits), softmax]
+    attention_op._sum_level(0, [*given, grad_out, sums], [32, 32])
+    spoilt = sums.isnan().any(-1).view(32, 32)
+    assert spoilt[:16, :16].all()
+    assert spoilt.sum() == 16 * 16
+    # At 24 x 24 the two samples of a query meet in the corner of four cells, from 66 queries.
+    assert sums.view(32, 32, 16)[23:25, 23:25].flatten().tolist() == [66 * 2 / 4] * 64
 
 
 def test_nothing_asked_is_nothing_done():
     case = draw(((2, 2),), Q=0)
-    inputs = [t.clone().requires_grad_() for t in (case.value, case.locations, case.weights)]
-    out = triton_attention(inputs[0], case.shapes, inputs[1], inputs[2])
+    inputs = leaves(case)
+    out = triton_attention(inputs[0], case.shapes, case.reference_points, *inputs[1:])
     assert out.shape == (1, 0, 4)
     grads = torch.autograd.grad(out.sum(), inputs)
     assert not any(grad.any() for grad in grads)
@@ -115,7 +153,7 @@ def test_the_module_compiles_whole():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_under_autocast_locations_stay_exact():
+def test_under_autocast_reference_points_and_the_softmax_stay_exact():
     attention = MultiScaleDeformableAttention(8, num_heads=2, num_levels=1, num_points=2)
     use_backend(attention, "triton", torch.device("cpu"))
     seen: list[torch.dtype] = []
@@ -123,19 +161,23 @@ def test_under_autocast_locations_stay_exact():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.dkdetr.deformable_attention.default:
-                seen.extend(tensor.dtype for tensor in args[:3])
+                seen.extend(tensor.dtype for tensor in args[:4])
+                out = func(*args, **(kwargs or {}))
+                seen.append(out[1].dtype)
+                return out
             return func(*args, **(kwargs or {}))
 
     tokens = torch.randn(1, 4, 8)
     padding = torch.zeros(1, 4, dtype=torch.bool)
     with Watch(), torch.autocast("cpu", dtype=torch.bfloat16):
         attention(tokens, torch.rand(1, 4, 1, 2), tokens, padding, ((2, 2),))
-    assert seen[-3:] == [torch.bfloat16, torch.float32, torch.float32]
+    half, exact = torch.bfloat16, torch.float32
+    assert seen[-5:] == [half, exact, half, half, exact]
 
 
 def test_deterministic_algorithms_go_by_gathering():
     case = draw(((2, 2),))
-    tensors = (case.value, case.shapes, case.locations, case.weights)
+    tensors = (case.value, case.shapes, case.reference_points, case.offsets, case.logits)
     assert picks_triton("triton", torch.device("cpu"), torch.float32, (1, 4, 1, 2))
     torch.use_deterministic_algorithms(True)
     try:

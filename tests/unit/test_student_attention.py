@@ -5,7 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from dkdetr.student.attention_reference import SpatialShapes, sample_by_gathering
+from dkdetr.student.attention_reference import (
+    SpatialShapes,
+    reference_attention,
+    sample_by_gathering,
+    sampling_locations,
+)
 from dkdetr.student.deformable_attention import (
     MultiScaleDeformableAttention,
     deformable_attention,
@@ -60,7 +65,7 @@ def random_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, T
 
 def test_equals_plain_loops():
     value, locations, weights = random_inputs()
-    out = deformable_attention(value, SHAPES, locations, weights)
+    out = reference_attention(value, SHAPES, locations, weights)
     expected = looped_attention(value, SHAPES, locations, weights)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
@@ -70,15 +75,44 @@ def test_gradients_equal_finite_differences():
     few = (value[:1], locations[:1, :3], weights[:1, :3])
     inputs = [tensor.clone().requires_grad_() for tensor in few]
     assert torch.autograd.gradcheck(
-        lambda v, loc, w: deformable_attention(v, SHAPES, loc, w), inputs, eps=1e-7, atol=1e-5
+        lambda v, loc, w: reference_attention(v, SHAPES, loc, w), inputs, eps=1e-7, atol=1e-5
     )
+
+
+def test_offsets_count_tokens_or_shares_of_half_a_box():
+    """By hand: levels of 4 x 3 and 2 x 2 tokens, two points."""
+    offsets = torch.zeros(1, 2, 1, 2, 2, 2)
+    offsets[0, 0, 0, 0, 0] = torch.tensor([1.0, -1.5])
+    offsets[0, 0, 0, 1, 1] = torch.tensor([0.5, 3.0])
+    points = torch.tensor([[0.5, 0.25], [0.75, 0.5]]).expand(1, 2, 2, 2)
+    found = sampling_locations(points, offsets, SHAPES)
+    torch.testing.assert_close(found[0, 0, 0, 0, 0], torch.tensor([0.5 + 1 / 4, 0.25 - 1.5 / 3]))
+    torch.testing.assert_close(found[0, 0, 0, 1, 1], torch.tensor([0.75 + 0.5 / 2, 0.5 + 3 / 2]))
+    assert torch.equal(found[0, 1, 0, 1, 0], points[0, 1, 1])
+    boxes = torch.cat((points, torch.tensor([0.4, 0.2]).expand_as(points)), dim=-1)
+    around = sampling_locations(boxes, offsets, SHAPES)
+    edge = torch.tensor([0.5 + 1.0 / 2 * 0.2, 0.25 - 1.5 / 2 * 0.1])
+    torch.testing.assert_close(around[0, 0, 0, 0, 0], edge)
+
+
+def test_weights_are_a_softmax_over_all_levels_and_points():
+    value, _, _ = random_inputs()
+    generator = torch.Generator().manual_seed(1)
+    offsets = torch.randn(2, 5, 2, 2, 2, 2, generator=generator, dtype=torch.float64)
+    logits = torch.randn(2, 5, 2, 2, 2, generator=generator, dtype=torch.float64)
+    points = torch.rand(2, 5, 2, 2, generator=generator, dtype=torch.float64)
+    weights = logits.exp() / logits.exp().sum((-2, -1), keepdim=True)
+    locations = sampling_locations(points, offsets, SHAPES)
+    wanted = looped_attention(value, SHAPES, locations, weights)
+    found = deformable_attention(value, SHAPES, points, offsets, logits)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def test_half_values_are_sampled_at_float32_places():
     value, locations, weights = random_inputs(torch.float32)
-    half = deformable_attention(value.bfloat16(), SHAPES, locations, weights)
+    half = reference_attention(value.bfloat16(), SHAPES, locations, weights)
     assert half.dtype == torch.float32
-    rounded = deformable_attention(value.bfloat16().float(), SHAPES, locations, weights)
+    rounded = reference_attention(value.bfloat16().float(), SHAPES, locations, weights)
     assert torch.equal(half, rounded)
 
 

@@ -68,7 +68,9 @@ def test_a_kernel_that_fails_is_dropped_once_and_loudly(
     pytest.importorskip("triton")
     tries: list[torch.dtype] = []
 
-    def fail(device: torch.device, dtype: torch.dtype, dims: object, num_queries: int) -> None:
+    def fail(
+        device: torch.device, dtype: torch.dtype, dims: object, num_queries: int, coordinates: int
+    ) -> None:
         tries.append(dtype)
         raise RuntimeError("ptxas: no such architecture\nmore of it")
 
@@ -107,7 +109,11 @@ PRODUCTS = {80: r"mma\.sync[^;]*\.bf16", 90: r"wgmma[^;]*\.bf16"}
 
 
 def compiled_for(
-    capability: int, dtype: torch.dtype, dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    capability: int,
+    dtype: torch.dtype,
+    dims: tuple[int, ...],
+    coordinates: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> list[Any]:
     """The three kernels as a call compiles them on such a GPU: forward, backward, level sum."""
     from triton.runtime.driver import driver
@@ -122,9 +128,10 @@ def compiled_for(
     with torch.device("meta"):
         exact = torch.promote_types(dtype, torch.float32)
         value = torch.empty(1, 64 * L, H, C, dtype=dtype)
-        sums = torch.empty(1, 64 * L, H, C, dtype=exact)
-        locations = torch.empty(1, 100, H, L, P, 2, dtype=exact)
-        weights, out = locations[..., 0], torch.empty(1, 100, H * C, dtype=dtype)
+        reference = torch.empty(1, 100, L, coordinates, dtype=exact)
+        offsets = torch.empty(1, 100, H, L, P, 2, dtype=dtype)
+        logits, out = offsets[..., 0], torch.empty(1, 100, H * C, dtype=dtype)
+        softmax, sums = torch.empty(1, 100, H, 2, dtype=exact), value.to(exact)
     for name in ("forward_kernel", "backward_kernel", "level_sum_kernel"):
         kernel = getattr(attention_op, name)
 
@@ -133,24 +140,31 @@ def compiled_for(
             kernels.append(run(*args, warmup=True, **more))
 
         monkeypatch.setattr(kernel, "run", compile_only)
-    given, sizes = [value, locations, weights, out], [8, 8] * L
-    attention_op._launch(attention_op.forward_kernel, given, sizes)
+    inputs, sizes = [value, reference, offsets, logits], [8, 8] * L
+    block_s = 1 << (L * P - 1).bit_length()
     attention_op._launch(
-        attention_op.backward_kernel, [*given, sums, locations, weights], sizes, ADDED=L - 1
+        attention_op.forward_kernel, inputs, [out, softmax], sizes, BLOCK_S=block_s
     )
+    attention_op._launch(
+        attention_op.backward_kernel,
+        [*inputs, softmax, out], [sums, offsets, logits], sizes, ADDED=L - 1,
+    )  # fmt: skip
     if dtype is not torch.float64:
-        attention_op._sum_level(L - 1, [locations, weights, out, sums], sizes)
+        attention_op._sum_level(L - 1, [*inputs[1:], softmax, out, sums], sizes)
     return kernels
 
 
+@pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("capability", ADDITIONS)
 def test_compiles_for_gpus_that_are_not_here(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, coordinates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Hardly a register spills, a thread reads 16 bytes at once, Hopper adds four floats at once;
     a level's sum is a product on tensor cores."""
     pytest.importorskip("triton")
-    forward, backward, level_sum = compiled_for(capability, torch.bfloat16, DIMS, monkeypatch)
+    forward, backward, level_sum = compiled_for(
+        capability, torch.bfloat16, DIMS, coordinates, monkeypatch
+    )
     for kernel in (forward, backward, level_sum):
         taken = resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
         print(capability, kernel.name, re.findall(r"REG:\d+ STACK:\d+", taken))
@@ -165,5 +179,5 @@ def test_compiles_for_gpus_that_are_not_here(
 def test_other_types_compile_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """The interpreter knows operations that the compiler lacks for a type."""
     pytest.importorskip("triton")
-    kernels = compiled_for(90, dtype, (2, 5, 2, 3), monkeypatch)
+    kernels = compiled_for(90, dtype, (2, 5, 2, 3), 2, monkeypatch)
     assert len(kernels) == (2 if dtype is torch.float64 else 3)

@@ -56,7 +56,7 @@ from pipeline.shard_worker import (
 )
 from pipeline.source_images import ImageCheck, check_images
 from pipeline.teacher import load_teacher, teacher_embed_dim
-from pipeline.teacher_model import Teacher, usual_batch
+from pipeline.teacher_model import Teacher
 
 _RECALL_IMAGES = 2000
 _STOPPED = "stopped by SIGTERM; what was finished stands, and the same command goes on from there"
@@ -155,7 +155,7 @@ def _fill(
     for note in notes:
         say(note)
     rule = teacher.resolve(request.crops)
-    crop_batch = request.crop_batch or usual_batch(teacher.device)
+    crop_batch = request.crops_at_once(teacher.device)
     plan = plan_cache(split, request, teacher.embed_dim, crop_batch=crop_batch)
     parts = cache_parts(request, split, images, source, teacher, plan, rule)
     own_canary = pack_canary(canary_embeddings(teacher))

@@ -33,7 +33,7 @@ from pipeline.readable_images import READ_THREADS
 from pipeline.request import CacheRequest
 from pipeline.shard_worker import PendingImage, crops_of
 from pipeline.teacher import load_teacher, teacher_embed_dim
-from pipeline.teacher_model import Teacher, usual_batch
+from pipeline.teacher_model import Teacher
 
 _IMAGES_A_SHARD = 4
 _TEXTS = 64
@@ -98,13 +98,9 @@ def price_cache(request: CacheRequest) -> CachePrice:
     )
     calibration = (
         f"measured here on {rates.num_images} images of two shards and "
-        f"{_crop_batch(request, teacher)} of their crops, {device}; without the neighbour lists"
+        f"{request.crops_at_once(device)} of their crops, {device}; without the neighbour lists"
     )
     return replace(price, stages=stages, calibration=calibration)
-
-
-def _crop_batch(request: CacheRequest, teacher: Teacher) -> int:
-    return request.crop_batch or usual_batch(teacher.device)
 
 
 def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> float:
@@ -146,7 +142,7 @@ def _time_shards(
     _finish(teacher.device)
     cut = (time.monotonic() - started) / len(pictures)
     counts = [len(stack) for stack in crops]
-    batch = _fill_batch(torch.cat(crops), _crop_batch(request, teacher))
+    batch = _fill_batch(torch.cat(crops), request.crops_at_once(teacher.device))
     teacher.crop_features(batch)
     started = time.monotonic()
     teacher.crop_features(batch)

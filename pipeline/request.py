@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from dkdetr.errors import UsageError
@@ -13,6 +14,7 @@ from pipeline.decoding import DecoderChoice
 from pipeline.executor import Executor
 from pipeline.recall import Recall
 from pipeline.teacher import EncoderChoice, Precision
+from pipeline.teacher_model import usual_batch
 
 DEFAULT_TEACHER = "ViT-B-32-quickgelu:openai"
 
@@ -35,7 +37,7 @@ class CacheRequest:
     executor: Executor = field(default_factory=Executor)
     device: str = "auto"
     crop_batch: int | None = None
-    """Crops at once; None: 256 on CUDA, 64 elsewhere. Part of the fingerprint."""
+    """Crops at once; None: `usual_batch`. Part of the fingerprint."""
     image_batch: int = 8
     """Images at once through a proposal network. Part of the fingerprint."""
     decoder: DecoderChoice = "auto"
@@ -68,6 +70,10 @@ class CacheRequest:
             )
         if self.only_proposals and self.proposals != "fit":
             raise UsageError(f"--only-proposals: --proposals {self.proposals} trains none")
+
+    def crops_at_once(self, device: torch.device) -> int:
+        """Returns how many crops the teacher is given at once on this device."""
+        return self.crop_batch or usual_batch(device)
 
 
 def request_record(request: CacheRequest) -> dict[str, Any]:

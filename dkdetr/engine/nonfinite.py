@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dkdetr.atomic_file import write_text
 from dkdetr.data.device_views import on_device
 from dkdetr.structures import LoadedBatch, StudentOutput, TrainingBatch
+from dkdetr.student.sync_norm import own_statistics
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Diagnosis:
     image_ids: tuple[int, ...]
     bad_parts: tuple[str, ...]
     first_bad_tensor: str
+    began_here: bool
+    """True if a weight, an input or an output is broken without anything of other ranks."""
     parts: Mapping[str, float | str]
 
     def sentence(self) -> str:
@@ -43,8 +46,11 @@ def diagnose(
 ) -> Diagnosis:
     """Returns what broke a step; looks in the order in which values are made.
 
+    Norms over ranks go by the pictures at hand: of the joined statistics nobody could say whose
+    pictures broke them.
+
     Args:
-        student: with the gradients of the broken step.
+        student: in evaluation mode where there are other ranks; with the gradients of the step.
         forward: runs the student; done again for the micro-batches in question.
         group: the micro-batches of the step, as they were loaded.
         parts: the loss parts of each.
@@ -68,6 +74,7 @@ def diagnose(
         image_ids=tuple(image_ids),
         bad_parts=tuple(bad_parts),
         first_bad_tensor=first or next(iter(_bad_names(gradients)), "none"),
+        began_here=first is not None,
         # JSON has no NaN: what is not finite is written as a word.
         parts={
             name: value.item() if value.isfinite() else str(value.item())
@@ -101,7 +108,13 @@ def _first_bad_of(
     found = _bad_names(inputs)
     if found:
         return found[0]
-    with _watched(student) as broken, torch.no_grad():
+    # A compiled student would not see who watches.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        own_statistics(student),
+        _watched(student) as broken,
+        torch.no_grad(),
+    ):
         forward(batch)
     return broken[0] if broken else None
 

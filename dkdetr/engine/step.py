@@ -20,7 +20,7 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.data.device_views import on_device
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.guarded_update import update_where_finite
-from dkdetr.engine.nonfinite import diagnose, write_dump
+from dkdetr.engine.nonfinite import Diagnosis, diagnose, write_dump
 from dkdetr.engine.optim import learning_rate_factor, set_learning_rate
 from dkdetr.engine.pairing import TeacherSide, pair_with_teacher
 from dkdetr.engine.step_chance import Moment, StepChance
@@ -157,8 +157,8 @@ class TrainingStep:
         denoising = self._chance.denoising(loaded, moment)
         with marked("views"):
             batch = on_device(loaded, self._ranks.device)
-        output = self._forward(batch, moment.epoch, denoising)
-        pairs = None
+        epoch, pairs = moment.epoch, None
+        output = self._forward(batch, epoch, denoising)
         try:
             pairs = self._pair(output, batch)
             paired, regions = (output, None) if pairs is None else (pairs.output, pairs.regions)
@@ -173,7 +173,10 @@ class TrainingStep:
                 )
         except NonFiniteLossError:
             if self._config.kd.rkd.gather and self._ranks.world_size > 1:
-                raise  # the others wait in the loss's backward: they lose this rank, which speaks
+                # The others wait in the loss's backward: they lose this rank, which speaks.
+                diagnosis = self._diagnose([loaded], [{"total": torch.tensor(math.nan)}], epoch)
+                told = diagnosis.began_here
+                raise self._reported(diagnosis, epoch, moment.iteration, told=told) from None
             # No loss without a matching. The other ranks are about to exchange gradients: these
             # tell them that the step is broken.
             broken = _sum_of(output) * math.nan
@@ -262,21 +265,41 @@ class TrainingStep:
         own = not all(value.isfinite().all() for each in parts for value in each.values())
         # A gradient that broke under finite losses is nobody's own: the first rank speaks.
         somebody_s = self._ranks.any(own)
-        if not own and (somebody_s or not self._ranks.is_first):
+        suspected = own or (not somebody_s and self._ranks.is_first)
+        diagnosis = self._diagnose(group, parts, epoch) if suspected else None
+        # Joined batch statistics break every rank's losses: it speaks where it began, if that
+        # can be told.
+        began = diagnosis is not None and diagnosis.began_here
+        told = self._ranks.any(began)
+        if diagnosis is None or (told and not began):
             raise PeerFailedError("another rank's loss or gradient is not finite")
+        raise self._reported(diagnosis, epoch, iteration, told=told)
+
+    def _diagnose(
+        self, group: Sequence[LoadedBatch], parts: Sequence[Mapping[str, Tensor]], epoch: int
+    ) -> Diagnosis:
+        """Returns what is broken on this rank; no step can follow."""
         if isinstance(self.student, DistributedDataParallel):
-            # From here on this rank is alone: nothing may wait for the others.
+            # From here on this rank is alone: nothing in the student may wait for the others.
             self.student = self.student.module.eval()
-        diagnosis = diagnose(
+        return diagnose(
             self.student,
             lambda batch: self._forward(batch, epoch, None),
             group,
             parts,
             device=self._ranks.device,
         )
+
+    def _reported(
+        self, diagnosis: Diagnosis, epoch: int, iteration: int, *, told: bool
+    ) -> NonFiniteLossError:
+        """Returns the error that tells a diagnosis, which is in a file too."""
         place = {"epoch": epoch, "iteration": iteration, "rank": self._ranks.rank}
         path = write_dump(self._dumps, diagnosis, place | {"overflows": self._overflows_in_row})
-        raise NonFiniteLossError(f"{diagnosis.sentence()}; see {path}")
+        elsewhere = ""
+        if not told and self._ranks.world_size > 1:
+            elsewhere = ". This rank alone is not broken: other ranks' images may have done it"
+        return NonFiniteLossError(f"{diagnosis.sentence()}{elsewhere}; see {path}")
 
 
 def counts_late(config: ExperimentConfig) -> bool:

@@ -5,6 +5,9 @@ torch.compile's graph, and it refuses CPUs. This one does none of it. Its parame
 have the same names.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -94,6 +97,28 @@ class _ByKernels(torch.autograd.Function):
             grad_out, x, mean, invstd, weight.to(mean.dtype), grad_sum, product_sum, counts
         )
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+@contextmanager
+def own_statistics(module: nn.Module) -> Iterator[None]:
+    """Lets norms over ranks go by the statistics of this rank's pictures, and asks nobody.
+
+    Running statistics are neither used nor moved: another rank may have spoilt them.
+    """
+    norms = [each for each in module.modules() if isinstance(each, SyncBatchNorm2d)]
+    kept = [(norm.training, dict(norm.named_buffers())) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        norm.forward = partial(nn.BatchNorm2d.forward, norm)
+    try:
+        yield
+    finally:
+        for norm, (training, buffers) in zip(norms, kept, strict=True):
+            del norm.forward
+            norm.train(training)
+            for name, value in buffers.items():
+                setattr(norm, name, value)
 
 
 def _gathered(mean: Tensor, spread: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

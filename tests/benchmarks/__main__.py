@@ -157,6 +157,7 @@ def _run(benchmark: Benchmark, device: str, say: Callable[[str], None]) -> int:
     words = (benchmark.gpu if device == "cuda" else benchmark.cpu or "").split()
     command = [sys.executable, "-m", f"tests.benchmarks.{benchmark.module}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # generated code that crashes says where
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     say(f"\n## {benchmark.title}\n\n`{' '.join(['python', *command[1:]])}`\n\n```\n")
@@ -174,6 +175,7 @@ def _run(benchmark: Benchmark, device: str, say: Callable[[str], None]) -> int:
                     say(line)
             except BaseException:
                 _end(child)
+                say("STOPPED before its end\n```\n")
                 raise
             finally:
                 timer.cancel()
@@ -182,7 +184,8 @@ def _run(benchmark: Benchmark, device: str, say: Callable[[str], None]) -> int:
         if code:
             too_long = code == -signal.SIGKILL and time.monotonic() - started >= TIMEOUT_S
             late = f", not done after {TIMEOUT_S} s" if too_long else ""
-            say(f"FAILED with exit code {code}{late}\n{errors.read().strip()[-2000:]}\n")
+            name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+            say(f"FAILED with exit code {code}{name}{late}\n{errors.read().strip()[-6000:]}\n")
     say(f"```\n\n{time.monotonic() - started:.0f} s\n")
     if benchmark.peers:
         peers = _spaced(benchmark.peers)

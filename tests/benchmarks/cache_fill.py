@@ -41,7 +41,7 @@ from pipeline.proposals import SourceImage  # noqa: E402
 from pipeline.request import CacheRequest  # noqa: E402
 from pipeline.resampling import cut_by_kernel, cut_one_by_one, cut_together  # noqa: E402
 from pipeline.teacher import load_teacher  # noqa: E402
-from pipeline.teacher_model import Teacher  # noqa: E402
+from pipeline.teacher_model import Teacher, usual_batch  # noqa: E402
 from pipeline.window_fit import Look  # noqa: E402
 from tests.benchmarks.machine import describe  # noqa: E402
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="ViT-B-32-quickgelu:random")
     parser.add_argument("--images", type=int, default=48, help="more than 16")
     parser.add_argument("--boxes", type=int, default=4, help="of an image")
-    parser.add_argument("--crop-batch", type=int, help="default: 256 on CUDA, 64 elsewhere")
+    parser.add_argument("--crop-batch", type=int, help="default: the command's")
     parser.add_argument("--decoder", choices=("pillow", "torchvision"), default="pillow")
     parser.add_argument(
         "--encoder", choices=("auto", "open_clip", "fused", "compiled"), default="auto"
@@ -72,7 +72,7 @@ def main() -> None:
         root = Path(folder)
         boxes = write_pictures(root, options.images, options.boxes)
         teacher = load_teacher(options.teacher, device, encoder=options.encoder)
-        batch = options.crop_batch or (256 if device == "cuda" else 64)
+        batch = options.crop_batch or usual_batch(teacher.device)
         crops = options.images * options.boxes * len(CropRule().scales)
         print(
             f"{options.teacher} on {device}, {teacher.precision}; JPEG {WIDTH}x{HEIGHT}, ", end=""

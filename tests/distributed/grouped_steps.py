@@ -30,13 +30,12 @@ STEPS = 3
 SIZES = ((64, 96), (96, 64), (96, 96), (64, 64))
 
 
-def whole_batch(seed: int) -> TrainingBatch:
+def whole_batch(seed: int, dtype: torch.dtype = torch.float64) -> TrainingBatch:
     """Four images with as different numbers of boxes and regions as can be."""
-    wide = torch.float64
     return TrainingBatch(
-        images=image_batch(SIZES, padded_hw=(96, 96), seed=seed, dtype=wide),
-        targets=targets((2, 1, 5, 0), seed=seed, dtype=wide),
-        regions=teacher_regions((3, 2, 4, 1), seed=seed, dtype=wide),
+        images=image_batch(SIZES, padded_hw=(96, 96), seed=seed, dtype=dtype),
+        targets=targets((2, 1, 5, 0), seed=seed, dtype=dtype),
+        regions=teacher_regions((3, 2, 4, 1), seed=seed, dtype=dtype),
     )
 
 

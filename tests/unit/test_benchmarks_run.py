@@ -65,7 +65,27 @@ def test_what_takes_too_long_is_ended_and_has_said_what_it_knew(monkeypatch) -> 
 
     code = _run(Benchmark("cache_reader", "R", "--images 16 --seconds 60"), "cpu", say)
     assert code == -signal.SIGKILL
-    assert "not done after 0 s" in "".join(said)
+    assert "exit code -9 (SIGKILL), not done after 0 s" in "".join(said)
+
+
+def test_a_crash_says_where_it_was(monkeypatch) -> None:
+    timers: list[LateTimer] = []
+    monkeypatch.setattr(
+        threading, "Timer", lambda *given: timers.append(LateTimer(*given)) or timers[-1]
+    )
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "16 images of 300 regions" in text:
+            timers[0].child.send_signal(signal.SIGSEGV)
+
+    code = _run(Benchmark("cache_reader", "R", "--images 16 --seconds 60"), "cpu", say)
+    page = "".join(said)
+    assert code == -signal.SIGSEGV
+    assert "exit code -11 (SIGSEGV)" in page
+    assert "Fatal Python error: Segmentation fault" in page
+    assert "cache_reader.py" in page.split("Fatal Python error")[1]
 
 
 class LateTimer:
@@ -73,6 +93,7 @@ class LateTimer:
 
     def __init__(self, _seconds: float, function: Callable[..., None], arguments: list) -> None:
         self.run_out = functools.partial(function, *arguments)
+        self.child = arguments[0]
 
     def start(self) -> None:
         """Waits for `run_out`."""
@@ -92,3 +113,4 @@ def test_a_run_that_is_killed_leaves_its_lines(tmp_path: Path) -> None:
         run.terminate()
     page = next(tmp_path.glob("*.md")).read_text()
     assert "64 images of 300 regions" in page
+    assert page.endswith("STOPPED before its end\n```\n")

@@ -1,11 +1,14 @@
 """Full batches across pictures, windows across pictures, and the clock around the encoder."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline import encode_stream
 from pipeline.encode_stream import BusyClock, embed_stream
+from pipeline.request import CacheRequest
 from pipeline.resampling import cut_by_matrices, cut_together
 from pipeline.window_fit import Look
 
@@ -31,6 +34,14 @@ def test_stream_gives_every_stack_its_rows_in_full_batches(sizes: list[int]) -> 
     assert len(seen) == -(-sum(sizes) // 8)
     for row, stack in zip(rows, stacks, strict=True):
         assert row[:, 0].tolist() == stack[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(("device", "usual"), [("cpu", 64), ("cuda", 256)])
+def test_a_device_s_batch_is_the_one_that_was_asked_for_or_its_usual(device, usual) -> None:
+    request = {"split": "lvis_train", "out": Path("c")}
+    for asked, wanted in ((None, usual), (7, 7)):
+        found = CacheRequest(**request, crop_batch=asked).crops_at_once(torch.device(device))
+        assert found == wanted
 
 
 def test_no_more_than_a_few_batches_are_under_way() -> None:

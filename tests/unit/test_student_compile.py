@@ -59,6 +59,31 @@ for part, args in (
     torch.testing.assert_close(one, other)
 """
 
+_HALF = """
+import torch
+from compiled_steps import CountedGraphs, Learner, distance
+from step_options import option_config, training_batch
+
+torch.set_num_threads(1)
+config, graphs = option_config("cached"), CountedGraphs()
+wide, half = (Learner(config, dtype) for dtype in (torch.float32, torch.bfloat16))
+compiled = Learner(config, torch.bfloat16, graphs=graphs)
+for number in range(3):
+    # From the same weights: AdamW's first steps have the gradients' signs alone, and would carry
+    # roundings on.
+    start = {name: value.clone() for name, value in half.student.state_dict().items()}
+    batch, found = training_batch(config, seed=number), []
+    for learner in (wide, half, compiled):
+        learner.start_from(start)
+        found.append(learner.step(batch, number))
+    (_, exact), (wanted_loss, wanted), (loss, gradient) = found
+    assert abs(loss / wanted_loss - 1) < 1e-4, (loss, wanted_loss)
+    # An eighth of what half precision itself rounds: gradients are summed in another order.
+    shares = distance(gradient, wanted), distance(wanted, exact)
+    assert shares[0] < shares[1] / 8, shares
+    assert graphs.num_graphs == 1, graphs
+"""
+
 _PROFILED = """
 import torch
 from step_options import option_config, step_under, training_batch
@@ -113,6 +138,11 @@ def test_the_student_is_one_graph_under_other_settings():
 def test_encoder_and_decoder_are_one_graph_each_with_gradients():
     """Through AOTAutograd, as the compiler sees them."""
     run(_PARTS)
+
+
+def test_a_compiled_student_learns_under_autocast_what_the_eager_one_does():
+    """In bf16, over steps; compiled once."""
+    run(_HALF)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -5,8 +5,9 @@ import torch
 from torch import distributed, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dkdetr.student import sync_norm
 from dkdetr.student.backbone import slim_resnet
-from dkdetr.student.sync_norm import SyncBatchNorm2d, by_formula, by_kernels
+from dkdetr.student.sync_norm import SyncBatchNorm2d, by_formula, by_kernels, own_statistics
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -18,6 +19,22 @@ def test_alone_it_is_torch_s_batch_norm_bit_by_bit(training: bool):
         assert torch.equal(ours(maps), theirs(maps))
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_by_its_own_statistics_it_asks_no_rank_and_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr(sync_norm, "_num_ranks", lambda: 2)
+    monkeypatch.setattr(sync_norm, "by_formula", lambda *_: pytest.fail("asked the other rank"))
+    norm, theirs = SyncBatchNorm2d(4).eval(), nn.BatchNorm2d(4).train()
+    norm.running_mean.fill_(float("nan"))
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    maps = torch.randn(2, 4, 5, 3) + 1
+    with own_statistics(nn.Sequential(norm)):
+        assert torch.equal(norm(maps), theirs(maps))
+    assert not norm.training
+    assert norm(maps).isnan().all()
+    for name, value in norm.named_buffers():
+        torch.testing.assert_close(value, before.pop(name), rtol=0, atol=0, equal_nan=True)
+    assert not before
 
 
 def test_checkpoints_of_either_norm_load_into_the_other():

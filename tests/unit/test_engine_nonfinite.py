@@ -1,0 +1,68 @@
+"""A rank that breaks where the others wait for it tells which images, and waits for nobody."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.optim import make_optimizer
+from dkdetr.engine.step import TrainingStep
+from dkdetr.errors import NonFiniteLossError
+from tests.step_options import option_config, training_batch
+from tests.tiny_student import text_embeddings, tiny_student
+
+
+class OneOfTwo(Ranks):
+    """The first of two ranks, the other of which has the same pictures and does not vote."""
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat((rows, rows))
+
+    def vote(self, *_flags: bool) -> NoReturn:
+        pytest.fail("waits for the other rank")
+
+
+def broken_step(tmp_path, *, pixel: float = 0.0) -> str:
+    config = option_config("relations apart")
+    assert config.kd.rkd.gather
+    student = tiny_student(config).train()
+    step = TrainingStep(
+        student,
+        make_optimizer(student, config.optim),
+        text_embeddings(),
+        config,
+        OneOfTwo(rank=0, world_size=2, device=torch.device("cpu")),
+        precision=torch.float32,
+        dumps=tmp_path,
+    )
+    batch = training_batch(config)
+    batch.images.pixels[0, 0, 5, 5] = pixel
+    with pytest.raises(NonFiniteLossError) as raised:
+        step([batch], epoch=40, iteration=10_000)
+    return str(raised.value)
+
+
+def test_where_relations_are_gathered_images_are_named_without_a_vote(tmp_path) -> None:
+    words = broken_step(tmp_path, pixel=math.nan)
+    assert "first bad tensor: image; images [0, 1]" in words
+    assert "other ranks" not in words
+    dump = json.loads((tmp_path / "step_00010000_rank0.json").read_text())
+    assert dump["began_here"]
+    assert dump["bad_parts"] == ["total"]
+
+
+def test_a_rank_that_is_whole_by_itself_says_so(tmp_path, monkeypatch) -> None:
+    """As if joined statistics had brought another rank's fault into the matching."""
+
+    def broken(*_given: Any, **_how: Any) -> NoReturn:
+        raise NonFiniteLossError("a matching cost is not finite")
+
+    monkeypatch.setattr("dkdetr.losses.criterion.assign", broken)
+    words = broken_step(tmp_path)
+    assert "This rank alone is not broken: other ranks' images may have done it" in words

@@ -7,12 +7,14 @@ GPU's float16 has not been measured).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from dkdetr.config import ExperimentConfig
 from dkdetr.data.transforms import ViewGeometry, normalise_pixels
 from dkdetr.resampling import axis_weights
 from dkdetr.structures import DecodedBatch, DecodedImages, ImageBatch, LoadedBatch, TrainingBatch
@@ -41,6 +43,14 @@ def decoded_images(
         image_ids=tuple(image_ids),
         view_side=image_size,
     )
+
+
+def settle_views(config: ExperimentConfig, device: torch.device) -> ExperimentConfig:
+    """Returns the settings with `data.augment` decided for a student on `device`."""
+    if config.data.augment != "auto":
+        return config
+    where = "device" if device.type == "cuda" else "loader"
+    return replace(config, data=replace(config.data, augment=where))
 
 
 def on_device(batch: LoadedBatch, device: torch.device) -> TrainingBatch:

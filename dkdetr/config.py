@@ -282,10 +282,10 @@ class DataConfig:
     """Side of the square view in training; longest side in evaluation."""
     scale_range: tuple[float, float] = (0.1, 2.0)
     flip_probability: float = 0.5
-    augment: Literal["loader", "device"] = "loader"
+    augment: Literal["auto", "loader", "device"] = "loader"
     """Where training views are resampled: in the loader processes, or where the student computes;
-    then those only decode. The same views but for their rounding to grey levels. `eval` does so
-    too, on a GPU."""
+    then those only decode. `auto`: there if it is a GPU, else in the loader. The same views but for
+    their rounding to grey levels. `eval` does so too, on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -10,13 +11,20 @@ import numpy as np
 import torch
 
 from cache.plan import Plan
-from dkdetr.data.image_files import UnreadableImageError, read_image
+from dkdetr.data.image_files import UnreadableImageError
 from dkdetr.data.prompts import fill_prompt, prompt_set
 from dkdetr.data.splits import Split, load_split
 from dkdetr.engine.distributed import Ranks, pick_device
 from dkdetr.engine.interruption import StopFlag
 from dkdetr.errors import DataError
 from dkdetr.student.build import build_trunk
+from pipeline.decoding import (
+    Decoder,
+    EncodedImage,
+    Pixels,
+    choose_decoder,
+    decode_on_device,
+)
 from pipeline.fit import fit_plan
 from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.price import CachePrice, StagePrice, plan_cache, price_of, require_room
@@ -29,7 +37,7 @@ from pipeline.proposal_sources import (
     prepare_source,
 )
 from pipeline.proposals import ProposalRule, ProposalSource, SourceImage, apply_rule
-from pipeline.readable_images import READ_THREADS
+from pipeline.readable_images import READ_THREADS, read_or_leave
 from pipeline.request import CacheRequest
 from pipeline.shard_worker import PendingImage, crops_of
 from pipeline.teacher import load_teacher, teacher_embed_dim
@@ -37,6 +45,8 @@ from pipeline.teacher_model import Teacher
 
 _IMAGES_A_SHARD = 4
 _TEXTS = 64
+_Read = tuple[int, Pixels | EncodedImage]
+"""An image's id, and its pixels or what a device has to decode."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,9 @@ class _ShardRates:
     """Seconds that an image of the sample took, and how many crops it gave, in the mean."""
 
     read: float
+    """In one of the threads, which decode too where Pillow does."""
+    decode: float
+    """Of the one thread that lets a device decode; 0 where Pillow does."""
     propose: float
     cut: float
     encode_crop: float
@@ -52,9 +65,9 @@ class _ShardRates:
 
     @property
     def per_image(self) -> float:
-        """Returns an image's seconds in a worker, which reads ahead in threads meanwhile."""
+        """Returns an image's seconds in a worker, whose threads read and decode ahead meanwhile."""
         busy = self.propose + self.cut + self.crops * self.encode_crop
-        return max(self.read / READ_THREADS, busy)
+        return max(self.read / READ_THREADS, self.decode, busy)
 
 
 def price_cache(request: CacheRequest) -> CachePrice:
@@ -81,7 +94,8 @@ def price_cache(request: CacheRequest) -> CachePrice:
     except DataError as error:
         return replace(price, calibration=f"not measured: {error}")
     fit_seconds = _time_fit(request, split, device) if price.fit_iterations else 0.0
-    rates = _time_shards(request, split, spec, teacher)
+    decoder = choose_decoder(request.decoder, device)
+    rates = _time_shards(request, split, spec, teacher, decoder)
     workers = max(1, request.executor.workers)
     crops = min(price.max_crops, ceil(rates.crops * price.num_images))
     where = "a worker" if request.executor.scheduler else f"{workers} worker(s)"
@@ -98,7 +112,8 @@ def price_cache(request: CacheRequest) -> CachePrice:
     )
     calibration = (
         f"measured here on {rates.num_images} images of two shards and "
-        f"{request.crops_at_once(device)} of their crops, {device}; without the neighbour lists"
+        f"{request.crops_at_once(device)} of their crops, {device}, decoded by {decoder}; without "
+        "the neighbour lists"
     )
     return replace(price, stages=stages, calibration=calibration)
 
@@ -115,12 +130,21 @@ def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> floa
 
 
 def _time_shards(
-    request: CacheRequest, split: Split, spec: ProposalSpec, teacher: Teacher
+    request: CacheRequest,
+    split: Split,
+    spec: ProposalSpec,
+    teacher: Teacher,
+    decoder: Decoder,
 ) -> _ShardRates:
     plan = plan_cache(split, request, teacher.embed_dim, crop_batch=0)
     started = time.monotonic()
-    pictures = _sample(split, plan)
-    read = (time.monotonic() - started) / len(pictures)
+    sample = _sample(split, plan, decoder)
+    read = time.monotonic() - started
+    if not _decoded(sample, teacher.device):  # a device's first batch takes memory, too
+        raise DataError(f"{split.name}: no image of the first shards can be read")
+    started = time.monotonic()
+    pictures = _decoded(sample, teacher.device)
+    read, decode = read / len(pictures), (time.monotonic() - started) / len(pictures)
     with tempfile.TemporaryDirectory() as folder:
         source = _source(request, split, spec, teacher.device, Path(folder))
     source.propose(pictures[: request.image_batch])
@@ -147,29 +171,37 @@ def _time_shards(
     started = time.monotonic()
     teacher.crop_features(batch)
     encode = (time.monotonic() - started) / len(batch)
-    return _ShardRates(read, propose, cut, encode, float(np.mean(counts)), len(pictures))
+    crops_an_image = float(np.mean(counts))
+    return _ShardRates(read, decode, propose, cut, encode, crops_an_image, len(pictures))
 
 
-def _sample(split: Split, plan: Plan) -> list[SourceImage]:
+def _sample(split: Split, plan: Plan, decoder: Decoder) -> list[_Read]:
     """Returns the first readable images of the first shard and of one in the middle."""
     image_of = {image.image_id: image for image in split.images}
-    found: list[SourceImage] = []
+    found: list[_Read] = []
     for shard in sorted({0, plan.num_shards // 2}):
         wanted = len(found) + _IMAGES_A_SHARD
         for image_id in plan.shard_image_ids(shard):
             if len(found) == wanted:
                 break
-            image = image_of[image_id]
             try:
-                pixels = read_image(
-                    split.image_path(image), expected_hw=(image.height, image.width)
-                )
-            except UnreadableImageError:
+                found.append((image_id, read_or_leave(split, image_of[image_id], decoder)))
+            except (UnreadableImageError, OSError):
                 continue
-            found.append(SourceImage(image_id, pixels))
-    if not found:
-        raise DataError(f"{split.name}: no image of the first shards can be read")
     return found
+
+
+def _decoded(sample: Sequence[_Read], device: torch.device) -> list[SourceImage]:
+    """Returns the pictures; what was left for a device is decoded by it, all at once."""
+    left = [image for _, image in sample if isinstance(image, EncodedImage)]
+    decoded = iter(list(decode_on_device(left, device)))
+    pictures: list[SourceImage] = []
+    for image_id, image in sample:
+        pixels = next(decoded) if isinstance(image, EncodedImage) else image
+        if not isinstance(pixels, UnreadableImageError):
+            pictures.append(SourceImage(image_id, pixels))
+    _finish(device)
+    return pictures
 
 
 def _source(

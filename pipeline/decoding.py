@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dkdetr.data.image_files import UnreadableImageError, decode_image
+from dkdetr.data.image_files import MAX_IMAGE_PIXELS, UnreadableImageError, decode_image
 from dkdetr.errors import UsageError
 
 Decoder = Literal["pillow", "torchvision"]
@@ -32,6 +32,13 @@ _DEVICE_FAILURES = (
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),  # since 2.8
 )
 """What says nothing of a picture, though both are RuntimeErrors."""
+_HEADER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 def choose_decoder(choice: DecoderChoice, device: torch.device) -> Decoder:
@@ -79,13 +86,18 @@ Pixels = UInt8[np.ndarray | Tensor, "height width 3"]
 
 
 def suits_a_device(data: bytes, expected_hw: tuple[int, int]) -> bool:
-    """Returns True for a JPEG of grey or YCbCr, of the size it should have, and not cut off."""
+    """Returns True for a JPEG of grey or YCbCr, of the size it should have, and not cut off.
+
+    One of more than MAX_IMAGE_PIXELS is Pillow's to refuse.
+    """
     if not data.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        return False
+    if expected_hw[0] * expected_hw[1] > MAX_IMAGE_PIXELS:
         return False
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return image.mode in {"L", "RGB"} and (image.height, image.width) == expected_hw
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except _HEADER_ERRORS:
         return False
 
 

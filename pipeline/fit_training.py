@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import DetectionLossConfig, ExperimentConfig
-from dkdetr.data.device_views import on_device
+from dkdetr.data.device_views import on_device, settle_views
 from dkdetr.data.loader import BatchStream, batches_per_epoch, make_training_loader
 from dkdetr.data.samplers import derive_seed
 from dkdetr.data.splits import Split
@@ -71,7 +71,8 @@ class NetworkTraining:
         stop: StopFlag,
     ) -> None:
         _refuse_impossible(config, ranks)
-        self._config, self._split, self._state = config, split, state
+        self._config = settle_views(config, ranks.device)
+        self._split, self._state = split, state
         self._ranks, self._stop = ranks, stop
         torch.manual_seed(config.seed)
         self.trunk = build_trunk(config.student).to(ranks.device).train()

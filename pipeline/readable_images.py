@@ -46,12 +46,8 @@ def readable_images(
     """
 
     def read(image: ImageInfo) -> _Read:
-        path, size = split.image_path(image), (image.height, image.width)
         try:
-            data = path.read_bytes()
-            if decoder == "torchvision" and suits_a_device(data, size):
-                return EncodedImage(data, path, size)
-            return decode_image(data, path, expected_hw=size)
+            return read_or_leave(split, image, decoder)
         except UnreadableImageError as error:
             return _without_path(error, split, image)
         except OSError as error:
@@ -79,6 +75,20 @@ def readable_images(
             following = decoder_thread.submit(decode, good)
             if ready:
                 yield ready
+
+
+def read_or_leave(split: Split, image: ImageInfo, decoder: Decoder) -> Pixels | EncodedImage:
+    """Returns an image's pixels, or the bytes that are left for a device to decode.
+
+    Raises:
+        UnreadableImageError: see `decode_image`.
+        OSError: the file cannot be read.
+    """
+    path, size = split.image_path(image), (image.height, image.width)
+    data = path.read_bytes()
+    if decoder == "torchvision" and suits_a_device(data, size):
+        return EncodedImage(data, path, size)
+    return decode_image(data, path, expected_hw=size)
 
 
 def _ahead(

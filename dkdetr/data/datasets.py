@@ -140,13 +140,14 @@ class TrainingBatches:
 
     Args:
         images: what may be trained on.
-        config: sizes, augmentation, selection and the seed.
+        config: sizes, augmentation (no longer `auto`: see `settle_views`), selection and the seed.
         regions: the cached regions, handed out from `kd.start_epoch` on; None: never.
     """
 
     def __init__(
         self, images: TrainingImages, config: ExperimentConfig, regions: RegionSource | None
     ) -> None:
+        assert config.data.augment != "auto", "only who knows the device can decide"
         self._images = images
         self._config = config
         self._source = regions

@@ -71,7 +71,8 @@ def make_training_loader(
     number of ranks nor that of loader processes changes it (with `kd.rkd.neighbor_fraction` the
     order itself depends on the images a part). Teacher regions come with epochs from
     `kd.start_epoch` on, if anything distils. Images that stage 1 quarantined are left out, and so
-    are those without a base box. The last, incomplete batch of an epoch is dropped.
+    are those without a base box. The last, incomplete batch of an epoch is dropped. `data.augment`
+    is settled (`device_views.settle_views`).
 
     Raises:
         DataError: images are missing, the split is not for training, novel names would leak, or

@@ -12,6 +12,7 @@ from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.batch_stream import BatchStream
+from dkdetr.data.device_views import settle_views
 from dkdetr.data.loader import batches_per_epoch, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
@@ -145,7 +146,7 @@ class _Run:
         self.loader: BatchStream[LoadedBatch] = make_training_loader(
             split,
             self.vocabulary,
-            config,
+            settle_views(config, ranks.device),
             cache_path=request.cache,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -280,6 +281,7 @@ class _Run:
             "started_from": str(self.request.start_from or ""),
             "saw_boxes_of": saw_boxes_of,
             "world_size": self.ranks.world_size,
+            "augment": settle_views(self.config, self.ranks.device).data.augment,
             **describe_machine(self.ranks.device),
         }
         # One rank makes the folder; the others then find it.

@@ -89,7 +89,7 @@ def evaluate_student(
         rank=shard.rank,
         world_size=shard.world_size,
         # On a CPU there is nothing to gain, and scores stay those of the loader's views.
-        leave_views=config.data.augment == "device" and device.type == "cuda",
+        leave_views=config.data.augment != "loader" and device.type == "cuda",
     )
     found = detect(
         student,

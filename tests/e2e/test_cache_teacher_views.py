@@ -113,7 +113,9 @@ def test_the_times_of_every_stage_are_measured(request_: CacheRequest, tmp_path:
     assert "8 images of two shards and 16 of their crops" in price.calibration
     trained = replace(
         request_, proposals="fit", experiment="trial", fit_epochs=2,
-        overrides=("data.image_size=64", "student.backbone.weights=random"),
+        overrides=(
+            "data.image_size=64", "student.backbone.weights=random", "data.augment=auto",
+        ),
     )  # fmt: skip
     price = price_cache(trained)
     assert price.stages[0].seconds > 0

@@ -40,6 +40,15 @@ def test_the_paper_s_numbers() -> None:
     assert config.data.scale_range == (0.1, 2.0)
 
 
+def test_what_is_trained_on_gpus_has_its_views_made_there() -> None:
+    """Settings of a CPU's experiments, and so their runs' names and kept tables, stay."""
+    there = {name for name in shipped_experiments() if "r50" in name}
+    for name in shipped_experiments():
+        wanted = "auto" if name in there else "loader"
+        assert load_experiment(name).config.data.augment == wanted
+    assert there == {"lvis_r50_36e", "lvis_r50_70e", "lvis_r50_70e_mask", "ovcoco_r50"}
+
+
 def test_masks_are_the_70_epoch_model_s_alone() -> None:
     segmenter = load_experiment("lvis_r50_70e_mask").config
     assert segmenter.student.mask_head

@@ -1,5 +1,6 @@
 """Views made on the student's device are the loader's: the reference is `render_view`."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from dkdetr.config import DataConfig, ExperimentConfig, KDConfig, OptimConfig, StudentConfig
 from dkdetr.data import device_views
-from dkdetr.data.device_views import decoded_images, on_device, render_images
+from dkdetr.data.device_views import decoded_images, on_device, render_images, settle_views
 from dkdetr.data.loader import make_evaluation_loader, make_training_loader
 from dkdetr.data.splits import load_split
 from dkdetr.data.transforms import (
@@ -18,8 +19,10 @@ from dkdetr.data.transforms import (
     evaluation_geometry,
     render_view,
 )
+from dkdetr.engine import train as train_module
 from dkdetr.engine.train import train
 from dkdetr.errors import PreemptedError
+from dkdetr.experiment_file import load_experiment
 from dkdetr.structures import DecodedBatch, DecodedImages
 from tests.faults.test_train_resume import interrupt, terminate
 from tests.training_world import checkpoint_of, difference, make_world, settings
@@ -185,6 +188,63 @@ def test_regions_are_the_same_and_a_cut_run_ends_bitwise_as_a_whole_one(tmp_path
             train(world.request("cut", there))
     train(world.request("cut", there))
     assert difference(checkpoint_of(world, "whole"), checkpoint_of(world, "cut")) == ""
+
+
+@pytest.mark.parametrize(
+    ("augment", "device", "settled"),
+    [
+        ("auto", "cuda:1", "device"), ("auto", "cpu", "loader"), ("loader", "cuda", "loader"),
+        ("device", "cpu", "device"),
+    ],
+)  # fmt: skip
+def test_auto_makes_views_where_the_student_is_if_that_is_a_gpu(augment, device, settled):
+    config = settings(data={"augment": augment})
+    found = settle_views(config, torch.device(device))
+    assert found == replace(config, data=replace(config.data, augment=settled))
+
+
+def test_a_training_of_auto_is_that_of_what_it_settles_on(tmp_path, monkeypatch):
+    """On a CPU the loader's; taken for a GPU, the device's. The run says which."""
+    world = make_world(tmp_path)
+    plain = {
+        augment: settings(data={"augment": augment}) for augment in ("auto", "loader", "device")
+    }
+    for augment in ("loader", "device"):
+        train(world.request(augment, plain[augment]))
+    train(world.request("on a cpu", plain["auto"]))
+    assert difference(checkpoint_of(world, "on a cpu"), checkpoint_of(world, "loader")) == ""
+    settle = train_module.settle_views
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(train_module, "settle_views", lambda config, _: settle(config, gpu))
+    request = world.request("on a gpu", plain["auto"])
+    train(request)
+    assert difference(checkpoint_of(world, "on a gpu"), checkpoint_of(world, "device")) == ""
+    assert json.loads((request.run / "run.json").read_text())["augment"] == "device"
+    assert load_experiment(str(request.run / "config.toml")).config.data.augment == "auto"
+
+
+def test_float16_as_on_a_gpu_stays_as_close(monkeypatch):
+    """Rounding alone: a CPU multiplies float16, adding in float32, as a GPU's matrix units do."""
+    parts = device_views._padded_parts
+    monkeypatch.setattr(
+        device_views,
+        "_padded_parts",
+        lambda images: ((part, padded.half()) for part, padded in parts(images)),
+    )
+    random = np.random.default_rng(5)
+    sizes = [(120, 160), (333, 90), (64, 200), (1, 40), (300, 300)]
+    images = [picture(random, *size, smooth=number % 2 == 0) for number, size in enumerate(sizes)]
+    views = [
+        draw_geometry(
+            size, torch.zeros(0, 4), image_size=160, scale_range=(0.1, 2.0),
+            flip_probability=0.5, generator=torch.Generator().manual_seed(number),
+        )
+        for number, size in enumerate(sizes)
+    ]  # fmt: skip
+    assert_same_views(images, views, 160)
+    found, pixels, masks = both_ways(images, views, 160)
+    brighter = ((found.pixels - pixels) / A_LEVEL)[~masks[:, None].expand_as(pixels)]
+    assert brighter.mean().abs() < 0.02  # halves that float16 makes go up as often as down
 
 
 @pytest.mark.gpu

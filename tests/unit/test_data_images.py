@@ -1,12 +1,16 @@
 import io
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from dkdetr.data import image_files
 from dkdetr.data.image_files import (
     MAX_IMAGE_PIXELS,
     ImageFolder,
@@ -95,17 +99,61 @@ def test_orientation_tags_do_not_turn_the_picture():
     np.testing.assert_array_equal(pixels, decode_image(encoded("PNG"), HERE, expected_hw=(40, 60)))
 
 
-@pytest.mark.parametrize("side", [9500, 30000])
-def test_a_bomb_is_refused_before_it_unpacks(side):
+def bomb(side: int) -> bytes:
+    """A PNG whose header speaks of `side` x `side` pixels."""
+
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("taken_for", ["error", "ignore"])
+@pytest.mark.parametrize("side", [9500, 30000])
+def test_a_bomb_is_refused_before_it_unpacks(side, taken_for):
+    """Whatever the process does with Pillow's warning of the smaller one."""
     assert side * side > MAX_IMAGE_PIXELS
-    with pytest.raises(UnreadableImageError, match="pixels"):
-        decode_image(bomb, HERE, expected_hw=(side, side))
+    with warnings.catch_warnings():
+        warnings.simplefilter(taken_for)
+        with pytest.raises(UnreadableImageError, match="pixels"):
+            decode_image(bomb(side), HERE, expected_hw=(side, side))
+
+
+def test_threads_that_decode_leave_the_process_s_warning_filters_alone(monkeypatch):
+    """Two pictures: the second is begun within the first and ended after it.
+
+    Saving and restoring the filters would then leave the first one's behind for good, and take
+    away a filter that somebody else set meanwhile.
+    """
+    check, begun, may_end = image_files._check_header, {}, {}
+    for height in (40, 41):
+        begun[height], may_end[height] = threading.Event(), threading.Event()
+
+    def check_and_wait(image, path, expected_hw):
+        begun[image.height].set()
+        assert may_end[image.height].wait(60)
+        check(image, path, expected_hw)
+
+    def decode(height):
+        return decode_image(encoded(size_hw=(height, 60)), HERE, expected_hw=(height, 60))
+
+    monkeypatch.setattr(image_files, "_check_header", check_and_wait)
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+        before = list(warnings.filters)
+        first = pool.submit(decode, 40)
+        assert begun[40].wait(60)
+        second = pool.submit(decode, 41)
+        assert begun[41].wait(60)
+        during = list(warnings.filters)
+        warnings.filterwarnings("ignore", message="set by somebody else")
+        for height, decoded in ((40, first), (41, second)):
+            may_end[height].set()
+            assert decoded.result(60).shape == (height, 60, 3)
+        assert during == before
+        assert list(warnings.filters)[1:] == before
+        assert warnings.filters[0][0] == "ignore"
 
 
 def test_tolerance_of_truncated_files_set_by_another_library_is_refused(monkeypatch):

@@ -204,7 +204,13 @@ def test_other_names_for_the_same_ids_are_told(split, config, tmp_path):
 
 @pytest.mark.parametrize(
     ("augment", "device", "left"),
-    [("loader", "cuda", False), ("device", "cuda", True), ("device", "cpu", False)],
+    [
+        ("loader", "cuda", False),
+        ("device", "cuda", True),
+        ("device", "cpu", False),
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+    ],
 )
 def test_views_are_made_on_a_gpu_where_training_does_so(
     augment, device, left, split, config, tmp_path, monkeypatch

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import struct
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dkdetr.data.image_files import UnreadableImageError
+from dkdetr.data.image_files import MAX_IMAGE_PIXELS, UnreadableImageError
 from dkdetr.data.splits import load_split
 from dkdetr.errors import UsageError
 from pipeline import decoding
@@ -64,6 +66,19 @@ def test_what_is_no_plain_whole_jpeg_of_its_size_is_not_for_a_device():
     assert not suits_a_device(encoded()[:-200], (43, 67))
     assert not suits_a_device(b"", (43, 67))
     assert suits_a_device(encoded() + b"\0\0\0", (43, 67))  # padded files are common
+
+
+@pytest.mark.parametrize("taken_for", ["error", "ignore"])
+def test_a_bomb_is_pillow_s_to_refuse(taken_for: str):
+    side = 9500
+    frame = encoded().index(b"\xff\xc0") + 5  # behind length and depth: height, width
+    bomb = bytearray(encoded())
+    bomb[frame : frame + 4] = struct.pack(">HH", side, side)
+    assert side * side > MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter(taken_for)
+        assert not suits_a_device(bytes(bomb), (side, side))
+        assert not suits_a_device(bytes(bomb), (43, 67))
 
 
 def test_one_refused_picture_changes_no_other():

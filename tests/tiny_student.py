@@ -65,10 +65,10 @@ def save_speaking_student(path: Path, vocabulary: Vocabulary) -> None:
     save_student_file(path, StudentFile(student.state_dict(), config, vocabulary, provenance))
 
 
-def shake(module: nn.Module) -> None:
+def shake(module: nn.Module, amount: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(amount * torch.randn_like(parameter))
 
 
 def image_batch(

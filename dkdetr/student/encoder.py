@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*batch embed_dim"]) -> Float[Tensor, "*batch embed_dim"]:
         """Returns norm(x + linear2(relu(linear1(x)))), with dropout in training."""
         inner = self.linear2(self.dropout(self.linear1(x).relu()))
-        return self.norm(x + self.dropout(inner))
+        return norm_of_sum(self.norm, x, self.dropout(inner))
 
 
 class EncoderLayer(nn.Module):
@@ -53,11 +53,12 @@ class EncoderLayer(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, reference_points: Tensor, grid: TokenGrid
     ) -> Tensor:
-        """Returns the tokens [batch, num_tokens, embed_dim] after one layer."""
+        """Returns the tokens [batch, num_tokens, embed_dim] after one layer, of the type given."""
         gathered = self.self_attention(
             tokens + positions, reference_points, tokens, grid.padding_mask, grid.spatial_shapes
         )
-        return self.feed_forward(self.norm(tokens + self.dropout(gathered)))
+        inner = norm_of_sum(self.norm, tokens, self.dropout(gathered)).to(tokens.dtype)
+        return self.feed_forward(inner).to(tokens.dtype)
 
 
 class DeformableEncoder(nn.Module):
@@ -73,12 +74,30 @@ class DeformableEncoder(nn.Module):
         positions: Float[Tensor, "batch num_tokens embed_dim"],
         grid: TokenGrid,
     ) -> Float[Tensor, "batch num_tokens embed_dim"]:
-        """Returns the memory. `positions` are the places' encodings plus the level's."""
+        """Returns the memory. `positions` are the places' encodings plus the level's.
+
+        Under autocast the tokens are of its type between layers, and so is the memory.
+        """
+        stored = _stored_type(tokens)
+        tokens, positions = tokens.to(stored), positions.to(stored)
         centres = token_centres(grid)
         reference_points = centres[:, :, None] * grid.valid_ratios[:, None]
         for layer in self.layers:
             tokens = layer(tokens, positions, reference_points, grid)
         return tokens
+
+
+def norm_of_sum(norm: nn.LayerNorm, x: Tensor, change: Tensor) -> Tensor:
+    """Returns norm(x + change), of the norm's type: not even the sum is rounded under autocast."""
+    return norm(x.to(norm.weight.dtype) + change)
+
+
+def _stored_type(tokens: Tensor) -> torch.dtype:
+    """Returns autocast's type where it would round such tokens, else their own."""
+    kind = tokens.device.type
+    if tokens.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tokens.dtype
 
 
 def token_centres(grid: TokenGrid) -> Float[Tensor, "batch num_tokens 2"]:

@@ -57,6 +57,12 @@ for part, args in (
         for each in (wanted, found)
     )
     torch.testing.assert_close(one, other)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    wanted = student.trunk.encoder(tokens, places, grid)
+    compiled = torch.compile(student.trunk.encoder, backend="aot_eager", fullgraph=True)
+    found = compiled(tokens, places, grid)
+assert found.dtype == torch.bfloat16
+torch.testing.assert_close(found, wanted)
 """
 
 _HALF = """
@@ -136,7 +142,7 @@ def test_the_student_is_one_graph_under_other_settings():
 
 
 def test_encoder_and_decoder_are_one_graph_each_with_gradients():
-    """Through AOTAutograd, as the compiler sees them."""
+    """Through AOTAutograd, as the compiler sees them; the encoder under autocast, too."""
     run(_PARTS)
 
 

@@ -50,13 +50,14 @@ def sampling_locations(
 
 
 def map_sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Float[Tensor, "L 2"]:
-    """Returns (width, height) of each level, of the type and device of `like`; 1 for an empty one.
+    """Returns (width, height) of each level, of the type and device of `like`.
 
     Filled on the device: a copy would be waited for, and an exported graph would hold it as a
     constant, wrong for pictures of another size.
     """
-    sides = [like.new_zeros(()) + side for hw in spatial_shapes for side in reversed(hw)]
-    return torch.stack(sides).view(-1, 2).clamp(min=1)  # or the gradient of offsets is 0 / 0
+    # Of an empty level 1, or the gradient of offsets would be 0 / 0.
+    sides = [like.new_zeros(()) + max(side, 1) for hw in spatial_shapes for side in reversed(hw)]
+    return torch.stack(sides).view(-1, 2)
 
 
 def reference_attention(

@@ -296,8 +296,10 @@ class TrainingStep:
         """Returns the error that tells a diagnosis, which is in a file too."""
         place = {"epoch": epoch, "iteration": iteration, "rank": self._ranks.rank}
         path = write_dump(self._dumps, diagnosis, place | {"overflows": self._overflows_in_row})
+        # What a rank lost by itself nobody else has broken.
+        joined = self._config.student.backbone.norm == "sync_batch" or self._config.kd.rkd.gather
         elsewhere = ""
-        if not told and self._ranks.world_size > 1:
+        if not told and self._ranks.world_size > 1 and (joined or not diagnosis.bad_parts):
             elsewhere = ". This rank alone is not broken: other ranks' images may have done it"
         return NonFiniteLossError(f"{diagnosis.sentence()}{elsewhere}; see {path}")
 

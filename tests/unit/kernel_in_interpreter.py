@@ -15,7 +15,7 @@ from dkdetr.errors import UsageError
 from dkdetr.student import attention_op
 from dkdetr.student.attention_backend import picks_triton, use_backend
 from dkdetr.student.attention_op import triton_attention
-from dkdetr.student.attention_reference import SpatialShapes
+from dkdetr.student.attention_reference import SpatialShapes, plain_attention
 from dkdetr.student.deformable_attention import (
     MultiScaleDeformableAttention,
     deformable_attention,
@@ -99,6 +99,22 @@ def test_reference_points_get_no_gradient_and_say_so():
         triton_attention(case.value, case.shapes, points, case.offsets, case.logits)
 
 
+def test_far_along_a_map_shares_are_of_the_exact_sum():
+    """On a map of 128 a place rounded to float32 would be 4e-6 of a cell off."""
+    case = draw(((1, 128),), Q=200, P=1)
+    generator = torch.Generator().manual_seed(2)
+    points, offsets = torch.full_like(case.reference_points, 0.5), torch.zeros_like(case.offsets)
+    # 128 is a power of two: the interpreter, which fuses nothing, multiplies exactly as well.
+    points[..., 0] = 0.5 + torch.rand(points.shape[:-1], generator=generator) / 2 - 0.02
+    offsets[..., 0] = torch.rand(offsets.shape[:-1], generator=generator)
+    value = torch.ones_like(case.value)
+    value[:, ::2] = -1
+    found = triton_attention(value, case.shapes, points, offsets, case.logits)
+    exact = (each.double() for each in (points, offsets, case.logits))
+    wanted = plain_attention(value.double(), case.shapes, *exact)
+    assert (found - wanted).abs().max() < 1e-6
+
+
 def test_tensors_of_any_strides_are_read():
     case = draw(((3, 2), (1, 2)), H=2)
     tensors = (case.value, case.reference_points, case.offsets, case.logits)
@@ -107,22 +123,36 @@ def test_tensors_of_any_strides_are_read():
     assert torch.equal(triton_attention(value, case.shapes, *others), wanted)
 
 
+def sum_of_level(points: Tensor, grad_out: Tensor) -> Tensor:
+    """Gradients of a map of 32 x 32, in rows, of queries that look at these (x, y) alone."""
+    Q = len(points)
+    case = draw(((32, 32),), Q=Q, C=16)
+    softmax = torch.tensor([0.0, 1.0]).expand(1, Q, 1, 2).contiguous()  # all weights are 1
+    sums = torch.zeros_like(case.value)
+    given = [points.view(1, Q, 1, 2), torch.zeros_like(case.offsets), torch.zeros_like(case.logits)]
+    attention_op._sum_level(0, [*given, softmax, grad_out, sums], [32, 32])
+    return sums.view(32, 32, 16)
+
+
 def test_queries_that_look_elsewhere_are_passed_by():
     """A query's gradient that is no number spoils the square of cells it looks at, no other."""
-    case = draw(((32, 32),), Q=130, C=16)
-    reference = torch.full_like(case.reference_points, 0.25)  # in the square at the top left
-    reference[:, 64:] = 0.75
-    softmax = torch.tensor([0.0, 1.0]).expand(1, 130, 1, 2).contiguous()  # all weights are 1
+    points = torch.full((130, 2), 0.25)  # in the square at the top left
+    points[64:] = 0.75
     grad_out = torch.ones(1, 130, 16)
     grad_out[:, 3] = float("nan")
-    sums = torch.zeros_like(case.value)
-    given = [reference, torch.zeros_like(case.offsets), torch.zeros_like(case.logits), softmax]
-    attention_op._sum_level(0, [*given, grad_out, sums], [32, 32])
-    spoilt = sums.isnan().any(-1).view(32, 32)
+    sums = sum_of_level(points, grad_out)
+    spoilt = sums.isnan().any(-1)
     assert spoilt[:16, :16].all()
     assert spoilt.sum() == 16 * 16
     # At 24 x 24 the two samples of a query meet in the corner of four cells, from 66 queries.
-    assert sums.view(32, 32, 16)[23:25, 23:25].flatten().tolist() == [66 * 2 / 4] * 64
+    assert sums[23:25, 23:25].flatten().tolist() == [66 * 2 / 4] * 64
+
+
+def test_squares_that_a_sample_only_touches_are_met():
+    """The cells around the middle of 32 x 32 lie in four squares of 16 x 16, one in each."""
+    sums = sum_of_level(torch.full((64, 2), 0.5), torch.ones(1, 64, 16))
+    assert sums[15:17, 15:17].flatten().tolist() == [64 * 2 / 4] * 64
+    assert sums.sum() == 64 * 2 * 16
 
 
 def test_nothing_asked_is_nothing_done():

@@ -28,16 +28,29 @@ class OneOfTwo(Ranks):
         pytest.fail("waits for the other rank")
 
 
-def broken_step(tmp_path, *, pixel: float = 0.0) -> str:
-    config = option_config("relations apart")
-    assert config.kd.rkd.gather
+class OneThatVotes(OneOfTwo):
+    """The same, where the other is whole."""
+
+    def vote(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
+
+
+def broken_step(
+    tmp_path,
+    *,
+    pixel: float = 0.0,
+    option: str = "relations apart",
+    ranks: type[Ranks] = OneOfTwo,
+) -> str:
+    config = option_config(option)
+    assert config.kd.rkd.gather == (option == "relations apart")
     student = tiny_student(config).train()
     step = TrainingStep(
         student,
         make_optimizer(student, config.optim),
         text_embeddings(),
         config,
-        OneOfTwo(rank=0, world_size=2, device=torch.device("cpu")),
+        ranks(rank=0, world_size=2, device=torch.device("cpu")),
         precision=torch.float32,
         dumps=tmp_path,
     )
@@ -57,12 +70,23 @@ def test_where_relations_are_gathered_images_are_named_without_a_vote(tmp_path) 
     assert dump["bad_parts"] == ["total"]
 
 
-def test_a_rank_that_is_whole_by_itself_says_so(tmp_path, monkeypatch) -> None:
-    """As if joined statistics had brought another rank's fault into the matching."""
-
+def break_matching(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_given: Any, **_how: Any) -> NoReturn:
         raise NonFiniteLossError("a matching cost is not finite")
 
     monkeypatch.setattr("dkdetr.losses.criterion.assign", broken)
+
+
+def test_a_rank_that_is_whole_by_itself_says_so(tmp_path, monkeypatch) -> None:
+    """As if joined statistics had brought another rank's fault into the matching."""
+    break_matching(monkeypatch)
     words = broken_step(tmp_path)
     assert "This rank alone is not broken: other ranks' images may have done it" in words
+
+
+def test_a_loss_that_no_other_rank_has_part_in_is_not_laid_to_others(tmp_path, monkeypatch) -> None:
+    """What the student says is finite; neither norms nor relations bring others' pictures in."""
+    break_matching(monkeypatch)
+    words = broken_step(tmp_path, option="cached", ranks=OneThatVotes)
+    assert "images [0, 1]" in words
+    assert "other ranks" not in words

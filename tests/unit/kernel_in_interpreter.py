@@ -5,6 +5,7 @@ environment before Triton is imported for the first time.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,37 @@ def test_far_along_a_map_shares_are_of_the_exact_sum():
     exact = (each.double() for each in (points, offsets, case.logits))
     wanted = plain_attention(value.double(), case.shapes, *exact)
     assert (found - wanted).abs().max() < 1e-6
+
+
+def test_no_gradient_of_the_softmax_is_filled_with_zeros():
+    """Nobody differentiates what it is known by."""
+    case = draw(((2, 2),), Q=7, H=3)
+    inputs = leaves(case)
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    out = triton_attention(inputs[0], case.shapes, case.reference_points, *inputs[1:])
+    with Watch():
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert "dkdetr.deformable_attention_backward.default" in called
+    assert not [name for name in called if "zeros" in name]
+
+
+def test_levels_of_few_cells_are_summed_and_no_other(monkeypatch: pytest.MonkeyPatch):
+    summed: list[int] = []
+
+    def watched(level: int, *given: Any, run: Any = attention_op._sum_level) -> None:
+        summed.append(level)
+        run(level, *given)
+
+    monkeypatch.setattr(attention_op, "_sum_level", watched)
+    sum_levels(monkeypatch, 6)
+    check(draw(((4, 4), (2, 3), (1, 1))), triton_attention, "cpu", torch.float32)
+    assert summed == [1, 2]
 
 
 def test_tensors_of_any_strides_are_read():

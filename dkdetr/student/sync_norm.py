@@ -103,9 +103,14 @@ class _ByKernels(torch.autograd.Function):
 def own_statistics(module: nn.Module) -> Iterator[None]:
     """Lets norms over ranks go by the statistics of this rank's pictures, and asks nobody.
 
-    Running statistics are neither used nor moved: another rank may have spoilt them.
+    Running statistics are neither used nor moved: another rank may have spoilt them. Norms of
+    frozen stages, which have no gradient, keep to theirs: nobody has moved those.
     """
-    norms = [each for each in module.modules() if isinstance(each, SyncBatchNorm2d)]
+    norms = [
+        each
+        for each in module.modules()
+        if isinstance(each, SyncBatchNorm2d) and each.weight.requires_grad
+    ]
     kept = [(norm.training, dict(norm.named_buffers())) for norm in norms]
     for norm in norms:
         norm.train()

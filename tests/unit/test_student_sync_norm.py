@@ -37,6 +37,16 @@ def test_by_its_own_statistics_it_asks_no_rank_and_stays_as_it_was(monkeypatch):
     assert not before
 
 
+def test_what_a_frozen_stage_goes_by_stays_while_others_go_by_their_own() -> None:
+    norm = SyncBatchNorm2d(4).eval().requires_grad_(False)
+    norm.running_mean.fill_(3.0)
+    maps = torch.randn(2, 4, 5, 3)
+    wanted = norm(maps)
+    with own_statistics(nn.Sequential(norm)):
+        assert torch.equal(norm(maps), wanted)
+    assert not norm.training
+
+
 def test_checkpoints_of_either_norm_load_into_the_other():
     ours, torch_s = SyncBatchNorm2d(4), nn.SyncBatchNorm(4)
     ours.load_state_dict(torch_s.state_dict())

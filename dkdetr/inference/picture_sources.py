@@ -1,9 +1,13 @@
 """What a person may name as pictures: files, folders, globs, lists on stdin, videos."""
 
 import glob
+import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,10 @@ from dkdetr.errors import DataError, UsageError
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif"})
+
+_DECODERS = min(8, os.cpu_count() or 1)
+"""Threads; Pillow lets the interpreter go while it works."""
+_MOST_AHEAD = 2 * _DECODERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +71,35 @@ def find_sources(words: Sequence[str], *, stdin: Iterable[str] | None = None) ->
 def open_pictures(sources: Sequence[Path], *, every: int = 1) -> Iterator[NamedPicture]:
     """Yields the pictures of files; of a video each `every`-th frame, from the first.
 
+    Files are decoded ahead by threads, at most `_MOST_AHEAD` of them; what is wrong with one is
+    raised at its place.
+
     Raises:
         DataError: a file cannot be read.
         UsageError: a video, and PyAV is not installed; `every` below 1.
     """
     if every < 1:
         raise UsageError(f"--every {every}: at least 1")
-    for path in sources:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            yield from _frames(path, every)
-        else:
-            yield NamedPicture(path.name, rgb_pixels(path))
+    remaining = iter(sources)
+    ahead: deque[tuple[Path, Future[np.ndarray] | None]] = deque()
+    pool = ThreadPoolExecutor(_DECODERS)
+    try:
+        while True:
+            for path in islice(remaining, _MOST_AHEAD - len(ahead)):
+                ahead.append((path, None if _is_video(path) else pool.submit(rgb_pixels, path)))
+            if not ahead:
+                return
+            path, pixels = ahead.popleft()
+            if pixels is None:
+                yield from _frames(path, every)
+            else:
+                yield NamedPicture(path.name, pixels.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _is_known(path: Path) -> bool:

@@ -20,17 +20,17 @@ _SIZES = ("num_tokens", "num_queries", "heights", "widths", "starts")
 
 @triton.jit
 @no_type_check
-def _centre(reference_ptr, query, level, known, size, axis: tl.constexpr, L: tl.constexpr,
+def _centre(reference_ptr, query, level, asked, size, axis: tl.constexpr, L: tl.constexpr,
             P: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Returns (reference point, cells that an offset of 1 goes) of queries on one axis of a level.
 
     An offset counts cells, or, where reference points have a size (`R` is 4), half of it over `P`.
     """
     first = reference_ptr + (query * L + level) * R + axis
-    centre = tl.load(first, mask=known, other=0.0).to(EXACT)
+    centre = tl.load(first, mask=asked, other=0.0).to(EXACT)
     step = tl.full(centre.shape, 1.0, EXACT)
     if R == 4:
-        step = tl.load(first + 2, mask=known, other=0.0).to(EXACT) * (0.5 / P) * size
+        step = tl.load(first + 2, mask=asked, other=0.0).to(EXACT) * (0.5 / P) * size
     return centre, step
 
 
@@ -57,7 +57,7 @@ def _weight(logits_ptr, place, asked, highest, scale, EXACT: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _samples(reference_ptr, offsets_ptr, query, place, level, known, asked, width, height,
+def _samples(reference_ptr, offsets_ptr, query, place, level, asked, width, height,
              L: tl.constexpr, P: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Returns (left, right_share, top, bottom_share, step across, step down) of a level's samples.
 
@@ -65,8 +65,9 @@ def _samples(reference_ptr, offsets_ptr, query, place, level, known, asked, widt
     where a reference point has no size.
     """
     width, height = width.to(EXACT), height.to(EXACT)
-    centre_x, step_x = _centre(reference_ptr, query, level, known, width, 0, L, P, R, EXACT)
-    centre_y, step_y = _centre(reference_ptr, query, level, known, height, 1, L, P, R, EXACT)
+    query = tl.broadcast_to(query, place.shape)  # read as offsets are, or threads would exchange it
+    centre_x, step_x = _centre(reference_ptr, query, level, asked, width, 0, L, P, R, EXACT)
+    centre_y, step_y = _centre(reference_ptr, query, level, asked, height, 1, L, P, R, EXACT)
     x = tl.load(offsets_ptr + 2 * place, mask=asked, other=6e4).to(EXACT)
     y = tl.load(offsets_ptr + 2 * place + 1, mask=asked, other=6e4).to(EXACT)
     left, right_share = _place(centre_x, width, x * step_x)
@@ -130,7 +131,7 @@ def forward_kernel(
         place = row[:, None] * (L * P) + level * P + p[None, :]
         weight = _weight(logits_ptr, place, asked, highest[:, None], scale[:, None], EXACT)
         left, right_share, top, bottom_share, _, _ = _samples(
-            reference_ptr, offsets_ptr, query[:, None] + 0 * p[None, :], place, level, asked, asked,
+            reference_ptr, offsets_ptr, query[:, None], place, level, asked,
             width, height, L, P, R, EXACT,
         )  # fmt: skip
         for corner in tl.static_range(4):
@@ -184,7 +185,7 @@ def backward_kernel(
         place = row[:, None] * (L * P) + level * P + p[None, :]
         weight = _weight(logits_ptr, place, asked, highest[:, None], scale[:, None], EXACT)
         left, right_share, top, bottom_share, step_x, step_y = _samples(
-            reference_ptr, offsets_ptr, query[:, None] + 0 * p[None, :], place, level, asked, asked,
+            reference_ptr, offsets_ptr, query[:, None], place, level, asked,
             width, height, L, P, R, EXACT,
         )  # fmt: skip
         by_weight = tl.zeros((BLOCK_Q, BLOCK_P), dtype=EXACT)
@@ -233,7 +234,7 @@ def _meet(reference_ptr, offsets_ptr, query, row, level, known, left_column, top
     place = row[:, None] * (L * P) + level * P + p[None, :]
     asked = known[:, None] & (p < P)[None, :]
     left, _, top, _, _, _ = _samples(
-        reference_ptr, offsets_ptr, query[:, None] + 0 * p[None, :], place, level, asked, asked,
+        reference_ptr, offsets_ptr, query[:, None], place, level, asked,
         width, height, L, P, R, tl.float32,
     )  # fmt: skip
     across = (left >= left_column - 1) & (left < left_column + SIDE)
@@ -283,7 +284,7 @@ def level_sum_kernel(
                 place = row * (L * P) + level * P + point
                 weight = _weight(logits_ptr, place, known, highest, scale, tl.float32)
                 left, right_share, top, bottom_share, _, _ = _samples(
-                    reference_ptr, offsets_ptr, query, place, level, known, known,
+                    reference_ptr, offsets_ptr, query, place, level, known,
                     width, height, L, P, R, tl.float32,
                 )  # fmt: skip
                 down = weight[None, :] * _given(lines, top, bottom_share)

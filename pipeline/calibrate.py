@@ -193,13 +193,12 @@ def _sample(split: Split, plan: Plan, decoder: Decoder) -> list[_Read]:
 
 def _decoded(sample: Sequence[_Read], device: torch.device) -> list[SourceImage]:
     """Returns the pictures; what was left for a device is decoded by it, all at once."""
-    left = [image for _, image in sample if isinstance(image, EncodedImage)]
-    decoded = iter(list(decode_on_device(left, device)))
-    pictures: list[SourceImage] = []
-    for image_id, image in sample:
-        pixels = next(decoded) if isinstance(image, EncodedImage) else image
-        if not isinstance(pixels, UnreadableImageError):
-            pictures.append(SourceImage(image_id, pixels))
+    decoded = decode_on_device([image for _, image in sample], device)
+    pictures = [
+        SourceImage(image_id, pixels)
+        for (image_id, _), pixels in zip(sample, decoded, strict=True)
+        if not isinstance(pixels, UnreadableImageError)
+    ]
     _finish(device)
     return pictures
 

@@ -21,7 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dkdetr.data.image_files import MAX_IMAGE_PIXELS, UnreadableImageError, decode_image
+from dkdetr.data.image_files import (
+    DECODER_ERRORS,
+    MAX_IMAGE_PIXELS,
+    UnreadableImageError,
+    decode_image,
+)
 from dkdetr.errors import UsageError
 
 Decoder = Literal["pillow", "torchvision"]
@@ -32,13 +37,6 @@ _DEVICE_FAILURES = (
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),  # since 2.8
 )
 """What says nothing of a picture, though both are RuntimeErrors."""
-_HEADER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 
 
 def choose_decoder(choice: DecoderChoice, device: torch.device) -> Decoder:
@@ -97,16 +95,22 @@ def suits_a_device(data: bytes, expected_hw: tuple[int, int]) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return image.mode in {"L", "RGB"} and (image.height, image.width) == expected_hw
-    except _HEADER_ERRORS:
+    except DECODER_ERRORS:
         return False
 
 
 def decode_on_device(
-    images: Sequence[EncodedImage], device: torch.device
+    images: Sequence[Pixels | EncodedImage], device: torch.device
 ) -> Iterator[Pixels | UnreadableImageError]:
-    """Yields each picture's pixels, decoded together on `device`; where that fails, by Pillow."""
-    data = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
-    for image, pixels in zip(images, _decoded(data, device), strict=True):
+    """Yields each picture's pixels; the encoded are decoded together on `device`, or by Pillow."""
+    encoded = [image.data for image in images if isinstance(image, EncodedImage)]
+    data = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in encoded]
+    decoded = iter(_decoded(data, device))
+    for image in images:
+        if not isinstance(image, EncodedImage):
+            yield image
+            continue
+        pixels = next(decoded)
         if pixels is not None and tuple(pixels.shape[1:]) == image.expected_hw:
             yield pixels.permute(1, 2, 0)
             continue

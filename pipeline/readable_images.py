@@ -1,9 +1,8 @@
 """A shard's pictures, read ahead in threads while the teacher is busy with earlier ones."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import UnreadableImageError, decode_image
 from dkdetr.data.splits import Split
+from dkdetr.read_ahead import done_ahead
 from pipeline.decoding import Decoder, EncodedImage, Pixels, decode_on_device, suits_a_device
 from pipeline.proposals import SourceImage
 
@@ -57,19 +57,17 @@ def readable_images(
         chunk = list(islice(good, chunk_size))
         if not chunk:
             return None
-        encoded = [each for _, each in chunk if isinstance(each, EncodedImage)]
-        decoded = iter(decode_on_device(encoded, device))
+        decoded = decode_on_device([each for _, each in chunk], device)
         ready: Chunk = []
-        for image, pixels in chunk:
-            final = next(decoded) if isinstance(pixels, EncodedImage) else pixels
-            if isinstance(final, UnreadableImageError):
-                quarantined[image.image_id] = _without_path(final, split, image)
+        for (image, _), pixels in zip(chunk, decoded, strict=True):
+            if isinstance(pixels, UnreadableImageError):
+                quarantined[image.image_id] = _without_path(pixels, split, image)
             else:
-                ready.append((image, SourceImage(image.image_id, final)))
+                ready.append((image, SourceImage(image.image_id, pixels)))
         return ready
 
     with ThreadPoolExecutor(READ_THREADS) as pool, ThreadPoolExecutor(1) as decoder_thread:
-        good = _good(_ahead(pool, read, images, 2 * max(chunk_size, READ_THREADS)), quarantined)
+        good = _good(done_ahead(pool, read, images, 2 * max(chunk_size, READ_THREADS)), quarantined)
         following = decoder_thread.submit(decode, good)
         while (ready := following.result()) is not None:
             following = decoder_thread.submit(decode, good)
@@ -89,24 +87,6 @@ def read_or_leave(split: Split, image: ImageInfo, decoder: Decoder) -> Pixels | 
     if decoder == "torchvision" and suits_a_device(data, size):
         return EncodedImage(data, path, size)
     return decode_image(data, path, expected_hw=size)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    read: Callable[[ImageInfo], _Read],
-    images: Sequence[ImageInfo],
-    most: int,
-) -> Iterator[tuple[ImageInfo, _Read]]:
-    """Yields every image's result, in order; at most `most` of them wait."""
-    ahead: deque[tuple[ImageInfo, Future[_Read]]] = deque()
-    remaining = iter(images)
-    while True:
-        for image in islice(remaining, most - len(ahead)):
-            ahead.append((image, pool.submit(read, image)))
-        if not ahead:
-            return
-        image, future = ahead.popleft()
-        yield image, future.result()
 
 
 def _good(

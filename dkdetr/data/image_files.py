@@ -25,7 +25,7 @@ MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 _LONGEST_NAME = 255
 _COCO_FOLDERS = ("train2017", "val2017")
 FolderLayout = Literal["plain", "coco", "patches"]
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -36,6 +36,7 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # where the process takes warnings for errors
 )
+"""What Pillow raises of bytes that are no sound picture."""
 
 
 class UnreadableImageError(DataError):
@@ -161,7 +162,7 @@ def _decode(data: bytes, path: Path, *, expected_hw: tuple[int, int] | None) -> 
     except Image.UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
         raise UnreadableImageError(f"image {path}: empty, damaged or none of {kinds}") from None
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise UnreadableImageError(f"image {path}: {error}") from None
     return pixels
 

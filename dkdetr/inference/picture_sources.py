@@ -3,17 +3,17 @@
 import glob
 import os
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from dkdetr.data.picture_input import rgb_pixels
 from dkdetr.errors import DataError, UsageError
+from dkdetr.read_ahead import done_ahead
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif"})
@@ -80,22 +80,19 @@ def open_pictures(sources: Sequence[Path], *, every: int = 1) -> Iterator[NamedP
     """
     if every < 1:
         raise UsageError(f"--every {every}: at least 1")
-    remaining = iter(sources)
-    ahead: deque[tuple[Path, Future[np.ndarray] | None]] = deque()
-    pool = ThreadPoolExecutor(_DECODERS)
-    try:
-        while True:
-            for path in islice(remaining, _MOST_AHEAD - len(ahead)):
-                ahead.append((path, None if _is_video(path) else pool.submit(rgb_pixels, path)))
-            if not ahead:
-                return
-            path, pixels = ahead.popleft()
+
+    def decode(path: Path) -> np.ndarray | None:
+        return None if _is_video(path) else rgb_pixels(path)
+
+    with (
+        ThreadPoolExecutor(_DECODERS) as pool,
+        closing(done_ahead(pool, decode, sources, _MOST_AHEAD)) as decoded,
+    ):
+        for path, pixels in decoded:
             if pixels is None:
                 yield from _frames(path, every)
             else:
-                yield NamedPicture(path.name, pixels.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
+                yield NamedPicture(path.name, pixels)
 
 
 def _is_video(path: Path) -> bool:

@@ -107,10 +107,8 @@ def _empty_results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward.register_fake
-def _(
-    value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    return _empty_results(value, reference, offsets, logits)
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(*given[:4])
 
 
 @torch.library.custom_op("dkdetr::deformable_attention_backward", mutates_args=())
@@ -141,20 +139,11 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor,
-    value: Tensor,
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    softmax: Tensor,
-    sizes: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    layout = torch.contiguous_format
-    return (
-        torch.empty_like(value, memory_format=layout),
-        torch.empty_like(offsets, memory_format=layout),
-        torch.empty_like(logits, memory_format=layout),
+def _(*given: Any) -> tuple[Tensor, ...]:
+    _, value, _, offsets, logits, *_ = given
+    return tuple(
+        torch.empty_like(each, memory_format=torch.contiguous_format)
+        for each in (value, offsets, logits)
     )
 
 

@@ -4,10 +4,9 @@ The plan never looks at pixels, so which objects stand where is the same on ever
 the last pixel of a box may hang on the rasteriser.
 """
 
-import dataclasses
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -202,7 +201,7 @@ def _cut_out(
     """
     place, layer = _warp(planned, sprites, size)
     if not _solid(layer).any():
-        flat = dataclasses.replace(planned, corner_shifts=(0.0,) * len(planned.corner_shifts))
+        flat = replace(planned, corner_shifts=(0.0,) * len(planned.corner_shifts))
         return _warp(flat, sprites, size)
     return place, layer
 

@@ -32,6 +32,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from dkdetr.student.attention_backend import picks_triton
 from dkdetr.student.attention_reference import plain_attention, sampling_locations
 from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
+from dkdetr.student.encoder import TokenGrid, token_centres
 from tests.benchmarks.machine import describe
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -91,8 +92,10 @@ def report(what: str, inputs: Inputs, shapes: Shapes, repeats: int) -> None:
             forward = milliseconds(lambda run=run: run(*inputs), repeats, value.device)
         grad = torch.randn_like(run(*inputs))
 
-        def step(run: Callable[..., Tensor] = run, all: list[Tensor] = leaves, grad: Tensor = grad):
-            return torch.autograd.grad(run(*all), [all[0], *all[2:]], grad)
+        def step(
+            run: Callable[..., Tensor] = run, given: list[Tensor] = leaves, grad: Tensor = grad
+        ):
+            return torch.autograd.grad(run(*given), [given[0], *given[2:]], grad)
 
         with summing(SUMMED[name]) if name in SUMMED else contextlib.nullcontext():
             both = milliseconds(step, repeats, value.device)
@@ -151,7 +154,9 @@ def draw(what: str, batch: int, shapes: Shapes, dtype: torch.dtype, device: torc
         points = torch.rand(batch, num_queries, 1, 4, generator=generator)
         points = points.expand(-1, -1, len(shapes), -1).contiguous()
     else:
-        points = torch.cat([middles(*shape) for shape in shapes])[None, :, None]
+        nothing_padded = torch.zeros(1, num_tokens, dtype=torch.bool)
+        grid = TokenGrid(tuple(shapes), nothing_padded, torch.ones(1, len(shapes), 2))
+        points = token_centres(grid)[:, :, None]
         points = points.expand(batch, -1, len(shapes), -1).contiguous()
     if what == "encoder, anywhere":
         sides = torch.tensor([(width, height) for height, width in shapes])[:, None]
@@ -168,14 +173,6 @@ def draw(what: str, batch: int, shapes: Shapes, dtype: torch.dtype, device: torc
     logits = torch.randn(places, generator=generator)
     half = [tensor.to(device, dtype) for tensor in (value, offsets, logits)]
     return half[0], points.to(device), half[1], half[2]
-
-
-def middles(height: int, width: int) -> Tensor:
-    """Returns the (x, y) of a level's tokens, [height * width, 2]."""
-    y, x = torch.meshgrid(
-        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
-    )
-    return torch.stack((x.flatten(), y.flatten()), dim=-1)
 
 
 def squares_met(inputs: Inputs, shapes: Shapes, level: int) -> float:

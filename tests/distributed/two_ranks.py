@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.commands import ROOT
 
 
 def found_by_two_ranks(program: str, out: Path) -> list[Any]:

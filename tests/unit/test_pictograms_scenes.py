@@ -16,6 +16,16 @@ from pipeline.pictograms.scenes import (
 )
 
 NUM_LABELS = 6
+UPRIGHT = PlannedObject(
+    label=0,
+    style="full",
+    centre_xy=(64.0, 64.0),
+    side=60.0,
+    angle=0.0,
+    flipped=False,
+    corner_shifts=(0.0,) * 8,
+    gains=(1.0, 1.0, 1.0),
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +89,12 @@ def test_every_planned_object_is_visible_and_its_box_is_tight(bank, held):
 def test_a_flat_drawing_that_perspective_would_fold_is_drawn_without_it():
     """The world `full` plans two such cigarettes; nothing was left to put a box around."""
     cigarette = next(each for each in named_drawings() if each.name == "cigarette")
-    folded = PlannedObject(
-        label=0,
-        style="full",
+    folded = dataclasses.replace(
+        UPRIGHT,
         centre_xy=(60.0, 60.0),
         side=43.0,
         angle=8.4,
-        flipped=False,
         corner_shifts=(-0.062, -0.028, 0.048, 0.094, 0.038, -0.117, 0.016, -0.046),
-        gains=(1.0, 1.0, 1.0),
     )
     plain = dataclasses.replace(folded, corner_shifts=(0.0,) * 8)
     scenes = [
@@ -109,22 +116,12 @@ def test_held_out_scenes_show_only_that_style():
 
 
 def test_an_upright_object_fills_its_frame(bank):
-    upright = PlannedObject(
-        label=0,
-        style="full",
-        centre_xy=(64.0, 64.0),
-        side=60.0,
-        angle=0.0,
-        flipped=False,
-        corner_shifts=(0.0,) * 8,
-        gains=(1.0, 1.0, 1.0),
-    )
-    plan = ScenePlan(size=128, objects=(upright,), pixel_seed=(3,))
+    plan = ScenePlan(size=128, objects=(UPRIGHT,), pixel_seed=(3,))
     left, top, right, bottom = render_scene(plan, bank).boxes_xyxy[0]
     assert max(right - left, bottom - top) == pytest.approx(60, abs=4)
     assert (left + right) / 2 == pytest.approx(64, abs=2)
     assert (top + bottom) / 2 == pytest.approx(64, abs=2)
-    mirrored = dataclasses.replace(plan, objects=(dataclasses.replace(upright, flipped=True),))
+    mirrored = dataclasses.replace(plan, objects=(dataclasses.replace(UPRIGHT, flipped=True),))
     there, back = render_scene(plan, bank).masks[0], render_scene(mirrored, bank).masks[0]
     overlap = (there & back[:, ::-1]).sum() / (there | back[:, ::-1]).sum()
     assert overlap > 0.8  # mirrored about the frame's middle, which is the scene's

@@ -23,6 +23,7 @@ from cache.store import CacheReader
 
 MEMORY_FOLDER = Path("/dev/shm")  # where Linux keeps shared memory
 _RECORD = "RESIDENT.json"
+_BESIDE = ("lock", "guard")  # in the order in which they go
 
 
 class ResidentRegions:
@@ -94,8 +95,9 @@ def load_resident(
 
 def sweep_resident(memory: Path = MEMORY_FOLDER) -> int:
     """Removes what killed processes left in memory; returns how many caches that were."""
-    locks = list(memory.glob(f"{_prefix()}*.lock"))
-    return sum(_remove_unused(lock.with_suffix("")) for lock in locks)
+    # A process killed at its very first or last step leaves a guard alone.
+    beside = [file for kind in _BESIDE for file in memory.glob(f"{_prefix()}*.{kind}")]
+    return sum(map(_remove_unused, {file.with_suffix("") for file in beside}))
 
 
 def _prefix() -> str:
@@ -123,8 +125,8 @@ def _guard(folder: Path) -> IO[bytes]:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    for suffix in ("lock", "guard"):
-        folder.with_name(f"{folder.name}.{suffix}").unlink(missing_ok=True)
+    for kind in _BESIDE:
+        folder.with_name(f"{folder.name}.{kind}").unlink(missing_ok=True)
 
 
 def _let_go(folder: Path, lock: IO[bytes]) -> None:

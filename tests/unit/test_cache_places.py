@@ -1,6 +1,7 @@
 """One cache read from everywhere: Zarr, an export, shared memory, and behind fsspec's URLs."""
 
 import multiprocessing
+import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
@@ -167,6 +168,9 @@ def test_the_last_reader_frees_the_memory_and_a_dead_ones_is_swept(sealed, expor
     dead = load_resident(reader, max_base_iou=0.7, memory=memory)
     dead._finalizer.detach()[2][1].close()  # what the kernel does for a killed process
     assert len(list(memory.iterdir())) == 3
+    assert sweep_resident(memory) == 1
+    assert list(memory.iterdir()) == []
+    (memory / f"dkdetr-{os.getuid()}-{'a' * 24}-0.5.guard").touch()  # killed one moment later
     assert sweep_resident(memory) == 1
     assert list(memory.iterdir()) == []
 

@@ -39,7 +39,10 @@ def problem_of(device: torch.device, trial: Callable[[], str | None]) -> str | N
         raise
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (
+        TritonError, RuntimeError, OSError, subprocess.SubprocessError,
+        AssertionError,  # Triton's word for a libcuda.so that it does not find, as in some images
+    ) as error:  # fmt: skip
         lines = str(error).strip().splitlines() or [""]
         return f"the kernels do not run here ({type(error).__name__}: {lines[0]})"
 

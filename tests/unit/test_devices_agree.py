@@ -67,15 +67,22 @@ def one_step(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, floa
     return parts, [gradient.cpu() for gradient in gradients]
 
 
+def norm_of(gradients: list[Tensor]) -> float:
+    return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_is_the_same(name: str, device: str):
     wanted, gradients = one_step(name, "cpu", torch.float32)
     found, theirs = one_step(name, device, torch.float32)
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
-    largest = max(gradient.abs().max().item() for gradient in gradients)
-    for one, other in zip(theirs, gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * largest)
+    # Rounding may close a ReLU here and there that was open: no single number is held to much.
+    errors = [one - other for one, other in zip(theirs, gradients, strict=True)]
+    whole = norm_of(gradients)
+    assert norm_of(errors) < whole / 50
+    for error, gradient in zip(errors, gradients, strict=True):
+        assert error.norm() < 0.2 * gradient.norm() + whole / 1000
 
 
 @pytest.mark.parametrize(

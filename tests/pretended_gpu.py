@@ -1,9 +1,10 @@
 """A GPU that is only pretended: its tensors say `cuda:0`, their numbers are a CPU's.
 
-What CUDA refuses is refused: operators over tensors of both devices, `numpy()` of what lies on the
-GPU. So whole commands run by `--device cuda` where there is none, with real numbers. Triton finds
-no driver, as on a machine without one, and what falls back for that does so. Not pretended: other
-processes, streams that overlap, NCCL, torch.compile, memory formats (all is contiguous).
+What CUDA refuses is refused: operators over tensors of both devices (and indices from the CPU, for
+which CUDA would wait), `numpy()` of what lies on the GPU. So whole commands run by `--device cuda`
+where there is none, with real numbers. Triton finds no driver, as on a machine without one, and
+what falls back for that does so. Not pretended: other processes, streams that overlap, NCCL,
+torch.compile, memory formats (all is contiguous).
 """
 
 import contextlib

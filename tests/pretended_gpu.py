@@ -9,12 +9,14 @@ torch.compile, memory formats (all is contiguous).
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -24,6 +26,7 @@ from pipeline import decoding
 
 GPU = torch.device("cuda", 0)
 _COPIES = ("aten::copy_", "aten::_to_copy")
+_waits: list[str] = []
 
 
 class OnGPU(Tensor):
@@ -56,6 +59,7 @@ class OnGPU(Tensor):
     __array__ = numpy
 
     def tolist(self) -> Any:
+        _waits.append("numbers")
         return self.held.tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -84,6 +88,11 @@ class OnGPU(Tensor):
                         f"{func}: expected all tensors on one device, but a tensor "
                         f"{tuple(each.shape)} is on the CPU"
                     )
+        if func is torch.ops.aten._local_scalar_dense.default:
+            _waits.append("a number")
+        within = all(isinstance(each, OnGPU) for each in args[:2])
+        if func is torch.ops.aten.copy_.default and not within and len(args) < 3:  # non_blocking
+            _waits.append("a copy")
         held_args, held_kwargs = tree_map_only(OnGPU, lambda each: each.held, (args, kwargs))
         if held_kwargs.get("device") is not None:
             held_kwargs["device"] = torch.device("cpu")
@@ -113,16 +122,18 @@ class _Down(torch.autograd.Function):
         return OnGPU(grad_outputs[0])
 
 
-def _moved(tensor: Tensor, device: Any) -> Tensor:
+def _moved(tensor: Tensor, device: Any, *, non_blocking: bool = False) -> Tensor:
     if device is None or (torch.device(device).type == "cuda") == isinstance(tensor, OnGPU):
         return tensor
+    if not non_blocking:
+        _waits.append("a copy")
     return (_Down if isinstance(tensor, OnGPU) else _Up).apply(tensor)
 
 
 def _to(func: Any, tensor: Tensor, *words: Any, **kwargs: Any) -> Tensor:
     """`Tensor.to`, in its several forms."""
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
-    kwargs.pop("non_blocking", None)
+    non_blocking = kwargs.pop("non_blocking", False)
     for word in words:
         if isinstance(word, Tensor):
             device, dtype = word.device, word.dtype
@@ -132,7 +143,7 @@ def _to(func: Any, tensor: Tensor, *words: Any, **kwargs: Any) -> Tensor:
             device = word
     if device is not None and torch.device(device).type == "meta":
         return func(tensor, device, **kwargs)
-    moved = _moved(tensor, device)
+    moved = _moved(tensor, device, non_blocking=non_blocking)
     copied = moved is not tensor and kwargs.pop("copy", False)
     return moved if copied or not (dtype or kwargs) else func(moved, dtype or moved.dtype, **kwargs)
 
@@ -208,7 +219,9 @@ class Event(torch.cuda.Event):
     """An event that has passed."""
 
     def record(self, stream: object = None) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        _waits.append("an event")
+
     def query(self) -> bool:
         return True
 
@@ -225,7 +238,8 @@ class Stream:
 
     def wait_stream(self, _other: "Stream") -> None: ...
     def wait_event(self, _event: Event) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        _waits.append("a queue")
 
 
 _CAPTURE_CHECKS = [name for name in dir(torch.optim.Optimizer) if "graph_capture_health" in name]
@@ -236,7 +250,7 @@ _CUDA: dict[str, Any] = {
     "current_device": lambda: 0,
     "set_device": lambda _device: None,
     "device": lambda _device: contextlib.nullcontext(),
-    "synchronize": lambda *_: None,
+    "synchronize": lambda *_: _waits.append("the device"),
     "get_device_capability": lambda *_: (8, 0),
     "get_device_name": lambda *_: "a pretended GPU",
     "max_memory_allocated": lambda *_: 2**30,
@@ -275,9 +289,19 @@ def _as_no_grad(mode: Any) -> None:
     mode.pretended.__enter__()
 
 
+def _grouped_there(*args: Any, **kwargs: Any) -> Any:
+    """Tensors by device and type, as clipping asks for them: of PyTorch's own code, told `cpu`."""
+    found = _group(*args, **kwargs)
+    return {
+        (GPU if isinstance(lists[0][0], OnGPU) else device, dtype): (lists, places)
+        for (device, dtype), (lists, places) in found.items()
+    }
+
+
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """A context in which `cuda` is there."""
+def pretended_gpu() -> Iterator[list[str]]:
+    """A context in which `cuda` is there; gives what a CPU waited for meanwhile, as it goes on."""
+    _waits.clear()
     autocast, decode = torch.autocast.__init__, decoding.decode_jpeg
 
     def autocast_of_cpu(self: Any, device_type: str, **kwargs: Any) -> None:
@@ -295,6 +319,7 @@ def pretended_gpu() -> Iterator[None]:
         (torch.inference_mode, "__enter__", _as_no_grad),
         (torch.inference_mode, "__exit__", lambda mode, *error: mode.pretended.__exit__(*error)),
         *((torch.optim.Optimizer, name, lambda _self: None) for name in _CAPTURE_CHECKS),
+        (clip_grad, "_group_tensors_by_device_and_dtype", _grouped_there),
         (decoding, "decode_jpeg", decode_jpegs),
         (threading.Thread, "run", _within(threading.Thread.run)),
         (checkpoint, "_run_fn_with_dynamo_disabled", _within(_recompute)),
@@ -302,8 +327,11 @@ def pretended_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # nothing to pin for
         stack.enter_context(_Pretence())
-        yield
+        yield _waits
 
 
+_group = clip_grad._group_tensors_by_device_and_dtype
 _recompute = checkpoint._run_fn_with_dynamo_disabled

@@ -30,11 +30,7 @@ EXTRAS = [
 ]  # fmt: skip
 DEVICES = ("cpu", "cuda")
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here: pytest -m gpu"),
-    # There is nothing to pin for, says the loader.
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real one: pytest -m gpu")
 
 
 def on(device: str, *words: str, cwd: Path) -> str:

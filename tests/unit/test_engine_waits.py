@@ -2,10 +2,13 @@
 
 There is no GPU here. The student is built of fake tensors on a fake CUDA device, which have shapes
 and no numbers: whatever asks the device for a number, or for a shape that depends on one, raises.
-Copies between the devices are counted.
+Copies between the devices are counted. The loop around them runs on a pretended GPU, with numbers.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +26,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_world import make_world, settings
 
 from dkdetr.engine import distributed as engine_distributed
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.pairing import pair_with_teacher
+from dkdetr.engine.train import train
 from dkdetr.losses.alignment import Alignment
 from dkdetr.losses.criterion import Criterion, Normalisers
 from dkdetr.losses.distillation import distillation_statistics
@@ -35,6 +40,7 @@ from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.backbone import slim_resnet
 from dkdetr.student.build import build_student
 from dkdetr.student.sync_norm import SyncBatchNorm2d
+from tests.pretended_gpu import pretended_gpu
 
 
 class OnTheCPU(TorchDispatchMode):
@@ -220,3 +226,19 @@ def test_a_vote_stands_in_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch):
             ranks.vote(True, False)
         assert queues == [ranks.device]
         assert not copies.up
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
+@pytest.mark.parametrize("augment", ["loader", "device"])
+@pytest.mark.parametrize("steps", [6, 13], ids=["burn-in", "distillation"])
+def test_the_loop_waits_twice_a_step(steps: int, augment: str, tmp_path: Path):
+    """For the costs that pairs are assigned by, and for the last step's gradient norm."""
+    world = make_world(tmp_path, num_images=25)
+    config = settings(data={"augment": augment}, optim={"precision": "fp32"})
+    counts = []
+    for more in (0, 4):
+        request = replace(world.request(f"run{more}", config), device="cuda")
+        with pretended_gpu() as waits:
+            train(replace(request, until_iteration=steps + more))
+            counts.append(Counter(waits))
+    assert counts[1] - counts[0] == {"an event": 8}

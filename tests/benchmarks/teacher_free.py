@@ -111,7 +111,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", action="append", default=[])
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(options.crops) < SELECTED or max(options.crops) > KEPT:
+        parser.error(f"--crops: from {SELECTED}, which a step distils, to {KEPT}, which are there")
+    return options
 
 
 def _seconds(

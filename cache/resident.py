@@ -94,7 +94,7 @@ def load_resident(
 
 
 def sweep_resident(memory: Path = MEMORY_FOLDER) -> int:
-    """Removes what killed processes left in memory; returns how many caches that were."""
+    """Removes what killed processes left in memory; returns in how many places that was."""
     # A process killed at its very first or last step leaves a guard alone.
     beside = [file for kind in _BESIDE for file in memory.glob(f"{_prefix()}*.{kind}")]
     return sum(map(_remove_unused, {file.with_suffix("") for file in beside}))

@@ -1,15 +1,15 @@
 """A GPU that is only pretended: its tensors say `cuda:0`, their numbers are a CPU's.
 
-What CUDA refuses is refused: operators over tensors of both devices (and indices from the CPU, for
-which CUDA would wait), `numpy()` of what lies on the GPU. So whole commands run by `--device cuda`
-where there is none, with real numbers. Triton finds no driver, as on a machine without one, and
-what falls back for that does so. Not pretended: other processes, streams that overlap, NCCL,
-torch.compile, memory formats (all is contiguous).
+Whole commands run on it by `--device cuda` where there is no GPU. Refused as by CUDA: operators
+over tensors of both devices (indices from the CPU, too, for which CUDA would wait), `numpy()` of a
+GPU's tensor, a CPU's autocast. What a CPU would wait for is noted. Triton finds no driver, as on a
+machine without one, and what falls back for that does so. Nobody looks into a backward pass. Not
+pretended: other processes, queues that run side by side, copies that arrive later, generators,
+NCCL, torch.compile, a GPU's rounding and memory formats (all is contiguous).
 """
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -25,8 +25,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pipeline import decoding
 
 GPU = torch.device("cuda", 0)
-_COPIES = ("aten::copy_", "aten::_to_copy")
 _waits: list[str] = []
+
+aten = torch.ops.aten
+_COPIES = (aten.copy_, aten._to_copy)
+_JOINS = (aten.cat, aten.stack)
+_SHAPES = (
+    aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive,
+    aten.equal,
+)  # fmt: skip
+_INDEXED = (aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_)
 
 
 class OnGPU(Tensor):
@@ -46,9 +54,6 @@ class OnGPU(Tensor):
 
     device: Any = property(lambda _self: GPU)
     is_cuda: Any = property(lambda _self: True)
-
-    def get_device(self) -> int:
-        return 0
 
     def record_stream(self, s: object) -> None:
         assert isinstance(s, Stream)
@@ -73,61 +78,67 @@ class OnGPU(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.held.detach().__reduce_ex__(protocol)  # what `map_location` makes of it
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return _called(func, args, kwargs or {})
+    __torch_function__ = torch._C._disabled_torch_function_impl  # the mode sees all
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # A backward pass makes zeros by PyTorch's own code, which was told `cpu`.
-        if func._schema.name not in _COPIES and torch._C._current_graph_task_id() == -1:
-            for each in tree_leaves((args, kwargs)):
-                if isinstance(each, Tensor) and not isinstance(each, OnGPU) and each.ndim > 0:
-                    raise RuntimeError(
-                        f"{func}: expected all tensors on one device, but a tensor "
-                        f"{tuple(each.shape)} is on the CPU"
-                    )
-        if func is torch.ops.aten._local_scalar_dense.default:
-            _waits.append("a number")
-        within = all(isinstance(each, OnGPU) for each in args[:2])
-        if func is torch.ops.aten.copy_.default and not within and len(args) < 3:  # non_blocking
-            _waits.append("a copy")
+        if torch._C._current_graph_task_id() == -1:
+            _refuse_mixing(func, args, kwargs)
+            _note_waits(func, args)
         held_args, held_kwargs = tree_map_only(OnGPU, lambda each: each.held, (args, kwargs))
         if held_kwargs.get("device") is not None:
             held_kwargs["device"] = torch.device("cpu")
         result = func(*held_args, **held_kwargs)
-        if func is torch.ops.aten.copy_.default and not isinstance(args[0], OnGPU):
+        if func is aten.copy_.default and not isinstance(args[0], OnGPU):
             return args[0]
         return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, OnGPU, result))
 
 
-class _Up(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return OnGPU(tensor.detach().clone())
+def _refuse_mixing(func: Any, args: Any, kwargs: Any) -> None:
+    operator = func.overloadpacket
+    if operator in _COPIES:
+        return
+    for each in tree_leaves((args, kwargs)):
+        if not isinstance(each, Tensor) or isinstance(each, OnGPU):
+            continue
+        written = func._schema.is_mutable and each is args[0]
+        if each.ndim > 0 or operator in _JOINS or written:  # else it is a number to a kernel
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, but a tensor {tuple(each.shape)} "
+                "is on the CPU"
+            )
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs[0].held
+
+def _note_waits(func: Any, args: Any) -> None:
+    operator = func.overloadpacket
+    if operator is aten._local_scalar_dense:
+        _waits.append("a number")
+    if operator in _SHAPES:
+        _waits.append("a shape")
+    if operator in _INDEXED and any(
+        each.dtype == torch.bool for each in args[1] if each is not None
+    ):
+        _waits.append("a shape")
+    if operator is aten.copy_ and not all(isinstance(each, OnGPU) for each in args[:2]):
+        _note_copy(args[1], non_blocking=len(args) > 2 and args[2])
 
 
-class _Down(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Any) -> Tensor:
-        return tensor.held.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return OnGPU(grad_outputs[0])
+def _note_copy(source: Tensor, *, non_blocking: bool) -> None:
+    """Nobody waits for a copy down, if asked so, nor for one up out of pinned memory."""
+    if not (non_blocking and (isinstance(source, OnGPU) or getattr(source, "pinned", False))):
+        _waits.append("a copy")
 
 
 def _moved(tensor: Tensor, device: Any, *, non_blocking: bool = False) -> Tensor:
     if device is None or (torch.device(device).type == "cuda") == isinstance(tensor, OnGPU):
         return tensor
-    if not non_blocking:
-        _waits.append("a copy")
-    return (_Down if isinstance(tensor, OnGPU) else _Up).apply(tensor)
+    assert not (tensor.requires_grad and torch.is_grad_enabled()), "a gradient ends here"
+    _note_copy(tensor, non_blocking=non_blocking)
+    if isinstance(tensor, OnGPU):
+        return tensor.held.detach().clone()
+    return OnGPU(tensor.detach().clone())
 
 
 def _to(func: Any, tensor: Tensor, *words: Any, **kwargs: Any) -> Tensor:
@@ -141,8 +152,6 @@ def _to(func: Any, tensor: Tensor, *words: Any, **kwargs: Any) -> Tensor:
             dtype = word
         elif isinstance(word, str | torch.device):
             device = word
-    if device is not None and torch.device(device).type == "meta":
-        return func(tensor, device, **kwargs)
     moved = _moved(tensor, device, non_blocking=non_blocking)
     copied = moved is not tensor and kwargs.pop("copy", False)
     return moved if copied or not (dtype or kwargs) else func(moved, dtype or moved.dtype, **kwargs)
@@ -150,11 +159,10 @@ def _to(func: Any, tensor: Tensor, *words: Any, **kwargs: Any) -> Tensor:
 
 def _set_data(target: Tensor, value: Tensor) -> None:
     """`target.data = value`, as moving a module does; the tensor stays who it is."""
+    if not isinstance(target, nn.Parameter):
+        return  # the gradient of one, of which nobody speaks after a move
     with torch.no_grad():
-        new = value.detach()
-        if not isinstance(target, nn.Parameter):
-            return  # a gradient, which goes with the next step anyway
-        new = nn.Parameter(new, target.requires_grad)
+        new = nn.Parameter(value.detach(), target.requires_grad)
         gradient, target.grad = target.grad, None
         torch.utils.swap_tensors(target, new)
         target.grad = gradient
@@ -166,13 +174,18 @@ def _backward(loss: Tensor, gradient: Any = None, *rest: Any, **kwargs: Any) -> 
         torch.autograd.backward(loss, gradient, **kwargs)
 
 
-def _pinned(tensor: Tensor, *_: Any) -> Tensor:
+def _pinned(tensor: Any, *_: Any) -> Tensor:
     assert not isinstance(tensor, OnGPU), "only a CPU's memory is pinned"
+    tensor.pinned = True
     return tensor
 
 
+def _from_data(func: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+    return _moved(func(*args, **kwargs), device)
+
+
 def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A tensor made on the device that is named, if one is."""
+    """What a call gives; on the device that it names, if it names one."""
     wanted = kwargs.get("device")
     if wanted is None or torch.device(wanted).type != "cuda":
         return func(*args, **kwargs)
@@ -185,7 +198,6 @@ def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 _CALLS: dict[Any, Callable[..., Any]] = {
     Tensor.cpu: lambda tensor, *_, **__: _moved(tensor, "cpu"),
     Tensor.cuda: lambda tensor, *_, **__: _moved(tensor, "cuda"),
-    Tensor.is_pinned: lambda *_: False,
     Tensor.pin_memory: _pinned,
     Tensor.backward: _backward,
     Tensor.data.__set__: _set_data,  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,16 +210,15 @@ def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs["memory_format"] = torch.contiguous_format
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
-    with torch._C.DisableTorchFunctionSubclass():
-        if isinstance(args[0] if args else None, OnGPU) and func is Tensor.numpy:
-            return args[0].numpy()
-        if func in _CALLS:
-            return _CALLS[func](*args, **kwargs)
-        if func is Tensor.to:
-            return _to(func, *args, **kwargs)
-        if func is nn.functional.one_hot and isinstance(args[0], OnGPU):
-            return OnGPU(func(args[0].held, *args[1:], **kwargs))  # counts by a CPU's tensor
-        return _made(func, args, kwargs)
+    if func in _CALLS:
+        return _CALLS[func](*args, **kwargs)
+    if func is Tensor.to:
+        return _to(func, *args, **kwargs)
+    if func in (torch.tensor, torch.as_tensor):
+        return _from_data(func, *args, **kwargs)
+    if func is nn.functional.one_hot and isinstance(args[0], OnGPU):
+        return OnGPU(func(args[0].held, *args[1:], **kwargs))  # counts by a CPU's tensor
+    return _made(func, args, kwargs)
 
 
 class _Pretence(TorchFunctionMode):
@@ -222,9 +233,6 @@ class Event(torch.cuda.Event):
     def synchronize(self) -> None:
         _waits.append("an event")
 
-    def query(self) -> bool:
-        return True
-
     def elapsed_time(self, end_event: object) -> float:
         return 1.0
 
@@ -236,8 +244,6 @@ class Stream:
     def record_event(self, *_: object) -> Event:
         return Event()
 
-    def wait_stream(self, _other: "Stream") -> None: ...
-    def wait_event(self, _event: Event) -> None: ...
     def synchronize(self) -> None:
         _waits.append("a queue")
 
@@ -247,18 +253,13 @@ _STREAM = Stream()
 _CUDA: dict[str, Any] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
-    "current_device": lambda: 0,
     "set_device": lambda _device: None,
     "device": lambda _device: contextlib.nullcontext(),
     "synchronize": lambda *_: _waits.append("the device"),
     "get_device_capability": lambda *_: (8, 0),
     "get_device_name": lambda *_: "a pretended GPU",
     "max_memory_allocated": lambda *_: 2**30,
-    "reset_peak_memory_stats": lambda *_: None,
-    "empty_cache": lambda: None,
-    "get_rng_state": lambda *_: torch.zeros(1, dtype=torch.uint8),
     "get_rng_state_all": lambda: [torch.zeros(1, dtype=torch.uint8)],
-    "set_rng_state": lambda *_: None,
     "set_rng_state_all": lambda _states: None,
     "Event": Event,
     "Stream": Stream,
@@ -266,11 +267,25 @@ _CUDA: dict[str, Any] = {
     "current_stream": lambda *_: _STREAM,
     "default_stream": lambda *_: _STREAM,
 }
-_ACCELERATOR: dict[str, Any] = {
-    "is_available": lambda: False,  # of which a loader asks, before it pins in a thread
-    "current_device_index": lambda: 0,
-    "current_stream": lambda *_: _STREAM,
-}
+
+
+class _Autocast(torch.autocast):
+    """Autocast of the GPU: the CPU's, which alone there is, while CUDA's own switch says so too."""
+
+    def __init__(self, device_type: str, **kwargs: Any) -> None:
+        assert device_type == "cuda", "a CPU's autocast changes nothing on a GPU"
+        super().__init__("cpu", **kwargs)
+
+    def __enter__(self) -> Any:
+        self._before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", self._enabled)
+        torch.set_autocast_dtype("cuda", self.fast_dtype)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        torch.set_autocast_enabled("cuda", self._before[0])
+        torch.set_autocast_dtype("cuda", self._before[1])
+        return super().__exit__(*error)
 
 
 def _within(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -298,40 +313,36 @@ def _grouped_there(*args: Any, **kwargs: Any) -> Any:
     }
 
 
+def _decoded(data: Any, *args: Any, device: Any = "cpu", **kwargs: Any) -> Any:
+    return tree_map_only(Tensor, lambda each: _moved(each, device), _decode(data, *args, **kwargs))
+
+
+_group = clip_grad._group_tensors_by_device_and_dtype
+_recompute = checkpoint._run_fn_with_dynamo_disabled
+_decode = decoding.decode_jpeg
+
+
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[list[str]]:
     """A context in which `cuda` is there; gives what a CPU waited for meanwhile, as it goes on."""
     _waits.clear()
-    autocast, decode = torch.autocast.__init__, decoding.decode_jpeg
-
-    def autocast_of_cpu(self: Any, device_type: str, **kwargs: Any) -> None:
-        assert device_type != "cuda" or kwargs.get("dtype") or not kwargs.get("enabled", True)
-        autocast(self, "cpu", **kwargs)
-
-    def decode_jpegs(data: Any, *args: Any, device: Any = "cpu", **kwargs: Any) -> Any:
-        found = decode(data, *args, **kwargs)
-        return tree_map_only(Tensor, lambda each: each.to(device), found)
-
     changes: list[tuple[Any, str, Any]] = [
         *((torch.cuda, name, value) for name, value in _CUDA.items()),
-        *((torch.accelerator, name, value) for name, value in _ACCELERATOR.items()),
-        (torch.autocast, "__init__", autocast_of_cpu),
+        (torch.accelerator, "is_available", lambda: True),
+        (torch.accelerator, "current_device_index", lambda: 0),
+        (torch.accelerator, "set_device_index", lambda _device: None),
+        (torch.accelerator, "current_stream", lambda *_: _STREAM),
+        (torch, "autocast", _Autocast),
         (torch.inference_mode, "__enter__", _as_no_grad),
         (torch.inference_mode, "__exit__", lambda mode, *error: mode.pretended.__exit__(*error)),
         *((torch.optim.Optimizer, name, lambda _self: None) for name in _CAPTURE_CHECKS),
         (clip_grad, "_group_tensors_by_device_and_dtype", _grouped_there),
-        (decoding, "decode_jpeg", decode_jpegs),
+        (decoding, "decode_jpeg", _decoded),
         (threading.Thread, "run", _within(threading.Thread.run)),
         (checkpoint, "_run_fn_with_dynamo_disabled", _within(_recompute)),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes:
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # nothing to pin for
         stack.enter_context(_Pretence())
         yield _waits
-
-
-_group = clip_grad._group_tensors_by_device_and_dtype
-_recompute = checkpoint._run_fn_with_dynamo_disabled

@@ -10,7 +10,7 @@ import torch
 from dkdetr.errors import UsageError
 from dkdetr.student import attention_backend
 from dkdetr.student.attention_backend import picks_triton, use_backend
-from dkdetr.triton_trial import say_once
+from dkdetr.triton_trial import problem_of, say_once
 from tests.absent_gpu import AbsentGPU, resources
 from tests.attention_cases import CASES, SHARE, SUMMED, check, sum_levels
 from tests.interpreted import pass_in_interpreter
@@ -62,9 +62,16 @@ def test_asked_for_where_it_cannot_run_it_is_refused():
         use_backend(tiny_student(), "triton", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("ptxas: no such architecture\nmore of it"),
+        AssertionError("libcuda.so cannot found, no such architecture\nmore of it"),
+    ],
+    ids=["compiler", "driver"],
+)
 def test_a_kernel_that_fails_is_dropped_once_and_loudly(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     pytest.importorskip("triton")
     tries: list[torch.dtype] = []
@@ -73,7 +80,7 @@ def test_a_kernel_that_fails_is_dropped_once_and_loudly(
         device: torch.device, dtype: torch.dtype, dims: object, num_queries: int, coordinates: int
     ) -> None:
         tries.append(dtype)
-        raise error("ptxas: no such architecture\nmore of it")
+        raise error
 
     monkeypatch.setattr(attention_backend, "_try_out", fail)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
@@ -87,6 +94,19 @@ def test_a_kernel_that_fails_is_dropped_once_and_loudly(
     assert "no such architecture" in said[0]
     with pytest.raises(UsageError, match="no such architecture"):
         picks_triton("triton", CUDA, torch.float32, DIMS)
+
+
+def test_what_is_wrong_with_the_trial_itself_is_no_reason_to_go_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+
+    def trial() -> None:
+        raise AssertionError("a trial of two shapes")
+
+    with pytest.raises(AssertionError, match="two shapes"):
+        problem_of(CUDA, trial)
 
 
 def test_old_gpus_go_by_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -218,3 +218,19 @@ def test_the_pretence_notes_what_waits():
             waits.clear()
             work()
             assert waits == noted
+
+
+def test_what_is_copied_down_is_there_when_somebody_has_waited():
+    with pretended_gpu():
+        there, kept = torch.arange(1.0, 4).cuda(), torch.zeros(3, pin_memory=True)
+        passed = torch.cuda.current_stream().record_event()
+        first = there.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event()
+        kept.copy_(there, non_blocking=True)
+        passed.synchronize()
+        assert first.isnan().all()
+        event.synchronize()
+        assert first.tolist() == [1.0, 2.0, 3.0]
+        assert kept.isnan().all()
+        assert there.sum().item() == 6
+        assert kept.tolist() == [1.0, 2.0, 3.0]

@@ -49,6 +49,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(place: Path, *words: str) -> tuple[subprocess.Popen[str], int]:
+    # Of tests in a shell's background Ctrl-C is ignored, and so it would be of what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*DKDETR, "serve", *words, "--port", "0"],
         cwd=place, env=environment(), stderr=subprocess.PIPE, text=True,

@@ -73,15 +73,12 @@ class OnGPU(Tensor):
         if torch._C._current_graph_task_id() == -1:
             _refuse_mixing(func, args, kwargs)
             _note_waits(func, args)
-        non_blocking = func is aten.copy_.default and len(args) > 2 and args[2]
-        if non_blocking and not isinstance(args[0], OnGPU):
-            return _sent(args[1].held.to(args[0].dtype), args[0])
+        if func is aten.copy_.default and not isinstance(args[0], OnGPU):
+            return _brought_down(*args)
         held_args, held_kwargs = tree_map_only(OnGPU, lambda each: each.held, (args, kwargs))
         if held_kwargs.get("device") is not None:
             held_kwargs["device"] = torch.device("cpu")
         result = func(*held_args, **held_kwargs)
-        if func is aten.copy_.default and not isinstance(args[0], OnGPU):
-            return args[0]
         return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, OnGPU, result))
 
 
@@ -111,7 +108,7 @@ def _note_waits(func: Any, args: Any) -> None:
     ):
         wait_for("a shape")
     if operator is aten.copy_ and not all(isinstance(each, OnGPU) for each in args[:2]):
-        _note_copy(args[1], non_blocking=len(args) > 2 and args[2])
+        _note_copy(*args[1:])
 
 
 def wait_for(what: str) -> None:
@@ -136,17 +133,23 @@ def _sent(numbers: Tensor, kept: Tensor) -> Tensor:
     )
 
 
-def _note_copy(source: Tensor, *, non_blocking: bool) -> None:
+def _brought_down(kept: Tensor, source: OnGPU, non_blocking: bool = False) -> Tensor:
+    """`kept.copy_(source)`, from the GPU into a CPU's memory."""
+    return _sent(source.held.to(kept.dtype), kept) if non_blocking else kept.copy_(source.held)
+
+
+def _note_copy(source: Tensor, non_blocking: bool = False) -> None:
     """Nobody waits for a copy down, if asked so, nor for one up out of pinned memory."""
     if not (non_blocking and (isinstance(source, OnGPU) or getattr(source, "pinned", False))):
         wait_for("a copy")
 
 
 def moved(tensor: Tensor, device: Any, *, non_blocking: bool = False) -> Tensor:
+    """The tensor on a device; itself if it is there, or if None is asked for."""
     if device is None or (torch.device(device).type == "cuda") == isinstance(tensor, OnGPU):
         return tensor
     assert not (tensor.requires_grad and torch.is_grad_enabled()), "a gradient ends here"
-    _note_copy(tensor, non_blocking=non_blocking)
+    _note_copy(tensor, non_blocking)
     if isinstance(tensor, OnGPU):
         kept = tensor.held.detach().clone()
         return _sent(kept, kept) if non_blocking else kept

@@ -28,6 +28,7 @@ EXTRAS = [
     "--set", "student.mask_head=true", "--set", "student.denoising=2",
     "--set", "kd.hybrid_queries=2",
 ]  # fmt: skip
+RUNS = {"plain": [], "extras": EXTRAS, "other": ["--set", "kd.rkd.weight=0"]}
 DEVICES = ("cpu", "cuda")
 SPLIT = "ovcoco:val2017:val2017.json"
 
@@ -54,7 +55,7 @@ def train(device: str, run: str, *more: str, cwd: Path) -> list[dict[str, float]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The caches of both devices, and runs of the CPU."""
+    """The caches of both devices."""
     folder = tmp_path_factory.mktemp("pretended")
     split = write_coco_folder(folder, "train2017", num_images=12, seed=1)
     write_coco_folder(folder, "val2017", num_images=4, seed=2)
@@ -68,10 +69,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def diaries(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Diaries of the CPU."""
-    more = {"plain": [], "extras": EXTRAS, "other": ["--set", "kd.rkd.weight=0"]}
-    return {name: train("cpu", name, *words, cwd=folder) for name, words in more.items()}
+def diaries(folder: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """What the diaries of each device say, by run; a run lies in runs/NAME_DEVICE."""
+    return {
+        device: {
+            name: train(device, f"{name}_{device}", *more, cwd=folder)
+            for name, more in RUNS.items()
+        }
+        for device in DEVICES
+    }
 
 
 def test_stage_one_gives_the_same_cache(folder: Path):
@@ -89,20 +95,20 @@ def test_stage_one_gives_the_same_cache(folder: Path):
     assert same_embedding[same_box].all()  # by way of fp16 there
 
 
-@pytest.mark.parametrize(("name", "more"), [("plain", []), ("extras", EXTRAS)])
-def test_training_learns_the_same(folder: Path, diaries, name: str, more: list[str]):
-    found, wanted = train("cuda", f"{name}_there", *more, cwd=folder), diaries[name]
+@pytest.mark.parametrize("name", RUNS)
+def test_training_learns_the_same(diaries, name: str):
+    found, wanted = diaries["cuda"][name], diaries["cpu"][name]
     assert wanted[-1]["iteration"] == 6
     assert found == [pytest.approx(entry, rel=1e-4) for entry in wanted]
 
 
+@pytest.mark.usefixtures("diaries")
 def test_a_run_goes_on_there(folder: Path):
-    train("cuda", "whole", cwd=folder)
     train("cuda", "resumed", "--until", "1", cwd=folder)
     train("cuda", "resumed", cwd=folder)
     ours, theirs = (
         load_checkpoint(find_checkpoint(folder / "runs" / name)).student
-        for name in ("whole", "resumed")
+        for name in ("plain_cuda", "resumed")
     )
     assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
 
@@ -122,7 +128,7 @@ def test_detections_are_alike(folder: Path, name: str):
     found = []
     for device in DEVICES:
         on(
-            device, "predict", "val2017", "--model", f"runs/{name}", "-c", "cat, car",
+            device, "predict", "val2017", "--model", f"runs/{name}_cpu", "-c", "cat, car",
             "--threshold", "0", "--precision", "fp32", "--out", device, cwd=folder,
         )  # fmt: skip
         found.append(json.loads((folder / device / "predictions.json").read_text())["annotations"])
@@ -142,10 +148,10 @@ def scored(device: str, run: str, folder: Path, precision: str = "fp32") -> list
 
 @pytest.mark.usefixtures("diaries")
 def test_runs_are_scored_the_same(folder: Path):
-    wanted = scored("cpu", "plain", folder)
+    wanted = scored("cpu", "plain_cpu", folder)
     assert len(wanted) > 10
-    assert scored("cuda", "plain", folder) == pytest.approx(wanted, rel=1e-4)
-    assert scored("cpu", "other", folder) != pytest.approx(wanted, rel=1e-4)
+    assert scored("cuda", "plain_cpu", folder) == pytest.approx(wanted, rel=1e-4)
+    assert scored("cpu", "other_cpu", folder) != pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.usefixtures("diaries")
@@ -153,7 +159,7 @@ def test_agreement_is_the_same(folder: Path):
     cosines = []
     for device in DEVICES:
         words = ("--agreement", "cache/cpu", "--precision", "fp32", "--json", "agreement.json")
-        on(device, "eval", "runs/extras", "--split", SPLIT, *words, cwd=folder)
+        on(device, "eval", "runs/extras_cpu", "--split", SPLIT, *words, cwd=folder)
         tables = json.loads((folder / "agreement.json").read_text())["agreement"]
         cosines.append([group["cosine"] for table in tables for group in table["groups"]])
     assert cosines[1] == pytest.approx(cosines[0], abs=1e-4)

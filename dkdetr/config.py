@@ -273,7 +273,7 @@ class DataConfig:
     batch_size: int = 128
     """Images a step over all ranks; must divide by the number of ranks."""
     workers: int = 8
-    """Loader processes a rank; 0 loads in the training process."""
+    """Loader processes a rank, at most one a core; 0 loads in the training process."""
     cache_mode: Literal["stored", "resident"] = "stored"
     """How the cache is read: as it lies on the disk, or its selectable regions in shared memory."""
     sampler: Literal["repeat_factor", "uniform"] = "repeat_factor"

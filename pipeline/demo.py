@@ -22,6 +22,7 @@ import torch
 
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
+from dkdetr.cores import cores_at_hand
 from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import from_metadata
@@ -146,7 +147,7 @@ def demo_page(out: Path, device: str) -> Any:
 def _num_workers(device: str) -> int:
     """Processes that embed: two where only the CPU can, none beside this one with a GPU."""
     on_cpu = pick_device(device).type == "cpu"
-    return min(2, multiprocessing.cpu_count()) if on_cpu else 0
+    return min(2, cores_at_hand()) if on_cpu else 0
 
 
 class _Clock:
@@ -247,7 +248,7 @@ def _write_page(
             ("command", "dkdetr demo"),
             ("date", datetime.now(tz=UTC).strftime("%Y-%m-%d %H:%M UTC")),
             ("versions", f"Python {platform.python_version()}, PyTorch {torch.__version__}"),
-            ("machine", f"{platform.machine()}, {multiprocessing.cpu_count()} cores"),
+            ("machine", f"{platform.machine()}, {cores_at_hand()} cores"),
             ("time", times),
         ],
         split=split,

@@ -1,12 +1,12 @@
 """A shard's pictures, read ahead in threads while the teacher is busy with earlier ones."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import torch
 
+from dkdetr.cores import cores_at_hand
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import UnreadableImageError, decode_image
 from dkdetr.data.splits import Split
@@ -14,7 +14,7 @@ from dkdetr.read_ahead import done_ahead
 from pipeline.decoding import Decoder, EncodedImage, Pixels, decode_on_device, suits_a_device
 from pipeline.proposals import SourceImage
 
-READ_THREADS = max(2, min(8, len(os.sched_getaffinity(0)) // 2))
+READ_THREADS = max(2, min(8, cores_at_hand() // 2))
 """Decoders of a worker; Pillow lets the interpreter go while it works."""
 
 _Read = Pixels | EncodedImage | str

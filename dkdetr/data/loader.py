@@ -1,5 +1,6 @@
 """The loaders: one for a whole training run, one for a pass over a split."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from cache.regions import RegionSource
 from cache.resident import load_resident
 from cache.store import CacheReader, open_cache
 from dkdetr.config import ExperimentConfig
+from dkdetr.cores import cores_at_hand
 from dkdetr.data.batch_stream import BatchStream, KeyLists
 from dkdetr.data.datasets import (
     EvaluationBatches,
@@ -115,9 +117,19 @@ def make_training_loader(
     return BatchStream(
         make_batch,
         MicroBatches(sampler, parts),
-        workers=config.data.workers,
+        workers=loader_processes(config.data.workers),
         should_stop=should_stop,
     )
+
+
+def loader_processes(asked: int) -> int:
+    """Returns how many of the loader processes that are asked for this process gets.
+
+    One a core at most; the ranks that torchrun started on a machine share its cores. More would
+    take turns, and each holds several hundred megabytes.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(asked, max(1, cores_at_hand() // ranks_here))
 
 
 def batches_per_epoch(
@@ -158,9 +170,10 @@ def make_evaluation_loader(
     batches: Sequence[list[int]] = [places[i : i + size] for i in range(0, len(places), size)]
     batches = batches[rank::world_size]
     make_batch = EvaluationBatches(split.folder, split.images, image_size=config.data.image_size)
+    workers = loader_processes(config.data.workers)
     if leave_views:
-        return BatchStream(make_batch.decoded, batches, workers=config.data.workers)
-    return BatchStream(make_batch, batches, workers=config.data.workers)
+        return BatchStream(make_batch.decoded, batches, workers=workers)
+    return BatchStream(make_batch, batches, workers=workers)
 
 
 def _usable_images(

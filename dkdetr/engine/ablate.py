@@ -5,16 +5,13 @@ by side, one that fails takes no other with it, and what is run is what anybody 
 """
 
 import fcntl
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dkdetr.atomic_file import write_bytes, write_text
 from dkdetr.engine.ablation_plan import (
@@ -35,10 +32,11 @@ from dkdetr.engine.ablation_results import (
     comma_separated,
     markdown,
 )
-from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.gpu_sharing import side_by_side_on_gpus
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.jobs import STOPPED, Job, Jobs, Outcome
 from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.row_places import places_for
 from dkdetr.errors import DkdetrError, PreemptedError
 from dkdetr.progress import progress
 
@@ -136,7 +134,8 @@ def price_ablation(request: AblateRequest) -> AblationSummary:
             state = "finished"
         lines.append(f"  {run.name:32s} {run.steps:8,} steps  {state}")
     left = sum(run.steps for run in (*plan.burn_ins, *plan.runs) if run.name in todo)
-    lines.append(f"{left:,} steps to run at most, {len(_places(request))} run(s) side by side")
+    count = len(places_for(request.device, request.jobs).environments)
+    lines.append(f"{left:,} steps to run at most, {count} run(s) side by side")
     lines += savings(plan)
     return AblationSummary("\n".join(lines), _collect(plan, {}))
 
@@ -152,7 +151,7 @@ def _run(
     if not todo:
         return {}
     by_name = {run.name: run for run in (*plan.burn_ins, *plan.runs)}
-    jobs = Jobs(todo, program, _places(request), held=(lock,))
+    places = places_for(request.device, request.jobs)
     diary = _Diary(plan.out / "ablate.log")
     diary.tell(f"table {plan.table.name}: {len(todo)} to run")
 
@@ -164,7 +163,12 @@ def _run(
         diary.tell(f"{job.name}: {state}")
 
     runs = [by_name[job.name] for job in todo]
-    with progress(f"ablate {plan.table.name}", sum(run.steps for run in runs)) as advance:
+    with (
+        side_by_side_on_gpus() if places.share_gpus else nullcontext({}) as added,
+        progress(f"ablate {plan.table.name}", sum(run.steps for run in runs)) as advance,
+    ):
+        environments = [dict(each) | dict(added) for each in places.environments]
+        jobs = Jobs(todo, program, environments, held=(lock,))
 
         def watch() -> None:
             counts = [_steps_done(run, plan) for run in runs]
@@ -174,27 +178,6 @@ def _run(
 
         jobs.run(stop, watch=_every(2.0, watch), done=done)
     return jobs.outcomes
-
-
-def _places(request: AblateRequest) -> list[dict[str, str]]:
-    """Returns the environment of each process: a GPU, in turn, where there are several; threads."""
-    cores = len(os.sched_getaffinity(0))
-    several = request.device in ("auto", "cuda")
-    if several and pick_device(request.device).type == "cuda":
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        numbers = range(torch.cuda.device_count())
-        gpus = shown.split(",") if shown else [str(number) for number in numbers]
-        count = request.jobs or len(gpus)
-        threads = str(max(1, cores // count))
-        return [
-            {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)], "OMP_NUM_THREADS": threads}
-            for place in range(count)
-        ]
-    if request.device.startswith("cuda"):
-        count = request.jobs or 1
-        return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
-    # One thread whatever the number of jobs: sums, and so results, must not depend on it.
-    return [{"OMP_NUM_THREADS": "1"} for _ in range(request.jobs or cores)]
 
 
 def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationResult:

@@ -19,6 +19,7 @@ from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
 from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.row_places import places_for
 from dkdetr.engine.run_folder import portable_name
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError, UsageError
@@ -145,7 +146,8 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     out = request.out or Path("runs") / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
     steps = _steps_per_epoch(request, base, info.split)
-    maker = _RunMaker(request, experiment, out, split, base, steps)
+    loaders = places_for(request.device, request.jobs).loader_processes
+    maker = _RunMaker(request, experiment, out, split, base, steps, loaders)
     return AblationPlan(
         table=table,
         out=out,
@@ -216,6 +218,8 @@ class _RunMaker:
     split: str
     base: ExperimentConfig
     steps_per_epoch: int
+    loader_processes: int
+    """Of a row, at most: rows side by side share the cores."""
 
     def burn_in(self, seed: int) -> PlannedRun:
         start = self.base.kd.start_epoch
@@ -251,6 +255,9 @@ class _RunMaker:
     def _train(self, folder: Path, seed: int, overrides: Mapping[str, Any]) -> tuple[str, ...]:
         request = self.request
         settings = [*request.overrides, *set_words(overrides)]
+        asked = any(setting.startswith("data.workers=") for setting in request.overrides)
+        if self.base.data.workers > self.loader_processes and not asked:
+            settings.append(f"data.workers={self.loader_processes}")
         return (
             "train", "--cache", str(request.cache), "--experiment", self.experiment,
             "--run", str(folder), "--data-root", str(request.data_root),

@@ -1,7 +1,6 @@
 """What a person may name as pictures: files, folders, globs, lists on stdin, videos."""
 
 import glob
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dkdetr.cores import cores_at_hand
 from dkdetr.data.picture_input import rgb_pixels
 from dkdetr.errors import DataError, UsageError
 from dkdetr.read_ahead import done_ahead
@@ -18,7 +18,7 @@ from dkdetr.read_ahead import done_ahead
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif"})
 
-_DECODERS = min(8, os.cpu_count() or 1)
+_DECODERS = min(8, cores_at_hand())
 """Threads; Pillow lets the interpreter go while it works."""
 _MOST_AHEAD = 2 * _DECODERS
 

@@ -74,9 +74,25 @@ def _look_again(folder, val, printed):
         assert "as measured" in priced
         plan = make_plan(request)
         assert {run.steps for run in (*plan.runs, *plan.burn_ins)} == {3}
+        _check_loader_processes(request)
         with pytest.raises(UsageError, match="its rows: baseline, skd, rkd"):
             make_plan(AblateRequest(**(vars(request) | {"rows": ("nonsense",)})))
         with pytest.raises(UsageError, match="1 or more"):
             make_plan(AblateRequest(**(vars(request) | {"seeds": 0})))
     finally:
         os.chdir(before)
+
+
+def _check_loader_processes(request):
+    """More rows than cores leave each one loader process, unless a number is asked for."""
+    changes = {"experiment": "pictograms_full", "jobs": 1000}  # `trial` asks for none
+    crowded = AblateRequest(**(vars(request) | changes))
+    asked = AblateRequest(**(vars(crowded) | {"overrides": (*SETTINGS, "data.workers=3")}))
+    plans = make_plan(crowded), make_plan(asked)
+    words = [
+        [word for word in run.commands[0] if word.startswith("data.workers=")]
+        for plan in plans
+        for run in (plan.runs[0], plan.burn_ins[0])
+    ]
+    assert words == [["data.workers=1"]] * 2 + [["data.workers=3"]] * 2
+    assert plans[0].runs[0].hash == plans[1].runs[0].hash  # how, not what

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dkdetr.engine import ablate as ablate_module
 from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, price_ablation
 from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, savings, set_words
 from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
 from dkdetr.engine.ablation_tables import TABLE_NAMES, TableRow, row_overrides, table_of
+from dkdetr.engine.row_places import RowPlaces
 from dkdetr.errors import MismatchError, PreemptedError, UsageError
 from dkdetr.experiment_file import ConfigError, load_experiment
 
@@ -226,20 +227,33 @@ def test_a_finished_row_of_other_settings_is_refused(tmp_path, stand_in, planned
         ablate(request_of(seeds=1), stand_in)
 
 
-def test_rows_share_cores_and_take_gpus_in_turn(monkeypatch):
-    def places(**changes) -> list[tuple[str | None, str]]:
-        found = ablate_module._places(request_of(**changes))
-        return [(each.get("CUDA_VISIBLE_DEVICES"), each["OMP_NUM_THREADS"]) for each in found]
+def test_rows_on_one_gpu_are_given_what_lets_them_share_it(tmp_path, monkeypatch, planned):
+    asked = []
 
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert places(device="cpu", jobs=None) == [(None, "1")] * 6
-    monkeypatch.setattr(ablate_module, "pick_device", lambda _asked: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert places(device="auto", jobs=None) == [("0", "3"), ("1", "3")]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert places(device="auto", jobs=3) == [("5", "2"), ("7", "2"), ("5", "2")]
-    assert places(device="cuda:1", jobs=2) == [(None, "3")] * 2
+    @contextmanager
+    def sharing():
+        asked.append("begun")
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/service"}
+        asked.append("ended")
+
+    program = (
+        sys.executable,
+        "-c",
+        "import json, os, sys; assert os.environ['CUDA_MPS_PIPE_DIRECTORY'] == '/tmp/service'\n"
+        "if sys.argv[1] == 'eval': open(sys.argv[2] + '/score.json', 'w').write(json.dumps("
+        "{'AP': .1, 'APr': .1, 'APc': .1, 'APf': .1, 'AP50': .1, 'split': 's', 'evaluator': 'e'}))",
+    )
+    monkeypatch.setattr(ablate_module, "side_by_side_on_gpus", sharing)
+    for gpus, begun in ((1, ["begun", "ended"]), (2, [])):
+        asked.clear()
+        places = RowPlaces(
+            ({}, {}) if gpus == 1 else ({"CUDA_MPS_PIPE_DIRECTORY": "/tmp/service"},) * 2, 1, gpus
+        )
+        monkeypatch.setattr(ablate_module, "places_for", lambda *_asked, places=places: places)
+        plan = plan_of(tmp_path / str(gpus), burn_in=0, seeds=(0,))
+        planned(plan)
+        assert ablate(request_of(seeds=1), program).failed == 0
+        assert asked == begun
 
 
 def test_the_price_says_what_sharing_saves(tmp_path, stand_in, planned):

@@ -1,4 +1,4 @@
-"""The published tables are those of the kept records, and the page shows the published tables."""
+"""The published tables are those of the kept records, and the pages show the published tables."""
 
 import csv
 import json
@@ -51,9 +51,9 @@ def test_all_rows_of_a_folder_are_of_one_cache():
         assert len(caches) == 1, folder
 
 
-def test_the_page_shows_the_kept_tables():
-    page = (EXPERIMENTS / "README.md").read_text()
-    shown = dict(re.findall(r"<!-- table (\w+) -->(.*?)<!-- end -->", page, re.DOTALL))
+def test_the_pages_show_the_kept_tables():
+    pages = "".join((EXPERIMENTS / name).read_text() for name in ("README.md", "STUDIES.md"))
+    shown = dict(re.findall(r"<!-- table (\w+) -->(.*?)<!-- end -->", pages, re.DOTALL))
     kept = {path.stem.removeprefix("table_") for path in TABLES if path.parent.name == "small"}
     assert shown.keys() == kept
     for name, text in shown.items():

@@ -978,7 +978,8 @@ def ablate_command(
             data_root=data_root,
             device=device,
         )
-        program = (sys.executable, "-c", "from cli import main; main()")
+        # -P: a cli.py of the user's, in the folder at hand, is none of ours.
+        program = (sys.executable, "-P", "-c", "from cli import main; main()")
         summary = price_ablation(request) if dry_run else ablate(request, program)
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)

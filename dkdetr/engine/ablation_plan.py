@@ -146,8 +146,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     out = request.out or Path("runs") / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
     steps = _steps_per_epoch(request, base, info.split)
-    loaders = places_for(request.device, request.jobs).loader_processes
-    maker = _RunMaker(request, experiment, out, split, base, steps, loaders)
+    maker = _RunMaker(request, experiment, out, split, base, steps, num_rows=len(wanted))
     return AblationPlan(
         table=table,
         out=out,
@@ -218,14 +217,14 @@ class _RunMaker:
     split: str
     base: ExperimentConfig
     steps_per_epoch: int
-    loader_processes: int
-    """Of a row, at most: rows side by side share the cores."""
+    num_rows: int
+    """That are asked for, with each seed."""
 
     def burn_in(self, seed: int) -> PlannedRun:
         start = self.base.kd.start_epoch
         folder = self._folder(seed, BURN_IN)
         config = self._config({}, seed)
-        words = (*self._train(folder, seed, {}), "--until", str(start))
+        words = (*self._train(folder, seed, {}, side_by_side=1), "--until", str(start))
         steps = start * self.steps_per_epoch
         batch = config.data.batch_size
         return PlannedRun(BURN_IN, seed, folder, config_hash(config), steps, batch, (words,))
@@ -233,7 +232,7 @@ class _RunMaker:
     def row(self, run: str, name: str, overrides: Mapping[str, Any], seed: int) -> PlannedRun:
         folder, start = self._folder(seed, name), self.base.kd.start_epoch
         config = self._config(overrides, seed)
-        train = self._train(folder, seed, overrides)
+        train = self._train(folder, seed, overrides, side_by_side=self.num_rows)
         if start:
             train = (*train, "--from", str(self._folder(seed, BURN_IN)))
         request = self.request
@@ -252,12 +251,17 @@ class _RunMaker:
         words = [*self.request.overrides, *set_words(overrides), f"seed={seed}"]
         return load_experiment(self.experiment, words).config
 
-    def _train(self, folder: Path, seed: int, overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    def _train(
+        self, folder: Path, seed: int, overrides: Mapping[str, Any], *, side_by_side: int
+    ) -> tuple[str, ...]:
+        """Returns a training's words; so many of a seed may run at the same time."""
         request = self.request
         settings = [*request.overrides, *set_words(overrides)]
         asked = any(setting.startswith("data.workers=") for setting in request.overrides)
-        if self.base.data.workers > self.loader_processes and not asked:
-            settings.append(f"data.workers={self.loader_processes}")
+        most = side_by_side * request.seeds
+        loaders = places_for(request.device, request.jobs, most=most).loader_processes
+        if self.base.data.workers > loaders and not asked:  # the others need cores, too
+            settings.append(f"data.workers={loaders}")
         return (
             "train", "--cache", str(request.cache), "--experiment", self.experiment,
             "--run", str(folder), "--data-root", str(request.data_root),

@@ -1,5 +1,7 @@
 """Settings: one source, the dotted path in every complaint."""
 
+import hashlib
+import json
 import re
 from dataclasses import fields, is_dataclass
 
@@ -9,7 +11,10 @@ from dkdetr.experiment_file import (
     ConfigError,
     config_from_dict,
     config_hash,
+    config_to_dict,
+    deciding_settings,
     dump_toml,
+    flatten,
     load_experiment,
     shipped_experiments,
 )
@@ -138,9 +143,23 @@ def test_a_number_out_of_range_is_refused_by_its_path(setting, words) -> None:
 
 def test_how_the_work_is_done_does_not_change_what_run_it_is() -> None:
     config = load_experiment("trial").config
-    same = ["data.workers=3", "compute.micro_batches=4", "checkpoint_every_s=5"]
+    same = ["data.workers=3", "compute.micro_batches=4", "checkpoint_every_s=5",
+            "data.cache_mode=resident", "eval.batch_size=2", "student.masks_at_once=4"]  # fmt: skip
     assert config_hash(load_experiment("trial", same).config) == config_hash(config)
+    assert deciding_settings(load_experiment("trial", same).config) == deciding_settings(config)
     assert config_hash(load_experiment("trial", ["seed=1"]).config) != config_hash(config)
+
+
+@pytest.mark.parametrize("name", shipped_experiments())
+def test_a_hash_is_that_of_the_days_when_it_held_more(name) -> None:
+    """Or runs would be sought in folders of other names."""
+    config = load_experiment(name).config
+    left_out = ("compute.", "ops.", "data.workers", "checkpoint_every_s")
+    flat = flatten(json.loads(json.dumps(config_to_dict(config))))
+    held = {key: value for key, value in flat.items() if not key.startswith(left_out)}
+    assert {"data.cache_mode", "eval.batch_size", "student.masks_at_once"} < held.keys()
+    then = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:8]
+    assert config_hash(config) == then
 
 
 @pytest.mark.parametrize(

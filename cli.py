@@ -1304,13 +1304,16 @@ def config_show(
     verbose: Verbose = False,
 ) -> None:
     """Print the resolved settings, and who set each that is not the default."""
+    from dataclasses import asdict
+
     from dkdetr.experiment_file import config_hash, config_to_dict, flatten, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
     table = config_to_dict(resolved.config)
     lines = [
-        f"{key} = {value!r}" + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
-        for key, value in flatten(table).items()
+        f"{key} = {('none' if value is None else value)!r}"
+        + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
+        for key, value in flatten(asdict(resolved.config)).items()
     ]
     _tell([*lines, f"# hash {config_hash(resolved.config)}"], json_out)
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)

@@ -1326,10 +1326,17 @@ def config_check(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Read an experiment as train does, every key, type and range; exit 2 names what is wrong."""
+    """Read an experiment as train and ablate do, every key, type, range and [ablate.ROW] table.
+
+    Exit 2 names what is wrong.
+    """
     from dkdetr.experiment_file import config_hash, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
+    if resolved.rows:
+        from dkdetr.engine.ablation_plan import check_row_tables
+
+        check_row_tables(resolved, experiment, overrides or ())
     told = {"name": resolved.config.name, "hash": config_hash(resolved.config)}
     set_here = len(resolved.origins)
     _tell([f"ok: {told['name']}, {set_here} settings given, hash {told['hash']}"], json_out)

@@ -58,7 +58,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "doctor": ("dkdetr doctor",),
     "demo": ("dkdetr demo --serve",),
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
-    "ablate": ("dkdetr ablate --cache cache/lvis --table 5 --seeds 3 --dry-run",),
+    "ablate": (
+        "dkdetr ablate --cache cache/lvis --table 5 --dry-run",
+        "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16",
+    ),
     "report": ("dkdetr report runs/baseline runs/mine",),
     "export": (
         "dkdetr export runs/mine --out student.safetensors",

@@ -170,7 +170,7 @@ class RegionSelectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
-    """Distillation: which queries carry it and what they learn (decision 1, method B.2)."""
+    """Distillation: which queries carry it and what they learn (method B.2)."""
 
     __pydantic_config__ = _STRICT
     start_epoch: Count = 40
@@ -303,7 +303,8 @@ class ComputeConfig:
 
     __pydantic_config__ = _STRICT
     micro_batches: int = 1
-    """Parts that a rank computes its share of a batch in, one after the other: k equal k ranks."""
+    """Parts that a rank computes its share of a batch in, one after the other: k equal k ranks, but
+    for batch-norm statistics, which cover one part of every rank."""
     activation_checkpointing: bool = False
     """Computes encoder and decoder layers twice instead of keeping what backward needs."""
     compile: Literal["off", "inductor", "aot_eager", "eager"] = "off"

@@ -21,7 +21,7 @@ from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.row_places import places_for
 from dkdetr.engine.run_folder import portable_name
-from dkdetr.engine.start import experiment_of_split
+from dkdetr.engine.start import ablated_experiment
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import (
     ConfigError,
@@ -40,9 +40,9 @@ SCORE_FILE = "score.json"
 class AblateRequest:
     """What is asked of `dkdetr ablate`.
 
-    `experiment` None: the one of the cache's split; `split` None: its validation split; `out`
-    None: runs/ablate-EXPERIMENT-HASH, which all tables of an experiment share; `rows` empty: all;
-    `jobs` None: as many as there are GPUs, or cores where there are none.
+    `experiment` None: the one of the cache's split, of LVIS the paper's 36 epochs; `split` None:
+    its validation split; `out` None: runs/ablate-EXPERIMENT-HASH, which all tables of an experiment
+    share; `rows` empty: all; `jobs` None: as many as there are GPUs, or cores where there are none.
     """
 
     cache: CachePath
@@ -139,7 +139,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     """
     table = table_of(request.table)
     info = open_cache(request.cache).info
-    experiment = request.experiment or experiment_of_split(info.split)
+    experiment = request.experiment or ablated_experiment(info.split)
     resolved = load_experiment(experiment, request.overrides)
     base = resolved.config
     check_row_tables(resolved, experiment, request.overrides)

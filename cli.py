@@ -268,9 +268,9 @@ def _sentence(error: Exception, code: int) -> str:
     if code == 9:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
-            "compute.micro_batches=K (the same steps in K parts) or "
-            "compute.activation_checkpointing=true; training anew: a smaller data.image_size or "
-            "eval.batch_size"
+            "compute.micro_batches=K (the same steps in K parts), "
+            "compute.activation_checkpointing=true or a smaller student.masks_at_once; eval, "
+            "predict: --batch-size 1; training anew: a smaller data.image_size"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
@@ -797,6 +797,9 @@ def eval_command(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Through torch.compile: slow to start")
     ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at once; default: the run's eval.batch_size")
+    ] = None,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -809,7 +812,7 @@ def eval_command(
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
     if agreement is not None:
-        _measure_agreement(run, agreement, data_root, device, json_out)
+        _measure_agreement(run, agreement, data_root, device, batch_size, json_out)
         return
     request = EvalRequest(
         run,
@@ -822,6 +825,7 @@ def eval_command(
         averaged=ema,
         precision=_precision(precision),
         compiled=compiled,
+        batch_size=batch_size,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
@@ -836,7 +840,12 @@ def eval_command(
 
 
 def _measure_agreement(
-    run: Path | None, cache: str, data_root: Path, device: str, json_out: str | None
+    run: Path | None,
+    cache: str,
+    data_root: Path,
+    device: str,
+    batch_size: int | None,
+    json_out: str | None,
 ) -> None:
     from cache.location import cache_path
     from dkdetr.engine.run_agreement import measure_run_agreement
@@ -844,7 +853,7 @@ def _measure_agreement(
 
     if run is None:
         raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
-    measured = measure_run_agreement(run, cache_path(cache), data_root, device)
+    measured = measure_run_agreement(run, cache_path(cache), data_root, device, batch_size)
     _tell([line for each in measured for line in each.lines()], json_out)
     _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
@@ -1298,13 +1307,16 @@ def config_show(
     verbose: Verbose = False,
 ) -> None:
     """Print the resolved settings, and who set each that is not the default."""
+    from dataclasses import asdict
+
     from dkdetr.experiment_file import config_hash, config_to_dict, flatten, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
     table = config_to_dict(resolved.config)
     lines = [
-        f"{key} = {value!r}" + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
-        for key, value in flatten(table).items()
+        f"{key} = {('none' if value is None else value)!r}"
+        + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
+        for key, value in flatten(asdict(resolved.config)).items()
     ]
     _tell([*lines, f"# hash {config_hash(resolved.config)}"], json_out)
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)
@@ -1317,10 +1329,17 @@ def config_check(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Read an experiment as train does, every key, type and range; exit 2 names what is wrong."""
+    """Read an experiment as train and ablate do, every key, type, range and [ablate.ROW] table.
+
+    Exit 2 names what is wrong.
+    """
     from dkdetr.experiment_file import config_hash, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
+    if resolved.rows:
+        from dkdetr.engine.ablation_plan import check_row_tables
+
+        check_row_tables(resolved, experiment, overrides or ())
     told = {"name": resolved.config.name, "hash": config_hash(resolved.config)}
     set_here = len(resolved.origins)
     _tell([f"ok: {told['name']}, {set_here} settings given, hash {told['hash']}"], json_out)

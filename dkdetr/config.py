@@ -48,7 +48,7 @@ class StudentConfig:
 
     __pydantic_config__ = _STRICT
     weights: str | None = None
-    """A student file to start from (`dkdetr convert`, `dkdetr export`); absent = a fresh start."""
+    """A student file to start from (`dkdetr convert`, `dkdetr export`); "none" = a fresh start."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     neck_bias: bool = False
     """Biases of the neck's convolutions: the original Deformable DETR has them, DK-DETR none."""
@@ -86,7 +86,7 @@ class ClassifierConfig:
     __pydantic_config__ = _STRICT
     temperature: float = 0.05
     bias_init: float | None = None
-    """Start of a learnable logit bias; absent = no bias, the paper."""
+    """Start of a learnable logit bias; "none" = no bias, the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,13 @@ from dkdetr.engine.row_places import places_for
 from dkdetr.engine.run_folder import portable_name
 from dkdetr.engine.start import ablated_experiment
 from dkdetr.errors import MismatchError, UsageError
-from dkdetr.experiment_file import ConfigError, config_from_dict, config_hash, load_experiment
+from dkdetr.experiment_file import (
+    ConfigError,
+    ResolvedConfig,
+    config_from_dict,
+    config_hash,
+    load_experiment,
+)
 
 BURN_IN = "burn_in"
 ROW_FILE = "row.json"
@@ -136,6 +142,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     experiment = request.experiment or ablated_experiment(info.split)
     resolved = load_experiment(experiment, request.overrides)
     base = resolved.config
+    check_row_tables(resolved, experiment, request.overrides)
     known = row_overrides(base)
     own = {row: known[row] | dict(resolved.rows.get(row, {})) for row in known}
     wanted = _wanted(table, request.rows)
@@ -163,6 +170,24 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         burn_ins=tuple(maker.burn_in(seed) for seed in seeds) if base.kd.start_epoch else (),
         wanted=wanted,
     )
+
+
+def check_row_tables(
+    resolved: ResolvedConfig, experiment: str, overrides: Sequence[str] = ()
+) -> None:
+    """Returns if every `[ablate.ROW]` table of an experiment is of a known row and can be.
+
+    Raises:
+        ConfigError: names the table.
+    """
+    known = row_overrides(ExperimentConfig(name="any"))
+    for row, changes in resolved.rows.items():
+        if row not in known:
+            raise ConfigError(f"[ablate.{row}]: no such row; rows: {', '.join(known)}")
+        try:
+            load_experiment(experiment, [*overrides, *set_words(known[row] | dict(changes))])
+        except ConfigError as error:
+            raise ConfigError(f"[ablate.{row}]: {error}") from None
 
 
 def _hash_today(record: Mapping[str, Any]) -> str:

@@ -49,6 +49,8 @@ class EvalRequest:
     """None: the run's own, `optim.precision`."""
     compiled: bool = False
     """Detects through torch.compile."""
+    batch_size: int | None = None
+    """Images at once; None: the run's own, `eval.batch_size`."""
     averaged: bool = False
     """Scores the run's average of its weights; the files lie in `eval/SPLIT-ema/`."""
 
@@ -120,6 +122,7 @@ def _evaluate(
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     folder = _folder_name(split.name) + ("-ema" if request.averaged else "")
     config = _with_precision(subject.config, request.precision)
+    config = with_batch_size(config, request.batch_size)
     student = ready_for_inference(
         subject.student.to(ranks.device),
         ranks.device,
@@ -145,6 +148,13 @@ def _with_precision(config: ExperimentConfig, precision: Precision | None) -> Ex
     if precision is None:
         return config
     return replace(config, optim=replace(config.optim, precision=precision))
+
+
+def with_batch_size(config: ExperimentConfig, batch_size: int | None) -> ExperimentConfig:
+    """Returns the settings with so many images at once; None leaves them as they are."""
+    if batch_size is None:
+        return config
+    return replace(config, eval=replace(config.eval, batch_size=batch_size))
 
 
 def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:

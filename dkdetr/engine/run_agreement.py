@@ -10,6 +10,7 @@ from cache.store import open_cache
 from dkdetr.atomic_file import write_text
 from dkdetr.data.splits import load_split
 from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.evaluate_run import with_batch_size
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import CorruptArtefactError
 from dkdetr.evaluation.agreement_pass import measure_agreement
@@ -19,12 +20,12 @@ _FILE = "agreement.json"
 
 
 def measure_run_agreement(
-    run: Path, cache: CachePath, data_root: Path, device: str
+    run: Path, cache: CachePath, data_root: Path, device: str, batch_size: int | None = None
 ) -> list[TeacherAgreement]:
     """Returns a run's agreement on the images of a cache; leaves it in the run's `eval/` folder.
 
     Held-out images are those of a cache of another split than the run was trained on; on its own
-    training images the result says so.
+    training images the result says so. `batch_size` images at once; None: the run's own.
 
     Raises:
         MismatchError: the cache is another teacher's.
@@ -46,7 +47,7 @@ def measure_run_agreement(
         subject.student.to(on),
         load_split(reader.info.split, data_root),
         reader,
-        subject.config,
+        with_batch_size(subject.config, batch_size),
         device=on,
         held_out=held_out,
     )

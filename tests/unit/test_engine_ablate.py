@@ -338,7 +338,8 @@ def test_an_experiment_without_distillation_is_no_base():
 
 def test_an_experiment_file_may_tune_rows(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text('extends = "trial"\n[ablate.skd_l1.kd.skd]\nweight = 0.3\n')
+    words = 'extends = "trial"\nname = "trial"\n[ablate.skd_l1.kd.skd]\nweight = 0.3\n'
+    path.write_text(words)
     resolved = load_experiment(str(path))
     assert resolved.rows == {"skd_l1": {"kd.skd.weight": 0.3}}
     assert resolved.config == load_experiment("trial").config

@@ -163,7 +163,7 @@ def _fill(
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
-        job = _job(request, teacher, canary, prepared, crop_batch, rule)
+        job = _job(request, writer.fingerprint, teacher, canary, prepared, crop_batch, rule)
         tools = ShardTools(plan, split, teacher, source)
         made = _make_shards(request, writer, job, tools, say)
         quarantined = _quarantined(request.out, range(plan.num_shards))
@@ -205,6 +205,7 @@ def _check_coverage(source: ProposalSource, split: Split, request: CacheRequest)
 
 def _job(
     request: CacheRequest,
+    fingerprint: str,
     teacher: Teacher,
     canary: str,
     prepared: str,
@@ -213,6 +214,7 @@ def _job(
 ) -> ShardJob:
     return ShardJob(
         cache_path=request.out.resolve(),
+        fingerprint=fingerprint,
         split=request.split,
         data_root=request.data_root.resolve(),
         teacher=request.teacher,

@@ -34,7 +34,6 @@ from pipeline.shard_worker import max_base_iou
 from pipeline.text_bank import Background, import_vocabulary
 
 _MIN_SIDE = 1.0
-_ABSENT = "not in the imported cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,8 @@ def import_cache(
     a pixel left are dropped; `max_base_iou` is computed from the split. Resumes like any cache.
 
     Raises:
-        DataError: counts or lengths differ, a vector is zero, or half of the images are absent.
+        DataError: counts or lengths differ, a vector is zero, half of the images are absent, or
+            two images of the split have one stem.
         CorruptArtefactError: a file is damaged, or asks for code to be run.
         CacheError: as `create_or_resume`.
     """
@@ -163,6 +163,7 @@ class _Source:
 
     def __init__(self, request: ImportRequest, split: Split) -> None:
         self._request, self._split = request, split
+        _refuse_shared_stems(split)
         self._files = PthFiles(request.source)
         self._wholes = PthFiles(request.image_source) if request.image_source else None
         self._boxes = _read_boxes(request.boxes, split) if request.boxes else None
@@ -186,6 +187,7 @@ class _Source:
     def parts(self) -> dict[str, Any]:
         """Returns what the fingerprint records; the text and batches come apart."""
         request = self._request
+        wholes = {"wholes_xxh3_128": self._wholes.identity()} if self._wholes else {}
         boxes = xxhash.xxh3_128()
         for number, (table, scores) in sorted((self._boxes or {}).items()):
             boxes.update(f"{number}\n".encode() + table.tobytes() + scores.tobytes())
@@ -198,6 +200,7 @@ class _Source:
                 "files_xxh3_128": self._files.identity(),
                 "boxes_xxh3_128": boxes.hexdigest() if self._boxes else "in the files",
                 "keep": request.keep,
+                **wholes,
             },
             "crops": {"mode": f"imported:{request.layout}"},
             "teacher": {"name": f"imported:{request.teacher}"},
@@ -325,3 +328,15 @@ def _provenance(request: ImportRequest) -> dict[str, Any]:
 
 def _stem(image: ImageInfo) -> str:
     return Path(image.file_name).stem
+
+
+def _refuse_shared_stems(split: Split) -> None:
+    file_of: dict[str, str] = {}
+    for image in split.images:
+        other = file_of.setdefault(_stem(image), image.file_name)
+        if other != image.file_name:
+            raise DataError(
+                f"{split.name}: '{other}' and '{image.file_name}' are one name without folder and "
+                f"ending; a foreign cache keeps one file for both, {_stem(image)}.pth, so one of "
+                "them would get the other's regions"
+            )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache.spec import StaleCacheError
 from cache.store import open_cache
 from cache.verify import verify_cache
 from dkdetr.data.splits import load_split
@@ -138,6 +139,49 @@ def test_oadps_globals_become_the_whole_images(world, tmp_path):
     wanted = _vectors(305, 1)[0].numpy()
     found = open_cache(tmp_path / "c").rows(5).image_embedding
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), atol=2e-3)
+
+
+def test_files_of_the_same_size_and_another_content_are_another_cache(world, tmp_path):
+    source = _write(tmp_path / "foreign", "oadp")
+    wholes = tmp_path / "globals"
+    wholes.mkdir()
+    for number in COUNTS:
+        torch.save(_vectors(300 + number, 1)[0], wholes / f"{number}.pth")
+    request = _request(world, "oadp", source, tmp_path / "c", image_source=wholes)
+    import_cache(request)
+
+    def refuses(change, field):
+        path, tensor = change
+        before = path.read_bytes()
+        torch.save(tensor, path)
+        assert len(path.read_bytes()) == len(before)
+        with pytest.raises(StaleCacheError, match=rf"proposals\.{field}"):
+            import_cache(request)
+        path.write_bytes(before)
+
+    refuses((wholes / "5.pth", _vectors(999, 1)[0]), "wholes_xxh3_128")
+    content = {
+        "embeddings": _vectors(999, COUNTS[5]).half(),
+        "bboxes": _boxes_of(5),
+        "objectness": _scores_of(5),
+    }
+    refuses((source / "5.pth", content), "files_xxh3_128")
+    with pytest.raises(StaleCacheError, match=r"proposals\.wholes_xxh3_128"):
+        import_cache(replace(request, image_source=None))
+    assert import_cache(request).num_images == 7
+
+
+def test_pictures_that_would_share_a_file_are_refused(world, tmp_path):
+    document = coco_document()
+    for folder, image in zip(("cam1", "cam2"), document["images"][:2], strict=False):
+        image["file_name"] = f"{folder}/0001.png"
+        (tmp_path / "world/images" / folder).mkdir(parents=True)
+    split = write_world(tmp_path / "world", document)
+    source = _write(tmp_path / "foreign", "oadp")
+    (source / "1.pth").rename(source / "0001.pth")
+    with pytest.raises(DataError, match=r"'cam1/0001\.png' and 'cam2/0001\.png' are one name"):
+        import_cache(replace(_request(world, "oadp", source, tmp_path / "c"), split=split))
+    assert not (tmp_path / "c").exists()
 
 
 class _Payload:

@@ -38,7 +38,7 @@ from pipeline.price import plan_cache, price_of, require_room
 from pipeline.proposal_sources import ProposalSpec, open_source, prepare_source
 from pipeline.proposals import ProposalRule
 from pipeline.recall import cache_recall
-from pipeline.request import CacheRequest, CacheSummary, ProposalsReady
+from pipeline.request import CacheRequest, CacheSummary, ProposalsReady, placed
 from pipeline.resampling import resampling_on
 from pipeline.shard_worker import (
     ShardJob,
@@ -71,6 +71,7 @@ def run_stage_one(
         DkdetrError, CacheError: each with its exit code; what was committed stays, and the same
             command goes on from there.
     """
+    request = placed(request)
     if is_first_rank():
         # Everything is made whole beside its place and then moved there. `fit` asks a flag
         # instead: its ranks must stop at the same step, and save it.

@@ -17,6 +17,8 @@ import numpy as np
 import xxhash
 
 from cache.durable import hash_file
+from dkdetr.data.annotations import ImageInfo
+from dkdetr.data.splits import Split
 from dkdetr.errors import CorruptArtefactError, DataError
 from dkdetr.progress import progress
 from pipeline.foreign_tensors import load_pth, unit_rows
@@ -141,6 +143,24 @@ def read_image(files: PthFiles, stem: str, layout: ForeignFormat) -> ForeignImag
         None if truth is None else _vectors(truth, where),
         None if whole is None else _vectors(np.reshape(whole, (1, -1)), where)[0],
     )
+
+
+def stem_of(image: ImageInfo) -> str:
+    """Returns the name by which a foreign cache knows an image: without folder and ending."""
+    return Path(image.file_name).stem
+
+
+def refuse_shared_stems(split: Split) -> None:
+    """Raises DataError if two images of the split would share a file."""
+    file_of: dict[str, str] = {}
+    for image in split.images:
+        other = file_of.setdefault(stem_of(image), image.file_name)
+        if other != image.file_name:
+            raise DataError(
+                f"{split.name}: '{other}' and '{image.file_name}' are one name without folder and "
+                f"ending; a foreign cache keeps one file for both, {stem_of(image)}.pth, so one of "
+                "them would get the other's regions"
+            )
 
 
 def _table(loaded: Any, keys: tuple[str, ...], where: str) -> Mapping[str, Any]:

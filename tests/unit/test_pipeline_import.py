@@ -5,6 +5,7 @@ import os
 import pickle  # noqa: TID251  the lists that our reader reads are written with the real one
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,6 +283,16 @@ def test_a_damaged_import_is_imported_again_to_the_same_bytes(world, tmp_path):
     assert repaired.repaired == ("shard 000000",)
     assert repaired.merkle_root == summary.merkle_root
     assert verify_cache(cache).good
+
+
+def test_an_import_with_relative_words_is_repaired_from_elsewhere(world, tmp_path, monkeypatch):
+    _write(tmp_path / "foreign", "detpro")
+    monkeypatch.chdir(world[0])
+    request = _request(world, "detpro", tmp_path / "foreign", tmp_path / "c", boxes="boxes.json")
+    import_cache(replace(request, split="ovcoco:images:train.json", text_bank=Path("bank.npy")))
+    (tmp_path / "c/manifest/000000.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert repair_cache(tmp_path / "c").same_bytes
 
 
 def _bank(num, dim=DIM):

@@ -49,6 +49,7 @@ from cache.manifest import (
     ShardManifest,
     build_manifest,
     manifest_file,
+    quarantine_lines,
 )
 from cache.plan import Plan
 from cache.rows import ImageRows, check_rows, empty_rows
@@ -58,7 +59,6 @@ from cache.spec import (
     CorruptCacheError,
     StaleCacheError,
     UnsealedCacheError,
-    canonical_json,
     fingerprint,
     split_text_parts,
 )
@@ -152,7 +152,7 @@ class CacheWriter:
         if problems:
             raise UnsealedCacheError(f"{self.path} cannot be sealed: {problems[0]}")
         sweep_partial_files(self.path)
-        write_atomic(self.path / QUARANTINE_FILE, _quarantine_lines(manifests))
+        write_atomic(self.path / QUARANTINE_FILE, quarantine_lines(manifests))
         fault_point("seal.after_quarantine")
         seal = self._make_seal(manifests)
         if not self.sealed or Seal.load(self.path) != seal:
@@ -312,15 +312,6 @@ def _write_shard(path: Path, plan: Plan, shard_index: int, images: Sequence[Imag
             fault_point("commit.after_file")
         for folder in sorted(folders):
             sync_folder(path / folder)
-
-
-def _quarantine_lines(manifests: Sequence[ShardManifest]) -> bytes:
-    lines = [
-        canonical_json({"image_id": int(image_id), "reason": manifest.quarantined[image_id]})
-        for manifest in manifests
-        for image_id in sorted(manifest.quarantined, key=int)
-    ]
-    return b"".join(line + b"\n" for line in lines)
 
 
 def _in_plan_order(

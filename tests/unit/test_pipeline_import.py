@@ -5,13 +5,11 @@ import os
 import pickle  # noqa: TID251  the lists that our reader reads are written with the real one
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cache.spec import StaleCacheError
 from cache.store import open_cache
 from cache.verify import verify_cache
 from dkdetr.data.splits import load_split
@@ -27,7 +25,11 @@ COUNTS = {number: number % 4 + 1 for number in range(1, 8)} | {3: 0}  # the spli
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
+    return write_import_world(tmp_path_factory.mktemp("world"))
+
+
+def write_import_world(root):
+    """Returns a folder of pictures, annotations, a text bank and boxes, and its split's name."""
     split = write_world(root, coco_document())
     generator = np.random.default_rng(0)
     np.save(root / "bank.npy", generator.normal(size=(65, DIM)).astype(np.float16) * 9)
@@ -142,49 +144,6 @@ def test_oadps_globals_become_the_whole_images(world, tmp_path):
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), atol=2e-3)
 
 
-def test_files_of_the_same_size_and_another_content_are_another_cache(world, tmp_path):
-    source = _write(tmp_path / "foreign", "oadp")
-    wholes = tmp_path / "globals"
-    wholes.mkdir()
-    for number in COUNTS:
-        torch.save(_vectors(300 + number, 1)[0], wholes / f"{number}.pth")
-    request = _request(world, "oadp", source, tmp_path / "c", image_source=wholes)
-    import_cache(request)
-
-    def refuses(change, field):
-        path, tensor = change
-        before = path.read_bytes()
-        torch.save(tensor, path)
-        assert len(path.read_bytes()) == len(before)
-        with pytest.raises(StaleCacheError, match=rf"proposals\.{field}"):
-            import_cache(request)
-        path.write_bytes(before)
-
-    refuses((wholes / "5.pth", _vectors(999, 1)[0]), "wholes_xxh3_128")
-    content = {
-        "embeddings": _vectors(999, COUNTS[5]).half(),
-        "bboxes": _boxes_of(5),
-        "objectness": _scores_of(5),
-    }
-    refuses((source / "5.pth", content), "files_xxh3_128")
-    with pytest.raises(StaleCacheError, match=r"proposals\.wholes_xxh3_128"):
-        import_cache(replace(request, image_source=None))
-    assert import_cache(request).num_images == 7
-
-
-def test_pictures_that_would_share_a_file_are_refused(world, tmp_path):
-    document = coco_document()
-    for folder, image in zip(("cam1", "cam2"), document["images"][:2], strict=False):
-        image["file_name"] = f"{folder}/0001.png"
-        (tmp_path / "world/images" / folder).mkdir(parents=True)
-    split = write_world(tmp_path / "world", document)
-    source = _write(tmp_path / "foreign", "oadp")
-    (source / "1.pth").rename(source / "0001.pth")
-    with pytest.raises(DataError, match=r"'cam1/0001\.png' and 'cam2/0001\.png' are one name"):
-        import_cache(replace(_request(world, "oadp", source, tmp_path / "c"), split=split))
-    assert not (tmp_path / "c").exists()
-
-
 class _Payload:
     def __init__(self, path):
         self.path = path
@@ -283,16 +242,6 @@ def test_a_damaged_import_is_imported_again_to_the_same_bytes(world, tmp_path):
     assert repaired.repaired == ("shard 000000",)
     assert repaired.merkle_root == summary.merkle_root
     assert verify_cache(cache).good
-
-
-def test_an_import_with_relative_words_is_repaired_from_elsewhere(world, tmp_path, monkeypatch):
-    _write(tmp_path / "foreign", "detpro")
-    monkeypatch.chdir(world[0])
-    request = _request(world, "detpro", tmp_path / "foreign", tmp_path / "c", boxes="boxes.json")
-    import_cache(replace(request, split="ovcoco:images:train.json", text_bank=Path("bank.npy")))
-    (tmp_path / "c/manifest/000000.json").unlink()
-    monkeypatch.chdir(tmp_path)
-    assert repair_cache(tmp_path / "c").same_bytes
 
 
 def _bank(num, dim=DIM):

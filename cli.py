@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import select
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -473,7 +474,7 @@ def cache_teacher_command(
         only_proposals=only_proposals,
         max_bad=max_bad,
         neighbors=neighbors,
-        command=" ".join(sys.argv[1:]),
+        command=shlex.join(sys.argv[1:]),
     )
     result = price_cache(request) if dry_run else run_stage_one(request, _say)
     if lines := result.lines():  # a helping rank of torchrun has nothing to say
@@ -626,7 +627,7 @@ def cache_import(
         keep=keep,
         storage=_one_of("--storage", storage, ("fp16", "int8")),
         data_root=data_root,
-        command=" ".join(sys.argv[1:]),
+        command=shlex.join(sys.argv[1:]),
     )
     imported = import_cache(request, _say)
     _tell(imported.lines(), json_out)
@@ -1015,7 +1016,7 @@ def report_command(
     """Write one HTML page on scored runs: numbers, curves, errors, pictures, losses."""
     from dkdetr.engine.report_runs import ReportRequest, report_runs
 
-    command = f"dkdetr {' '.join(sys.argv[1:])}"
+    command = f"dkdetr {shlex.join(sys.argv[1:])}"
     page = report_runs(ReportRequest(runs, split, out, data_root, pictures, command))
     _tell([f"written: {page}"], json_out)
     _report({"page": str(page)}, json_out)

@@ -1,7 +1,7 @@
 """Beginning a cache or finding one begun: is the folder ours, the cache the same, the seal good."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,7 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
     """Returns if the cache at `path` was begun with this head and plan, else StaleCacheError."""
     found = Head.load(path)
     if found.fingerprint != head.fingerprint:
-        lines = "\n  ".join(diff_parts(found.parts, head.parts))
-        raise StaleCacheError(
-            f"{path} was made from other inputs:\n  {lines}\n"
-            "Its embeddings would be wrong for this command and nothing would fail. "
-            "next: the same command with another --out, or delete this cache first"
-        )
+        raise stale_cache(path, diff_parts(found.parts, head.parts))
     try:
         planned = load_plan(path)
     except FileNotFoundError:
@@ -78,6 +73,16 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
             f"{path} was planned with other images or shapes, though its parts are the same:\n"
             f"  {lines}\nnext: the same command with another --out, or delete this cache first"
         )
+
+
+def stale_cache(path: Path, differences: Sequence[str]) -> StaleCacheError:
+    """Returns the error of a cache whose parts differ from those wanted, a line each."""
+    lines = "\n  ".join(differences)
+    return StaleCacheError(
+        f"{path} was made from other inputs:\n  {lines}\n"
+        "Its embeddings would be wrong for this command and nothing would fail. "
+        "next: the same command with another --out, or delete this cache first"
+    )
 
 
 def check_repair_goal(path: Path, head: Head) -> None:

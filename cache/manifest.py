@@ -24,7 +24,7 @@ from cache.durable import (
 from cache.location import CachePath, member
 from cache.plan import Plan
 from cache.rows import ImageRows
-from cache.spec import SCHEMA, CorruptCacheError
+from cache.spec import SCHEMA, CorruptCacheError, canonical_json
 
 MANIFEST_FOLDER = "manifest"
 
@@ -148,3 +148,13 @@ def _summary(pieces: Sequence[NDArray[np.float32]], *, with_norms: bool) -> dict
         summary["min_norm"] = round(min(float(norm.min()) for norm in norms), 4)
         summary["max_norm"] = round(max(float(norm.max()) for norm in norms), 4)
     return summary
+
+
+def quarantine_lines(manifests: Sequence[ShardManifest]) -> bytes:
+    """Returns the content of quarantine.jsonl: all shards' images that could not be used."""
+    lines = [
+        canonical_json({"image_id": int(image_id), "reason": manifest.quarantined[image_id]})
+        for manifest in manifests
+        for image_id in sorted(manifest.quarantined, key=int)
+    ]
+    return b"".join(line + b"\n" for line in lines)

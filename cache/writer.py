@@ -49,6 +49,7 @@ from cache.manifest import (
     ShardManifest,
     build_manifest,
     manifest_file,
+    quarantine_lines,
 )
 from cache.plan import Plan
 from cache.rows import ImageRows, check_rows, empty_rows
@@ -56,8 +57,8 @@ from cache.spec import (
     SCHEMA,
     CacheError,
     CorruptCacheError,
+    StaleCacheError,
     UnsealedCacheError,
-    canonical_json,
     fingerprint,
     split_text_parts,
 )
@@ -114,7 +115,10 @@ class CacheWriter:
     ) -> ShardManifest:
         """Commits a shard from this process; see the function of the same name."""
         self._lease.check()
-        return commit_shard(self.path, shard_index, rows, quarantined=quarantined, plan=self.plan)
+        return commit_shard(
+            self.path, shard_index, rows,
+            quarantined=quarantined, plan=self.plan, fingerprint=self.fingerprint,
+        )  # fmt: skip
 
     def text_is_current(self) -> bool:
         """Returns True if the text that the parts ask for is already in the cache, whole."""
@@ -148,7 +152,7 @@ class CacheWriter:
         if problems:
             raise UnsealedCacheError(f"{self.path} cannot be sealed: {problems[0]}")
         sweep_partial_files(self.path)
-        write_atomic(self.path / QUARANTINE_FILE, _quarantine_lines(manifests))
+        write_atomic(self.path / QUARANTINE_FILE, quarantine_lines(manifests))
         fault_point("seal.after_quarantine")
         seal = self._make_seal(manifests)
         if not self.sealed or Seal.load(self.path) != seal:
@@ -232,6 +236,7 @@ def commit_shard(
     *,
     quarantined: Mapping[int, str] = _NOTHING,
     plan: Plan | None = None,
+    fingerprint: str | None = None,
 ) -> ShardManifest:
     """Returns the manifest of a shard once it is committed; a committed one is left as it is.
 
@@ -245,13 +250,20 @@ def commit_shard(
         quarantined: image id -> why it could not be used; no path of this machine in it.
         plan: the cache's plan, where the caller has read it: reading it for every shard would
             make the whole quadratic in the images.
+        fingerprint: of the cache that the rows were made for, by a process that may outlive it.
 
     Raises:
+        StaleCacheError: another cache lies there by now.
         CorruptCacheError: a row must not be cached; names image and array.
         CacheError: the rows are not exactly the shard's images.
         DiskFullError: no room.
     """
     plan, head = plan or load_plan(path), Head.load(path)
+    if fingerprint not in (None, head.fingerprint):
+        raise StaleCacheError(
+            f"shard {shard_index:06d} was made for another cache than lies in {path} now: its "
+            "rows are not this one's. next: the same cache-teacher command again"
+        )
     try:
         committed = ShardManifest.load(path, shard_index)
     except (FileNotFoundError, CorruptCacheError):
@@ -300,15 +312,6 @@ def _write_shard(path: Path, plan: Plan, shard_index: int, images: Sequence[Imag
             fault_point("commit.after_file")
         for folder in sorted(folders):
             sync_folder(path / folder)
-
-
-def _quarantine_lines(manifests: Sequence[ShardManifest]) -> bytes:
-    lines = [
-        canonical_json({"image_id": int(image_id), "reason": manifest.quarantined[image_id]})
-        for manifest in manifests
-        for image_id in sorted(manifest.quarantined, key=int)
-    ]
-    return b"".join(line + b"\n" for line in lines)
 
 
 def _in_plan_order(

@@ -22,28 +22,23 @@ from dkdetr.data.vocabulary import build_vocabulary
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.interruption import end_on_sigterm
-from dkdetr.errors import DataError, UsageError
+from dkdetr.errors import DataError
 from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
 from pipeline.decoding import DecoderChoice, choose_decoder, decoder_name
 from pipeline.executor import run_shards
-from pipeline.file_proposals import FileProposals
 from pipeline.fingerprint import cache_parts, cache_provenance
-from pipeline.fit import fit_plan, fit_proposals
+from pipeline.fit import fit_proposals
 from pipeline.fit_ranks import is_first_rank
-from pipeline.leaks import check_leaks, remarks
+from pipeline.leaks import remarks
 from pipeline.neighbor_stage import add_neighbors
+from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
 from pipeline.price import plan_cache, price_of, require_room
-from pipeline.proposal_sources import (
-    ProposalSpec,
-    open_source,
-    parse_proposals,
-    prepare_source,
-)
-from pipeline.proposals import ProposalRule, ProposalSource
+from pipeline.proposal_sources import ProposalSpec, open_source, prepare_source
+from pipeline.proposals import ProposalRule
 from pipeline.recall import cache_recall
-from pipeline.request import CacheRequest, CacheSummary, ProposalsReady
+from pipeline.request import CacheRequest, CacheSummary, ProposalsReady, placed
 from pipeline.resampling import resampling_on
 from pipeline.shard_worker import (
     ShardJob,
@@ -76,12 +71,13 @@ def run_stage_one(
         DkdetrError, CacheError: each with its exit code; what was committed stays, and the same
             command goes on from there.
     """
+    request = placed(request)
     if is_first_rank():
         # Everything is made whole beside its place and then moved there. `fit` asks a flag
         # instead: its ranks must stop at the same step, and save it.
         with end_on_sigterm(_STOPPED):
             return _first_rank(request, say)
-    spec = _check_words(request)
+    spec = check_words(request)
     split = load_split(request.split, request.data_root)
     network = fit_proposals(request, split, None, say) if spec.trains else request.out
     return ProposalsReady(network, is_first=False)
@@ -97,12 +93,11 @@ def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSumm
 def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsReady:
     started = time.monotonic()
     keep_freed_memory()
-    spec = _check_words(request)
+    spec = check_words(request)
     split = load_split(request.split, request.data_root)
     for note in split.notes:
         say(f"{split.name}: {note}")
-    if spec.trains:
-        _check_trainable(request, split)
+    check_trainable(request, split, spec)
     embed_dim = teacher_embed_dim(request.teacher)
     require_room(request, price_of(request, split, spec, embed_dim))
     device = pick_device(request.device)
@@ -110,6 +105,7 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
         request.teacher, device, precision=request.precision, encoder=request.encoder
     )
     _introduce(teacher, request.decoder, say)
+    check_settings(request, split, spec, teacher)
     images = check_images(split, decode=False)
     if spec.trains:
         network = fit_proposals(request, split, images, say)
@@ -118,24 +114,6 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
         spec = ProposalSpec("fit", str(request.out))
     prepared = prepare_source(spec, request.out, split)
     return _fill(request, split, images, teacher, prepared, started, say)
-
-
-def _check_words(request: CacheRequest) -> ProposalSpec:
-    """Returns the proposals asked for; raises for words that mean nothing, before any reading."""
-    spec = parse_proposals(request.proposals)
-    teacher_embed_dim(request.teacher)
-    prompt_set(request.prompts)
-    spec.require()
-    return spec
-
-
-def _check_trainable(request: CacheRequest, split: Split) -> None:
-    if not split.is_train:
-        raise UsageError(
-            f"--proposals fit learns from base boxes, and {split.name} is no training split: "
-            "make its train split's cache first, then use --proposals fit:CACHE"
-        )
-    fit_plan(request, split)
 
 
 def _fill(
@@ -149,8 +127,7 @@ def _fill(
 ) -> CacheSummary:
     """Returns the sealed cache's summary, once the proposals are settled."""
     source = open_source(prepared, teacher.device, batch_size=request.image_batch)
-    _check_coverage(source, split, request)
-    leaks = check_leaks(source.seen, split)
+    leaks = check_source(source, split, request)
     notes = list(remarks(leaks, split))
     for note in notes:
         say(note)
@@ -163,7 +140,7 @@ def _fill(
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
-        job = _job(request, teacher, canary, prepared, crop_batch, rule)
+        job = _job(request, writer.fingerprint, teacher, canary, prepared, crop_batch, rule)
         tools = ShardTools(plan, split, teacher, source)
         made = _make_shards(request, writer, job, tools, say)
         quarantined = _quarantined(request.out, range(plan.num_shards))
@@ -189,22 +166,9 @@ def _introduce(teacher: Teacher, choice: DecoderChoice, say: Say) -> None:
         say(teacher.note)
 
 
-def _check_coverage(source: ProposalSource, split: Split, request: CacheRequest) -> None:
-    if not isinstance(source, FileProposals):
-        return
-    known = source.image_ids
-    lacking = [image.image_id for image in split.images if image.image_id not in known]
-    # A detector may find nothing in a picture or two; half of them means another data set.
-    if 2 * len(lacking) > len(split.images):
-        raise DataError(
-            f"{request.proposals} has boxes for {len(split.images) - len(lacking):,} of the "
-            f"{len(split.images):,} images of {split.name}: it belongs to another split; first "
-            f"images without: {', '.join(map(str, lacking[:20]))}"
-        )
-
-
 def _job(
     request: CacheRequest,
+    fingerprint: str,
     teacher: Teacher,
     canary: str,
     prepared: str,
@@ -213,6 +177,7 @@ def _job(
 ) -> ShardJob:
     return ShardJob(
         cache_path=request.out.resolve(),
+        fingerprint=fingerprint,
         split=request.split,
         data_root=request.data_root.resolve(),
         teacher=request.teacher,

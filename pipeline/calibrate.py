@@ -27,13 +27,13 @@ from pipeline.decoding import (
 )
 from pipeline.fit import fit_plan
 from pipeline.fit_training import NetworkTraining, StateFile
+from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
 from pipeline.price import CachePrice, StagePrice, plan_cache, price_of, require_room
 from pipeline.proposal_network import NetworkProposals
 from pipeline.proposal_sources import (
     NETWORK_FILE,
     ProposalSpec,
     open_source,
-    parse_proposals,
     prepare_source,
 )
 from pipeline.proposals import ProposalRule, ProposalSource, SourceImage, apply_rule
@@ -77,25 +77,29 @@ def price_cache(request: CacheRequest) -> CachePrice:
 
     Raises:
         DiskFullError: there is not enough room.
-        DkdetrError: unknown split, teacher or proposals; missing images.
+        DkdetrError, CacheError: what the command itself would be refused for, but for what only
+            the pictures' content or a network still to be trained can tell.
     """
-    spec = parse_proposals(request.proposals)
-    embed_dim = teacher_embed_dim(request.teacher)
-    spec.require()
+    spec = check_words(request)
     split = load_split(request.split, request.data_root)
     split.require_images()
-    price = price_of(request, split, spec, embed_dim)
+    check_trainable(request, split, spec)
+    price = price_of(request, split, spec, teacher_embed_dim(request.teacher))
     require_room(request, price)
     device = pick_device(request.device)
+    with tempfile.TemporaryDirectory() as folder:
+        source = _source(request, split, spec, device, Path(folder))
+    check_source(source, split, request)
     try:
         teacher = load_teacher(
             request.teacher, device, precision=request.precision, encoder=request.encoder
         )
     except DataError as error:
         return replace(price, calibration=f"not measured: {error}")
+    check_settings(request, split, spec, teacher)
     fit_seconds = _time_fit(request, split, device) if price.fit_iterations else 0.0
     decoder = choose_decoder(request.decoder, device)
-    rates = _time_shards(request, split, spec, teacher, decoder)
+    rates = _time_shards(request, split, source, teacher, decoder)
     workers = max(1, request.executor.workers)
     crops = min(price.max_crops, ceil(rates.crops * price.num_images))
     where = "a worker" if request.executor.scheduler else f"{workers} worker(s)"
@@ -132,7 +136,7 @@ def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> floa
 def _time_shards(
     request: CacheRequest,
     split: Split,
-    spec: ProposalSpec,
+    source: ProposalSource,
     teacher: Teacher,
     decoder: Decoder,
 ) -> _ShardRates:
@@ -145,8 +149,6 @@ def _time_shards(
     started = time.monotonic()
     pictures = _decoded(sample, teacher.device)
     read, decode = read / len(pictures), (time.monotonic() - started) / len(pictures)
-    with tempfile.TemporaryDirectory() as folder:
-        source = _source(request, split, spec, teacher.device, Path(folder))
     source.propose(pictures[: request.image_batch])
     _finish(teacher.device)
     started = time.monotonic()

@@ -144,15 +144,8 @@ def _client(executor: Executor) -> Iterator[Client]:
     }
     with dask_config.set(settings):
         if executor.scheduler is not None:
-            try:
-                with Client(executor.scheduler, timeout=_CONNECT_TIMEOUT_S) as client:
-                    yield client
-            except OSError as error:
-                raise UsageError(
-                    f"no Dask scheduler answers at '{executor.scheduler}' ({error}); start one "
-                    "with `dask scheduler` and workers with `dask worker --nthreads 2` (one "
-                    "embeds, one writes), or use --workers N"
-                ) from None
+            with _joined(executor.scheduler) as client:
+                yield client
             return
         with (
             LocalCluster(
@@ -169,3 +162,15 @@ def _client(executor: Executor) -> Iterator[Client]:
             Client(cluster) as client,
         ):
             yield client
+
+
+def _joined(scheduler: str) -> Client:
+    """Returns a client; later OSErrors are the tasks' own."""
+    try:
+        return Client(scheduler, timeout=_CONNECT_TIMEOUT_S)
+    except OSError as error:
+        raise UsageError(
+            f"no Dask scheduler answers at '{scheduler}' ({error}); start one with `dask "
+            "scheduler` and workers with `dask worker --nthreads 2` (one embeds, one writes), or "
+            "use --workers N"
+        ) from None

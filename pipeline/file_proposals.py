@@ -10,6 +10,8 @@ lie outside of their picture are what a wrong order looks like.
 """
 
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import orjson
 import torch
 import xxhash
 
+from dkdetr.atomic_file import atomic_file
 from dkdetr.data.splits import Split
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from pipeline.pickled_lists import Nested, read_pickled_lists
@@ -30,6 +33,9 @@ _SLACK = 2.0  # pixels that a detector's box may stick out of its picture
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]0-9eE+\-.,\s]*\]')
 _PICKLES = {".pkl", ".pickle"}
 _ORDERS = ("image_id", "annotations")
+_IDS = range(-(1 << 63), 1 << 63)
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises for an archive that is cut, flipped or empty; RuntimeError: "encrypted"."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class FileProposals:
 
     def __init__(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as packed:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as packed:
                 self._image_ids = packed["image_ids"]
                 self._offsets = packed["offsets"]
                 self._boxes = torch.from_numpy(packed["boxes_xyxy"])
@@ -77,7 +83,7 @@ class FileProposals:
                 self._novel = str(packed["novel"])
                 self._category_ids = packed["category_ids"]
                 self._num_classes = int(packed["num_classes"])
-        except (OSError, ValueError, KeyError) as error:
+        except _DAMAGED as error:
             raise CorruptArtefactError(
                 f"the packed proposals '{path}' cannot be read ({error}); delete the file"
             ) from None
@@ -150,21 +156,19 @@ def pack_file(path: Path, options: FileOptions, split: Split, folder: Path) -> P
     rows = _read(data, path, options, split)
     order = np.argsort(rows.image_ids, kind="stable")
     unique, first = np.unique(rows.image_ids[order], return_index=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = packed.with_suffix(".partial.npz")
-    np.savez(
-        temporary,
-        image_ids=unique,
-        offsets=np.append(first, len(order)).astype(np.int64),
-        boxes_xyxy=rows.boxes_xyxy[order].astype(np.float32),
-        scores=rows.scores[order].astype(np.float32),
-        source_xxh3=np.array(digest),
-        order=np.array(options.order),
-        novel=np.array(options.novel),
-        category_ids=rows.category_ids,
-        num_classes=np.array(rows.num_classes),
-    )
-    temporary.replace(packed)
+    with atomic_file(packed) as file:
+        np.savez(
+            file,
+            image_ids=unique,
+            offsets=np.append(first, len(order)).astype(np.int64),
+            boxes_xyxy=rows.boxes_xyxy[order].astype(np.float32),
+            scores=rows.scores[order].astype(np.float32),
+            source_xxh3=np.array(digest),
+            order=np.array(options.order),
+            novel=np.array(options.novel),
+            category_ids=rows.category_ids,
+            num_classes=np.array(rows.num_classes),
+        )
     return packed
 
 
@@ -235,13 +239,16 @@ def _refuse(bad: Sequence[int], path: Path) -> None:
     if bad:
         raise DataError(
             f"proposals '{path}': {len(bad)} records lack a whole image_id, a finite bbox "
-            "[x, y, w, h] or a finite score; first: "
+            "[x, y, w, h] or a finite score, or have a category_id that is no id; first: "
             + ", ".join(f"/{index}" for index in bad[:_SHOWN])
         )
 
 
 def _is_result(record: Any) -> bool:
-    if not isinstance(record, dict) or type(record.get("image_id")) is not int:
+    if not isinstance(record, dict) or not _is_id(record.get("image_id")):
+        return False
+    category = record.get("category_id")
+    if isinstance(category, list | dict) or (type(category) is int and not _is_id(category)):
         return False
     box, score = record.get("bbox"), record.get("score")
     numbers = (int, float)
@@ -251,6 +258,10 @@ def _is_result(record: Any) -> bool:
         and all(type(value) in numbers for value in box)
         and type(score) in numbers
     )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value in _IDS
 
 
 def _read_lists(data: bytes, path: Path, order: str, split: Split) -> _Rows:

@@ -33,15 +33,24 @@ def cache_parts(
     """Returns all that decides a byte of the cache; no clock, host, path or worker count."""
     decoder = choose_decoder(request.decoder, teacher.device)
     return {
-        "schema": SCHEMA,
-        "split": split_parts(split),
+        **settled_parts(request, split, teacher, plan, rule),
         "images": images.parts() | {"decoder": decoder_name(decoder, teacher.device)},
         "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
+        "text": text_parts(split, request.prompts, teacher),
+    }
+
+
+def settled_parts(
+    request: CacheRequest, split: Split, teacher: Teacher, plan: Plan, rule: CropRule
+) -> dict[str, Any]:
+    """Returns the parts that are known before a picture is read or a network trained."""
+    return {
+        "schema": SCHEMA,
+        "split": split_parts(split),
         "crops": rule.parts(),
         "teacher": {"name": teacher.identity, **teacher.parts()},
         "storage": {"region_embeddings": request.storage},
         "batch_layout": dict(plan.batch_layout),
-        "text": text_parts(split, request.prompts, teacher),
     }
 
 

@@ -8,6 +8,7 @@ hdovd   {proposal_clip_image_embedding, gt_clip_image_embedding, clip_full_image
 
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -15,13 +16,18 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from cache.durable import hash_file
+from dkdetr.data.annotations import ImageInfo
+from dkdetr.data.splits import Split
 from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.progress import progress
 from pipeline.foreign_tensors import load_pth, unit_rows
 
 ForeignFormat = Literal["detpro", "oadp", "hdovd"]
 FORMATS = ("detpro", "oadp", "hdovd")
 NEEDS_BOXES = ("detpro", "hdovd")
 _MAX_MEMBER_BYTES = 1 << 28
+_THREADS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +75,25 @@ class PthFiles:
         return stem in self._names
 
     def identity(self) -> str:
-        """Returns a hash of all names and sizes, and, of a zip, of its own checksums."""
+        """Returns a hash of all names and contents; of a zip, of its own sizes and checksums.
+
+        A folder is read whole: files of one shape are of one size, whatever they hold.
+        """
         digest = xxhash.xxh3_128()
-        for name in sorted(self._names.values()):
-            if self._zip is not None:
-                info = self._zip.getinfo(name)
-                digest.update(f"{PurePosixPath(name).name} {info.file_size} {info.CRC}\n".encode())
-            else:
-                size = (self.path / name).stat().st_size
-                digest.update(f"{PurePosixPath(name).name} {size}\n".encode())
+        names = sorted(self._names.values())
+        if self._zip is not None:
+            for info in map(self._zip.getinfo, names):
+                name = PurePosixPath(info.filename).name
+                digest.update(f"{name} {info.file_size} {info.CRC}\n".encode())
+            return digest.hexdigest()
+        with (
+            ThreadPoolExecutor(_THREADS) as pool,
+            progress("hashing files", len(names), quiet=len(names) < 500) as advance,
+        ):
+            hashes = pool.map(lambda name: hash_file(self.path / name), names)
+            for done, (name, hashed) in enumerate(zip(names, hashes, strict=True), start=1):
+                digest.update(f"{PurePosixPath(name).name} {hashed}\n".encode())
+                advance(done, "")
         return digest.hexdigest()
 
     def load(self, stem: str) -> Any:
@@ -127,6 +143,24 @@ def read_image(files: PthFiles, stem: str, layout: ForeignFormat) -> ForeignImag
         None if truth is None else _vectors(truth, where),
         None if whole is None else _vectors(np.reshape(whole, (1, -1)), where)[0],
     )
+
+
+def stem_of(image: ImageInfo) -> str:
+    """Returns the name by which a foreign cache knows an image: without folder and ending."""
+    return Path(image.file_name).stem
+
+
+def refuse_shared_stems(split: Split) -> None:
+    """Raises DataError if two images of the split would share a file."""
+    file_of: dict[str, str] = {}
+    for image in split.images:
+        other = file_of.setdefault(stem_of(image), image.file_name)
+        if other != image.file_name:
+            raise DataError(
+                f"{split.name}: '{other}' and '{image.file_name}' are one name without folder and "
+                f"ending; a foreign cache keeps one file for both, {stem_of(image)}.pth, so one of "
+                "them would get the other's regions"
+            )
 
 
 def _table(loaded: Any, keys: tuple[str, ...], where: str) -> Mapping[str, Any]:

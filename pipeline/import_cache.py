@@ -28,13 +28,15 @@ from pipeline.foreign_caches import (
     ForeignImage,
     PthFiles,
     read_image,
+    refuse_shared_stems,
+    stem_of,
 )
 from pipeline.foreign_tensors import unit_rows
+from pipeline.places import absolute, absolute_split
 from pipeline.shard_worker import max_base_iou
 from pipeline.text_bank import Background, import_vocabulary
 
 _MIN_SIDE = 1.0
-_ABSENT = "not in the imported cache"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +110,12 @@ def import_cache(
     a pixel left are dropped; `max_base_iou` is computed from the split. Resumes like any cache.
 
     Raises:
-        DataError: counts or lengths differ, a vector is zero, or half of the images are absent.
+        DataError: counts or lengths differ, a vector is zero, half of the images are absent, or
+            two images of the split have one stem.
         CorruptArtefactError: a file is damaged, or asks for code to be run.
         CacheError: as `create_or_resume`.
     """
+    request = _placed(request)
     split = load_split(request.split, request.data_root)
     source = _Source(request, split)
     say(f"{request.layout}: {split.name}, vectors of {source.embed_dim} numbers")
@@ -163,6 +167,7 @@ class _Source:
 
     def __init__(self, request: ImportRequest, split: Split) -> None:
         self._request, self._split = request, split
+        refuse_shared_stems(split)
         self._files = PthFiles(request.source)
         self._wholes = PthFiles(request.image_source) if request.image_source else None
         self._boxes = _read_boxes(request.boxes, split) if request.boxes else None
@@ -181,11 +186,12 @@ class _Source:
         self.has_image_embeddings = self._wholes is not None or first.image_embedding is not None
 
     def __contains__(self, image: ImageInfo) -> bool:
-        return _stem(image) in self._files
+        return stem_of(image) in self._files
 
     def parts(self) -> dict[str, Any]:
         """Returns what the fingerprint records; the text and batches come apart."""
         request = self._request
+        wholes = {"wholes_xxh3_128": self._wholes.identity()} if self._wholes else {}
         boxes = xxhash.xxh3_128()
         for number, (table, scores) in sorted((self._boxes or {}).items()):
             boxes.update(f"{number}\n".encode() + table.tobytes() + scores.tobytes())
@@ -198,6 +204,7 @@ class _Source:
                 "files_xxh3_128": self._files.identity(),
                 "boxes_xxh3_128": boxes.hexdigest() if self._boxes else "in the files",
                 "keep": request.keep,
+                **wholes,
             },
             "crops": {"mode": f"imported:{request.layout}"},
             "teacher": {"name": f"imported:{request.teacher}"},
@@ -206,7 +213,7 @@ class _Source:
 
     def rows(self, image: ImageInfo) -> ImageRows:
         """Returns what is cached of an image."""
-        found, where = self._read(image), f"{self._request.source}: image {_stem(image)}"
+        found, where = self._read(image), f"{self._request.source}: image {stem_of(image)}"
         boxes, scores = self._boxes_of(image, found, where)
         if found.embeddings.shape[1] != self.embed_dim:
             raise DataError(
@@ -235,7 +242,7 @@ class _Source:
         )
 
     def _read(self, image: ImageInfo) -> ForeignImage:
-        return read_image(self._files, _stem(image), self._request.layout)
+        return read_image(self._files, stem_of(image), self._request.layout)
 
     def _boxes_of(
         self, image: ImageInfo, found: ForeignImage, where: str
@@ -267,7 +274,7 @@ class _Source:
     def _whole_of(self, image: ImageInfo, found: ForeignImage, where: str) -> np.ndarray:
         whole = found.image_embedding
         if self._wholes is not None:
-            loaded = self._wholes.load(_stem(image)) if _stem(image) in self._wholes else None
+            loaded = self._wholes.load(stem_of(image)) if stem_of(image) in self._wholes else None
             table = loaded["embeddings"] if isinstance(loaded, dict) else loaded
             if table is not None:
                 whole = unit_rows(np.reshape(table, (1, -1)), where)[0]
@@ -302,26 +309,28 @@ def recorded_import(record: Any, where: Path) -> ImportRequest:
         ) from None
 
 
-def _provenance(request: ImportRequest) -> dict[str, Any]:
-    placed = replace(
+def _placed(request: ImportRequest) -> ImportRequest:
+    """Returns the request with its paths from the root down: a later command runs elsewhere."""
+    return replace(
         request,
+        split=absolute_split(request.split),
         source=request.source.resolve(),
         text_bank=request.text_bank.resolve(),
+        boxes=absolute(request.boxes) if request.boxes else None,
         image_source=request.image_source.resolve() if request.image_source else None,
         data_root=request.data_root.resolve(),
     )
+
+
+def _provenance(request: ImportRequest) -> dict[str, Any]:
     return {
         "imported": request.layout,
-        "source": str(request.source.resolve()),
+        "source": str(request.source),
         "command": request.command,
-        "request": TypeAdapter(ImportRequest).dump_python(placed, mode="json"),
+        "request": TypeAdapter(ImportRequest).dump_python(request, mode="json"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "split": request.split,
         # Nobody can tell what made the proposals.
         "uses_novel_names": True,
     }
-
-
-def _stem(image: ImageInfo) -> str:
-    return Path(image.file_name).stem

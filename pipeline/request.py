@@ -12,6 +12,12 @@ from dkdetr.errors import UsageError
 from pipeline.crops import CropRule
 from pipeline.decoding import DecoderChoice
 from pipeline.executor import Executor
+from pipeline.places import (
+    absolute_experiment,
+    absolute_proposals,
+    absolute_split,
+    absolute_teacher,
+)
 from pipeline.recall import Recall
 from pipeline.teacher import EncoderChoice, Precision
 from pipeline.teacher_model import usual_batch
@@ -76,10 +82,21 @@ class CacheRequest:
         return self.crop_batch or usual_batch(device)
 
 
+def placed(request: CacheRequest) -> CacheRequest:
+    """Returns the request with the paths in its words made absolute; `out` stays as typed."""
+    return replace(
+        request,
+        split=absolute_split(request.split),
+        teacher=absolute_teacher(request.teacher),
+        proposals=absolute_proposals(request.proposals),
+        experiment=absolute_experiment(request.experiment),
+    )
+
+
 def request_record(request: CacheRequest) -> dict[str, Any]:
     """Returns the request as plain data, for the provenance: what `cache repair` runs again."""
-    placed = replace(request, data_root=request.data_root.resolve())
-    return TypeAdapter(CacheRequest).dump_python(placed, mode="json")
+    there = replace(placed(request), data_root=request.data_root.resolve())
+    return TypeAdapter(CacheRequest).dump_python(there, mode="json")
 
 
 def recorded_request(record: Any, where: Path) -> CacheRequest:

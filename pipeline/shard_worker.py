@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from cache.layout import load_plan
+from cache.layout import Head, load_plan
 from cache.plan import Plan
 from cache.rows import ImageRows
+from cache.spec import diff_parts
 from cache.writer import commit_shard
 from dkdetr.boxes import pairwise_iou
 from dkdetr.data.annotations import Boxes, ImageInfo
@@ -31,6 +32,7 @@ from pipeline.canary import check_canary
 from pipeline.crops import CropRule, combine_crops, crop_windows
 from pipeline.decoding import Decoder, choose_decoder
 from pipeline.encode_stream import BusyClock, embed_stream
+from pipeline.fingerprint import split_parts
 from pipeline.picture_upload import on_device
 from pipeline.proposal_sources import open_source
 from pipeline.proposals import ProposalRule, Proposals, ProposalSource, SourceImage, apply_rule
@@ -47,6 +49,8 @@ class ShardJob:
     """What a worker must know to make any shard of a cache; hashable and picklable."""
 
     cache_path: Path
+    fingerprint: str
+    """The cache's. Workers outlive commands, and files change under one path."""
     split: str
     data_root: Path
     teacher: str
@@ -151,7 +155,8 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
     """Returns the tools of a job, built on the first call in this process.
 
     Raises:
-        MismatchError: this machine's teacher is not the one the cache was planned with.
+        MismatchError: this machine's teacher, proposals or split are not those the cache was
+            planned with, or another cache lies there by now.
     """
     keep_freed_memory()
     device = worker_device(job.device, worker_number)
@@ -169,12 +174,27 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
         )
     choose_decoder(job.decoder, device)  # it must be here, too
     check_canary(job.canary, teacher, where=f"the cache {job.cache_path}")
-    return ShardTools(
-        plan=load_plan(job.cache_path),
-        split=load_split(job.split, job.data_root),
-        teacher=teacher,
-        source=open_source(job.proposals, device, batch_size=job.image_batch),
-    )
+    split = load_split(job.split, job.data_root)
+    source = open_source(job.proposals, device, batch_size=job.image_batch)
+    _require_same_inputs(job, split, source)
+    return ShardTools(load_plan(job.cache_path), split, teacher, source)
+
+
+def _require_same_inputs(job: ShardJob, split: Split, source: ProposalSource) -> None:
+    head = Head.load(job.cache_path)
+    here = {
+        "split": split_parts(split),
+        "proposals": {**source.identity, **job.proposal_rule.parts()},
+    }
+    lines = diff_parts({name: head.parts[name] for name in here}, here)
+    if head.fingerprint != job.fingerprint:
+        lines = [f"fingerprint  cache: {head.fingerprint}  wanted: {job.fingerprint}", *lines]
+    if lines:
+        raise MismatchError(
+            f"this worker's inputs are not those that the cache {job.cache_path} was planned with: "
+            f"{'; '.join(lines)}. Give all workers the same files under the same paths, or run the "
+            "cache-teacher command again if they have changed since it began"
+        )
 
 
 def worker_device(device: str, worker_number: int) -> torch.device:
@@ -228,8 +248,9 @@ def embed_images(job: ShardJob, shard: int, tools: ShardTools) -> MadeShard:
 def commit(job: ShardJob, made: MadeShard, plan: Plan) -> ShardReport:
     """Returns the report of a shard, now committed."""
     manifest = commit_shard(
-        job.cache_path, made.shard, made.rows, quarantined=made.quarantined, plan=plan
-    )
+        job.cache_path, made.shard, made.rows,
+        quarantined=made.quarantined, plan=plan, fingerprint=job.fingerprint,
+    )  # fmt: skip
     return ShardReport(
         num_images=manifest.num_images,
         num_regions=manifest.num_regions,

@@ -54,7 +54,7 @@ def parse_teacher_spec(spec: str) -> TeacherSource:
         )
     if source == "random":
         return TeacherSource(spec, model, "random")
-    if "/" not in source and not Path(source).exists():
+    if not names_files(source):
         return TeacherSource(spec, model, "tag", tag=source)
     weights = _weights_file(Path(source).expanduser(), spec)
     folder = weights.parent
@@ -67,6 +67,11 @@ def parse_teacher_spec(spec: str) -> TeacherSource:
         model_json=model_json if model_json.is_file() else None,
         folder_config=_folder_config(folder),
     )
+
+
+def names_files(source: str) -> bool:
+    """Returns True if what follows MODEL: is a path, not `random` nor a tag."""
+    return source not in ("", "random") and ("/" in source or Path(source).exists())
 
 
 def openai_evidence(path: Path, known_sha256: frozenset[str]) -> str | None:

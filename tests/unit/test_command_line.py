@@ -1,6 +1,7 @@
 """What every command has: `--json` and `--offline`; one answer a command, errors included."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import cli
+from dkdetr.errors import UsageError
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -36,6 +38,28 @@ def test_every_command_has_the_common_options(name):
     options = {word for parameter in command.params for word in parameter.opts}
     assert {"--json", "--offline", "--verbose"} <= options
     assert command.help, "a command says what it does"
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("build.run_stage_one", ["cache-teacher", "--split", "coco:my pictures:t.json"]),
+        ("import_cache.import_cache", ["cache", "import", "oadp", "it's mine", "--split", "s",
+                                       "--text-bank", "b.npy"]),
+    ],
+)  # fmt: skip
+def test_a_command_is_recorded_as_it_can_be_typed_again(function, words, monkeypatch):
+    words += ["--out", "a b"]
+    asked = []
+
+    def refuse(request, _say):
+        asked.append(request.command)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(f"pipeline.{function}", refuse)
+    monkeypatch.setattr("sys.argv", ["dkdetr", *words])
+    assert run(*words).exit_code == 2
+    assert [shlex.split(each) for each in asked] == [words]
 
 
 def test_an_error_is_the_json(tmp_path):

@@ -1,8 +1,11 @@
-"""What a Dask worker's name says."""
+"""What a Dask worker's name says, and whose error an error is."""
+
+from typing import Any, Self
 
 import pytest
 
-from pipeline.executor import worker_number
+from pipeline import executor
+from pipeline.executor import Executor, run_shards, worker_number
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,37 @@ from pipeline.executor import worker_number
 )
 def test_a_number_at_the_end_of_a_workers_name_is_its_own(name: str, number: int) -> None:
     assert worker_number(name) == number
+
+
+class _Missing:
+    """A task on a cluster that fails for want of a file of its own."""
+
+    key = "task"
+
+    def result(self) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "plan.json")
+
+
+class _Client:
+    """A scheduler that answers."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, _task: object, shards: list[int], **_: Any) -> list[_Missing]:
+        return [_Missing() for _ in shards]
+
+
+def test_a_task_s_missing_file_is_not_taken_for_a_missing_scheduler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(executor, "Client", _Client)
+    monkeypatch.setattr(executor, "as_completed", iter)
+    with pytest.raises(FileNotFoundError, match=r"plan\.json"):
+        list(run_shards(Executor(scheduler="tcp://host:8786"), lambda *_: None, "job", [0]))

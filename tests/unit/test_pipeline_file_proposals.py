@@ -6,12 +6,14 @@ import os
 import pickle  # noqa: TID251  what our reader reads is written, and attacked, with the real one
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.durable import sweep_partial_files
 from dkdetr.data.splits import Split, load_split
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from pipeline.file_proposals import FileOptions, FileProposals, pack_file, parse_file_options
@@ -101,6 +103,9 @@ def test_results_file_round_trips_by_image(split: Split, tmp_path: Path) -> None
         {"image_id": 1, "bbox": [1, 2, -3, 4], "score": 0.5},
         {"image_id": 1, "bbox": [1, 2, 3, "4"], "score": 0.5},
         {"image_id": 1, "bbox": [1, 2, 3, 4]},
+        {"image_id": 2**64 - 1, "bbox": [1, 2, 3, 4], "score": 0.5},
+        {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": [1]},
+        {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5, "category_id": 2**63},
         [1, 2],
     ],
 )
@@ -109,6 +114,53 @@ def test_bad_records_are_named(record: object, split: Split, tmp_path: Path) -> 
     (tmp_path / "r.json").write_text(json.dumps([good, good, record]))
     with pytest.raises(DataError, match="first: /2"):
         pack_file(tmp_path / "r.json", FileOptions(), split, tmp_path)
+
+
+def test_a_packed_file_that_is_cut_or_flipped_anywhere_is_named(
+    split: Split, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([{"image_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5}]))
+    packed = pack_file(path, FileOptions(), split, tmp_path)
+    whole = packed.read_bytes()
+    cuts = [whole[:length] for length in (0, 3, len(whole) // 2, len(whole) - 40)]
+    flips = [
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 7)
+    ]
+    loaded = 0
+    for data in cuts + flips:
+        packed.write_bytes(data)
+        with suppress(CorruptArtefactError):
+            FileProposals(packed)
+            loaded += 1  # a member's time, for one, may be anything
+    assert loaded < len(flips) / 2
+    for data in cuts:
+        packed.write_bytes(data)
+        with pytest.raises(CorruptArtefactError, match=r"file-\w+\.npz' cannot be read"):
+            FileProposals(packed)
+
+
+def test_a_packed_file_appears_whole_or_not_at_all(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tmp_path / "r.json", tmp_path / "cache/proposals"
+    path.write_text(json.dumps([{"image_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5}]))
+
+    def killed(file: IO[bytes], **_: object) -> None:
+        file.write(b"half")
+        # What lies there at this moment, the sweep of the next writer takes away.
+        assert sweep_partial_files(tmp_path / "cache") == 1
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", killed)
+    with pytest.raises(OSError, match="No space left"):
+        pack_file(path, FileOptions(), split, folder)
+    monkeypatch.undo()
+    assert not list(folder.iterdir())
+    synced: list[int] = []
+    monkeypatch.setattr("dkdetr.atomic_file.os.fsync", synced.append)
+    assert pack_file(path, FileOptions(), split, folder).is_file()
+    assert len(synced) == 2  # the file, then its folder
 
 
 @pytest.mark.parametrize("protocol", range(6))

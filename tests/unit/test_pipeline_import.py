@@ -25,7 +25,11 @@ COUNTS = {number: number % 4 + 1 for number in range(1, 8)} | {3: 0}  # the spli
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
+    return write_import_world(tmp_path_factory.mktemp("world"))
+
+
+def write_import_world(root):
+    """Returns a folder of pictures, annotations, a text bank and boxes, and its split's name."""
     split = write_world(root, coco_document())
     generator = np.random.default_rng(0)
     np.save(root / "bank.npy", generator.normal(size=(65, DIM)).astype(np.float16) * 9)

@@ -1,0 +1,99 @@
+"""What a command is refused for: looked at before anything is trained or written, and priced."""
+
+from typing import Any
+
+from cache.beginning import refuse_foreign_folder, stale_cache
+from cache.layout import CACHE_FILE, Head
+from cache.spec import diff_parts
+from dkdetr.data.prompts import prompt_set
+from dkdetr.data.splits import Split
+from dkdetr.errors import DataError, UsageError
+from pipeline.decoding import choose_decoder, decoder_name
+from pipeline.file_proposals import FileProposals
+from pipeline.fingerprint import settled_parts
+from pipeline.fit import fit_plan
+from pipeline.leaks import LeakCheck, check_leaks
+from pipeline.price import plan_cache
+from pipeline.proposal_sources import ProposalSpec, parse_proposals
+from pipeline.proposals import ProposalRule, ProposalSource
+from pipeline.request import CacheRequest
+from pipeline.teacher import teacher_embed_dim
+from pipeline.teacher_model import Teacher
+
+
+def check_words(request: CacheRequest) -> ProposalSpec:
+    """Returns the proposals asked for; raises for words that mean nothing, before any reading.
+
+    Raises:
+        UsageError, DataError: a word, or what it names, is not there.
+        CacheError: `--out` is a folder of something else.
+    """
+    spec = parse_proposals(request.proposals)
+    teacher_embed_dim(request.teacher)
+    prompt_set(request.prompts)
+    spec.require()
+    refuse_foreign_folder(request.out)
+    return spec
+
+
+def check_trainable(request: CacheRequest, split: Split, spec: ProposalSpec) -> None:
+    """Raises UsageError if `fit` is to train and cannot on this split."""
+    if not spec.trains:
+        return
+    if not split.is_train:
+        raise UsageError(
+            f"--proposals fit learns from base boxes, and {split.name} is no training split: "
+            "make its train split's cache first, then use --proposals fit:CACHE"
+        )
+    fit_plan(request, split)
+
+
+def check_settings(
+    request: CacheRequest, split: Split, spec: ProposalSpec, teacher: Teacher
+) -> None:
+    """Raises StaleCacheError if the cache in `--out` has other settings.
+
+    What costs time to know, the pictures' content and a proposal network, is left to
+    `create_or_resume`: hours of `fit` do not come before a refusal that needed none of them.
+    """
+    # A folder for the network alone, or one without its head: no cache to contradict.
+    if request.only_proposals or not (request.out / CACHE_FILE).is_file():
+        return
+    plan = plan_cache(
+        split, request, teacher.embed_dim, crop_batch=request.crops_at_once(teacher.device)
+    )
+    decoder = choose_decoder(request.decoder, teacher.device)
+    known: dict[str, Any] = {
+        **settled_parts(request, split, teacher, plan, teacher.resolve(request.crops)),
+        "images": {"decoder": decoder_name(decoder, teacher.device)},
+        "proposals": {"source": spec.kind, **ProposalRule(keep=request.keep).parts()},
+    }
+    parts = Head.load(request.out).parts
+    cached = {name: parts[name] for name in known}
+    for name in ("images", "proposals"):
+        cached[name] = {key: value for key, value in cached[name].items() if key in known[name]}
+    if lines := diff_parts(cached, known):
+        raise stale_cache(request.out, lines)
+
+
+def check_source(source: ProposalSource, split: Split, request: CacheRequest) -> LeakCheck:
+    """Returns what the source has seen.
+
+    Raises:
+        DataError: it leaks novel boxes, or is a file of another split.
+    """
+    if isinstance(source, FileProposals):
+        _check_coverage(source, split, request)
+    return check_leaks(source.seen, split)
+
+
+def _check_coverage(source: FileProposals, split: Split, request: CacheRequest) -> None:
+    known = source.image_ids
+    lacking = [image.image_id for image in split.images if image.image_id not in known]
+    # A detector may find nothing in a picture or two; half of them means another data set.
+    if 2 * len(lacking) > len(split.images):
+        raise DataError(
+            f"{request.proposals} has boxes for {len(split.images) - len(lacking):,} of the "
+            f"{len(split.images):,} images of {split.name}: it belongs to another split; first "
+            f"images without: {', '.join(map(str, lacking[:20]))}"
+        )

@@ -35,6 +35,7 @@ from cache.layout import (
     COMPLETE_FILE,
     PLAN_FILE,
     QUARANTINE_FILE,
+    REPAIR_NOTE,
     TEXT_MANIFEST,
     Head,
     Seal,
@@ -153,6 +154,8 @@ class CacheWriter:
         seal = self._make_seal(manifests)
         if not self.sealed or Seal.load(self.path) != seal:
             seal.write(self.path)
+        # Who repairs holds the goal himself; a later repair must not take this one for its own.
+        (self.path / REPAIR_NOTE).unlink(missing_ok=True)
         return seal
 
     def _manifest_problems(self, shard: int, *, quick: bool) -> list[str]:

@@ -17,7 +17,7 @@ from cache.neighbor_lists import load_parameters
 from cache.neighbors import NeighborSettings
 from cache.spec import CacheError, StaleCacheError
 from cache.store import open_cache
-from dkdetr.errors import DataError, UsageError
+from dkdetr.errors import DataError, PreemptedError, UsageError
 from pipeline.browse import browse_cache
 from pipeline.neighbor_stage import add_neighbors, ensure_neighbors
 from pipeline.region_views import RegionViews, neighbors_command
@@ -90,13 +90,38 @@ def test_lists_are_built_once_and_again_when_settings_change(path, tmp_path):
 
 def test_a_build_that_fails_is_a_note_and_an_exit_code(tmp_path, monkeypatch):
     bare = write_colored_cache(tmp_path / "bare", num_images=3)
-    (tmp_path / "shadow").mkdir()
-    (tmp_path / "shadow" / "faiss.py").write_text("raise ModuleNotFoundError('faiss')\n")
-    monkeypatch.syspath_prepend(tmp_path / "shadow")  # a spawned process takes the path over
+    _shadow_faiss(tmp_path, monkeypatch, "raise ModuleNotFoundError('faiss')")
     (note,) = add_neighbors(bare)
     assert "faiss, which is not installed" in note
     with pytest.raises(CacheError, match="pip install"):
         ensure_neighbors(bare, NeighborSettings())
+
+
+def test_a_file_that_cannot_be_written_is_a_note_too(tmp_path, monkeypatch):
+    bare = write_colored_cache(tmp_path / "bare", num_images=3)
+    _shadow_faiss(tmp_path, monkeypatch, "raise OSError(5, 'Input/output error')")
+    (note,) = add_neighbors(bare)
+    assert "Input/output error" in note
+    assert "whole without them" in note
+    with pytest.raises(OSError, match="Input/output error"):
+        ensure_neighbors(bare, NeighborSettings())
+
+
+@pytest.mark.parametrize("told", ["both", "builder"])
+def test_sigterm_of_the_whole_group_is_no_note(tmp_path, monkeypatch, told):
+    """The builder dies of it at once, before this process has looked at its flag."""
+    bare = write_colored_cache(tmp_path / "bare", num_images=3)
+    kill = "import os, signal; os.kill({}, signal.SIGTERM)\n"
+    to_both = kill.format("os.getppid()") if told == "both" else ""
+    _shadow_faiss(tmp_path, monkeypatch, to_both + kill.format("os.getpid()"))
+    with pytest.raises(PreemptedError, match="the same command builds them"):
+        add_neighbors(bare)
+
+
+def _shadow_faiss(tmp_path, monkeypatch, code):
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "faiss.py").write_text(f"{code}\n")
+    monkeypatch.syspath_prepend(tmp_path / "shadow")  # a spawned process takes the path over
 
 
 class _Page(HTMLParser):

@@ -71,13 +71,20 @@ class CacheWriter:
     """A cache being made, and the lease on it; a context manager that gives the lease back."""
 
     def __init__(
-        self, path: Path, head: Head, plan: Plan, text_parts: Mapping[str, Any], lease: Lease
+        self,
+        path: Path,
+        head: Head,
+        plan: Plan,
+        text_parts: Mapping[str, Any],
+        lease: Lease,
+        old_seal: Seal | None,
     ) -> None:
         self.path = path
         self.plan = plan
         self.fingerprint = head.fingerprint
         self._text_parts = text_parts
         self._lease = lease
+        self._old_seal = old_seal
         self._verified: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -131,6 +138,8 @@ class CacheWriter:
     def seal(self) -> Seal:
         """Returns the seal after writing quarantine.jsonl and, last of all, COMPLETE.json.
 
+        Of a cache that is sealed already nothing changes, unless a shard was made again.
+
         Raises:
             UnsealedCacheError: a shard or the text is missing.
             CacheLockedError: the lease was lost.
@@ -157,6 +166,17 @@ class CacheWriter:
         # Who repairs holds the goal himself; a later repair must not take this one for its own.
         (self.path / REPAIR_NOTE).unlink(missing_ok=True)
         return seal
+
+    def changed_rows(self, seal: Seal) -> tuple[str, ...]:
+        """Returns a line if the cache was sealed before, over rows of other bytes."""
+        old = self._old_seal
+        if old is None or old.data_root == seal.data_root:
+            return ()
+        return (
+            f"shards of {self.path} were lost and made again, to other bytes: its root was "
+            f"{old.merkle_root} and is {seal.merkle_root}; runs made from the old one are not its "
+            "runs",
+        )
 
     def _manifest_problems(self, shard: int, *, quick: bool) -> list[str]:
         try:
@@ -223,9 +243,9 @@ def create_or_resume(
         else:
             check_repair_goal(path, head)
         write_head(path, head, plan, provenance)
-        break_bad_seal(path)
+        old_seal = break_bad_seal(path)
         stack.pop_all()
-    return CacheWriter(path, head, plan, text_parts, lease)
+    return CacheWriter(path, head, plan, text_parts, lease, old_seal)
 
 
 def commit_shard(

@@ -172,8 +172,10 @@ def _fill(
             prompts = prompt_set(request.prompts).templates
             vocabulary = build_vocabulary(split.categories, prompts, teacher)
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
-        if not writer.sealed:
-            writer.seal()
+        # Always: under the seal of a finished cache a lost shard may have been made again.
+        for note in writer.changed_rows(writer.seal()):
+            say(note)
+            notes.append(note)
     if request.neighbors:
         notes += add_neighbors(request.out)
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)

@@ -150,8 +150,8 @@ def import_cache(
                 advance(done, "")
         if not writer.text_is_current():
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
-        if not writer.sealed:
-            writer.seal()
+        for note in writer.changed_rows(writer.seal()):
+            say(note)
     info = open_cache(request.out).info
     return ImportSummary(
         request.out, info.num_images, source.num_absent, info.num_regions, info.merkle_root

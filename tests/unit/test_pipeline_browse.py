@@ -65,6 +65,15 @@ def test_impossible_questions_are_answered_in_a_line(path, tmp_path):
         views.objects(77)
     with pytest.raises(UsageError, match="--image too"):
         neighbors_command(path, None, 3, {}, rebuild=False)
+    others = {
+        "--neighbors": {"k": 32},
+        "--per-image": {"per_image": 9, "k": 5},
+        "--exact-below": {"exact_below": 7},
+        "--device": {"device": "cpu"},
+    }
+    for word, other in others.items():
+        with pytest.raises(UsageError, match=f"not made with {word} as given here: add --rebuild"):
+            neighbors_command(path, 4, 1, other, rebuild=False)
     bare = write_colored_cache(tmp_path / "bare", num_images=3)
     with pytest.raises(StaleCacheError, match="no neighbour lists; next: dkdetr cache neighbors"):
         RegionViews(bare)
@@ -220,6 +229,10 @@ def test_the_commands(path, tmp_path):
     lines = call_well(*words, "--image", "4", cwd=tmp_path).splitlines()
     assert len(lines) == 4
     assert KINDS[kind_of(4, 0)] in lines[1]
+    call_well("cache", "neighbors", str(path), "--image", "4", cwd=tmp_path)
+    other = call(*words[:-1], "16", "--image", "4", cwd=tmp_path)  # the default, and yet other
+    assert other.returncode == 2
+    assert "--neighbors as given here" in other.stderr
     wrong = call(*words, "--image", "4", "--box", "3", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "takes no part" in wrong.stderr

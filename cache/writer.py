@@ -84,7 +84,7 @@ class CacheWriter:
         self.fingerprint = head.fingerprint
         self._text_parts = text_parts
         self._lease = lease
-        self._old_seal = old_seal
+        self.old_seal = old_seal
         self._verified: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -166,17 +166,6 @@ class CacheWriter:
         # Who repairs holds the goal himself; a later repair must not take this one for its own.
         (self.path / REPAIR_NOTE).unlink(missing_ok=True)
         return seal
-
-    def changed_rows(self, seal: Seal) -> tuple[str, ...]:
-        """Returns a line if the cache was sealed before, over rows of other bytes."""
-        old = self._old_seal
-        if old is None or old.data_root == seal.data_root:
-            return ()
-        return (
-            f"shards of {self.path} were lost and made again, to other bytes: its root was "
-            f"{old.merkle_root} and is {seal.merkle_root}; runs made from the old one are not its "
-            "runs",
-        )
 
     def _manifest_problems(self, shard: int, *, quick: bool) -> list[str]:
         try:

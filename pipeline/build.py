@@ -11,7 +11,7 @@ from contextlib import closing
 from math import ceil
 from pathlib import Path
 
-from cache.layout import load_provenance
+from cache.layout import changed_rows, load_provenance
 from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.store import open_cache
@@ -173,7 +173,7 @@ def _fill(
             vocabulary = build_vocabulary(split.categories, prompts, teacher)
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         # Always: under the seal of a finished cache a lost shard may have been made again.
-        for note in writer.changed_rows(writer.seal()):
+        for note in changed_rows(request.out, writer.old_seal, writer.seal()):
             say(note)
             notes.append(note)
     if request.neighbors:

@@ -81,6 +81,7 @@ class CacheDescription:
         """Returns the description as plain data."""
         return {
             **vars(self.info),
+            "bytes_on_disk": self.info.bytes_on_disk,
             "names": dict(self.names),
             "quarantined": {str(number): why for number, why in self.quarantined.items()},
             "neighbors": self.neighbors,

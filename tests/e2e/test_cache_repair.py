@@ -19,6 +19,7 @@ from dkdetr.errors import UsageError
 from pipeline import repair
 from pipeline.build import cache_teacher
 from pipeline.crops import CropRule
+from pipeline.inspect import describe_cache
 from pipeline.neighbor_stage import add_neighbors, ensure_neighbors, recorded_settings
 from pipeline.repair import repair_cache
 from pipeline.request import recorded_request
@@ -80,6 +81,8 @@ def test_the_command_line_repairs_one_shard_and_tells(cache):
     assert committed_bytes(cache) == before
     result = runner.invoke(app, ["cache", "info", str(cache)])
     assert "1 - cosine = " in result.output
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    assert describe_cache(cache).as_json()["bytes_on_disk"] == size
     export = cache.with_name("export")
     assert runner.invoke(app, ["cache", "export", str(cache), str(export)]).exit_code == 0
     result = runner.invoke(app, ["cache", "diff", f"file://{cache}", str(export)])

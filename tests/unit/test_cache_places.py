@@ -275,6 +275,24 @@ def test_a_cache_is_read_from_a_url(sealed, url):
     np.testing.assert_array_equal(copy.rows(image_id).boxes_xyxy, ours.rows(image_id).boxes_xyxy)
 
 
+def test_a_cache_opens_beside_a_writer_and_walks_no_folder(sealed, monkeypatch):
+    def vanished(_):
+        raise FileNotFoundError(2, "No such file or directory", "x.partial")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cache.store.total_size", vanished)
+        reader = open_cache(sealed)
+    total = reader.info.bytes_on_disk
+    walk = os.walk
+
+    def renamed_meanwhile(path):
+        for folder, folders, names in walk(path):
+            yield folder, folders, [*names, "COMPLETE.json.ab12.partial"]
+
+    monkeypatch.setattr(os, "walk", renamed_meanwhile)
+    assert reader.info.bytes_on_disk == total
+
+
 def test_a_fault_behind_a_url_is_found_and_named(url):
     place = cache_path(url) / "data.zarr/boxes_xyxy/c/1/0/0"
     files, path = place._files()

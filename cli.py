@@ -640,20 +640,34 @@ def cache_neighbors(
     image: Annotated[int | None, typer.Option(help="Show this image's regions")] = None,
     box: Annotated[int | None, typer.Option(help="Show this region's neighbours")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Even if they are there")] = False,
-    per_image: Annotated[int, typer.Option(help="Best regions of an image that take part")] = 50,
-    k: Annotated[int, typer.Option("--neighbors", help="Neighbours listed of each region")] = 16,
+    per_image: Annotated[
+        int | None, typer.Option(help="Best regions of an image that take part; default: 50")
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option("--neighbors", help="Neighbours listed of each region; default: 16"),
+    ] = None,
     exact_below: Annotated[
-        int, typer.Option(help="From so many regions on an inverted file is searched")
-    ] = 1_000_000,
-    device: Annotated[str, typer.Option(help="auto, cpu or gpu (needs faiss-gpu)")] = "auto",
+        int | None,
+        typer.Option(help="From so many regions on an inverted file is searched; default: 1000000"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or gpu (needs faiss-gpu); default: auto")
+    ] = None,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Build the neighbour lists, or show those of one image or one region (--image, --box)."""
     from pipeline.region_views import neighbors_command
 
-    settings = {"per_image": per_image, "k": k, "exact_below": exact_below}
-    settings["device"] = _one_of("--device", device, ("auto", "cpu", "gpu"))
+    named: dict[str, int | str | None] = {
+        "per_image": per_image,
+        "k": k,
+        "exact_below": exact_below,
+    }
+    if device is not None:
+        named["device"] = _one_of("--device", device, ("auto", "cpu", "gpu"))
+    settings = {name: value for name, value in named.items() if value is not None}
     result = neighbors_command(path, image, box, settings, rebuild=rebuild)
     _tell(result.lines(), json_out)
     _report(result.as_json(), json_out)

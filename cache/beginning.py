@@ -127,14 +127,18 @@ def _same_json(file: Path, data: bytes) -> bool:
         return False
 
 
-def break_bad_seal(path: Path) -> None:
-    """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that."""
+def break_bad_seal(path: Path) -> Seal | None:
+    """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that.
+
+    Returns the seal that was there, good or bad; None if there was none that can be read.
+    """
     try:
         seal = Seal.load(path)
     except FileNotFoundError:
-        return
+        return None
     except CorruptCacheError:
         seal = None
     if seal is None or seal_problems(path, seal):
         (path / COMPLETE_FILE).unlink()
         sync_folder(path)
+    return seal

@@ -15,6 +15,7 @@ from cache.layout import (
     CACHE_FILE,
     COMPLETE_FILE,
     PLAN_FILE,
+    PROVENANCE_FILE,
     REPAIR_NOTE,
     TEXT_MANIFEST,
     Head,
@@ -36,7 +37,8 @@ class Damage:
 
     path: Path
     files: tuple[str, ...]
-    """Small files, by name inside the cache; the text counts as its manifest."""
+    """Small files, by name inside the cache; the text counts as its manifest, a seal that was
+    never written as COMPLETE.json."""
     shards: tuple[int, ...]
     neighbors: bool
     old_root: str | None
@@ -160,8 +162,7 @@ def _num_shards(path: Path, seal: Seal | None) -> int:
 def _bad_files(path: Path, seal: Seal | None) -> list[str]:
     if seal is None:
         bad = [name for name in (CACHE_FILE, PLAN_FILE) if not _checks_itself(path / name)]
-        if (path / COMPLETE_FILE).exists():
-            bad.append(COMPLETE_FILE)
+        bad.append(COMPLETE_FILE)
     else:
         shards = (f"{MANIFEST_FOLDER}/", TEXT_MANIFEST)
         bad = [
@@ -169,10 +170,13 @@ def _bad_files(path: Path, seal: Seal | None) -> list[str]:
             for name, wanted in seal.leaves.items()
             if not name.startswith(shards) and leaf_problem(path, name, wanted)
         ]
-    whole_text = seal is None or not leaf_problem(path, TEXT_MANIFEST, seal.leaves[TEXT_MANIFEST])
-    if not whole_text or ((path / TEXT_MANIFEST).exists() and text_problems(path)):
+    sealed_text = seal is None or not leaf_problem(path, TEXT_MANIFEST, seal.leaves[TEXT_MANIFEST])
+    if not sealed_text or text_problems(path):
         bad.append(TEXT_MANIFEST)
-    # All of these are written anew from the request, the manifests and the plan.
+    # All of these are written anew from the request, the manifests and the plan. The request
+    # itself is here, and nothing but its own command brings it back.
+    if not _checks_itself(path / PROVENANCE_FILE):
+        bad.append(PROVENANCE_FILE)
     return bad
 
 

@@ -130,6 +130,16 @@ def seal_problems(
     return problems
 
 
+def changed_rows(path: CachePath, old: Seal | None, new: Seal) -> tuple[str, ...]:
+    """Returns a line if a cache that was sealed before was sealed again over other rows."""
+    if old is None or old.data_root == new.data_root:
+        return ()
+    return (
+        f"shards of {path} were lost and made again, to other bytes: its root was "
+        f"{old.merkle_root} and is {new.merkle_root}; runs made from the old one are not its runs",
+    )
+
+
 def leaf_problem(path: CachePath, name: str, wanted: str) -> str | None:
     """Returns what is wrong with one small file under the seal, or None."""
     file = member(path, name)

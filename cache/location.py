@@ -4,6 +4,7 @@ Readers take either. Writers take local folders alone: their promises rest on fs
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -120,10 +121,15 @@ def file_size(path: CachePath) -> int:
 
 
 def total_size(path: CachePath) -> int:
-    """Returns the bytes of all files of a folder."""
+    """Returns the bytes of all files of a folder; a writer beside may rename some meanwhile."""
     if isinstance(path, RemotePath):
         return path.total_size()
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(folder) / name).stat().st_size
+    return total
 
 
 def read_range(path: CachePath, offset: int, length: int) -> bytes:

@@ -53,7 +53,11 @@ class CacheInfo:
     embed_dim: int
     teacher: str
     random_teacher: bool
-    bytes_on_disk: int
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Returns the bytes of all files; looks at each, so it is for showing alone."""
+        return total_size(self.path)
 
 
 class CacheReader:
@@ -189,7 +193,6 @@ class CacheReader:
             embed_dim=self.plan.embed_dim,
             teacher=_part_name(parts["teacher"]),
             random_teacher=bool(_entry(parts["teacher"], RANDOM_TEACHER_KEY)),
-            bytes_on_disk=total_size(self.path),
         )
 
 

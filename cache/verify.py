@@ -24,6 +24,8 @@ class VerifyReport:
 
     path: CachePath
     sealed: bool
+    unfinished: bool
+    """Whether all that is wrong is that it was not finished: no seal, shards not committed."""
     problems: Sequence[str]
     num_shards: int
     num_images: int
@@ -64,6 +66,7 @@ def verify_cache(
     return VerifyReport(
         path=path,
         sealed=sealed,
+        unfinished=checker.unfinished,
         problems=tuple(checker.problems),
         num_shards=plan.num_shards,
         num_images=plan.num_images,
@@ -79,7 +82,16 @@ class _Checker:
         self._flat: FlatReader | None = None
         self._exported = is_export(path)
         self.problems: list[str] = []
+        self._not_made = 0
         self.num_regions = self.num_gt = self.num_quarantined = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Returns True if something was not made yet, and all that was made is good.
+
+        What a seal vouches for was made: the seal's own line says that it is lost.
+        """
+        return 0 < self._not_made == len(self.problems)
 
     def check_head(self) -> bool:
         """Checks all but the shards; returns True if there is a seal."""
@@ -88,6 +100,7 @@ class _Checker:
             seal = Seal.load(self._path)
         except FileNotFoundError:
             self.problems.append(why_unsealed(self._path))
+            self._not_made += 1
         except CorruptCacheError as error:
             self.problems.append(str(error))
         if seal is not None:
@@ -110,6 +123,7 @@ class _Checker:
             manifest = ShardManifest.load(self._path, shard)
         except FileNotFoundError:
             self.problems.append(f"shard {shard:06d} was not committed")
+            self._not_made += 1
             return
         except CorruptCacheError as error:
             self._add(str(error))

@@ -35,6 +35,7 @@ from cache.layout import (
     COMPLETE_FILE,
     PLAN_FILE,
     QUARANTINE_FILE,
+    REPAIR_NOTE,
     TEXT_MANIFEST,
     Head,
     Seal,
@@ -71,13 +72,20 @@ class CacheWriter:
     """A cache being made, and the lease on it; a context manager that gives the lease back."""
 
     def __init__(
-        self, path: Path, head: Head, plan: Plan, text_parts: Mapping[str, Any], lease: Lease
+        self,
+        path: Path,
+        head: Head,
+        plan: Plan,
+        text_parts: Mapping[str, Any],
+        lease: Lease,
+        old_seal: Seal | None,
     ) -> None:
         self.path = path
         self.plan = plan
         self.fingerprint = head.fingerprint
         self._text_parts = text_parts
         self._lease = lease
+        self.old_seal = old_seal
         self._verified: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -134,6 +142,8 @@ class CacheWriter:
     def seal(self) -> Seal:
         """Returns the seal after writing quarantine.jsonl and, last of all, COMPLETE.json.
 
+        Of a cache that is sealed already nothing changes, unless a shard was made again.
+
         Raises:
             UnsealedCacheError: a shard or the text is missing.
             CacheLockedError: the lease was lost.
@@ -157,6 +167,8 @@ class CacheWriter:
         seal = self._make_seal(manifests)
         if not self.sealed or Seal.load(self.path) != seal:
             seal.write(self.path)
+        # Who repairs holds the goal himself; a later repair must not take this one for its own.
+        (self.path / REPAIR_NOTE).unlink(missing_ok=True)
         return seal
 
     def _manifest_problems(self, shard: int, *, quick: bool) -> list[str]:
@@ -224,9 +236,9 @@ def create_or_resume(
         else:
             check_repair_goal(path, head)
         write_head(path, head, plan, provenance)
-        break_bad_seal(path)
+        old_seal = break_bad_seal(path)
         stack.pop_all()
-    return CacheWriter(path, head, plan, text_parts, lease)
+    return CacheWriter(path, head, plan, text_parts, lease, old_seal)
 
 
 def commit_shard(

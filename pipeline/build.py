@@ -11,7 +11,7 @@ from contextlib import closing
 from math import ceil
 from pathlib import Path
 
-from cache.layout import load_provenance
+from cache.layout import changed_rows, load_provenance
 from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.store import open_cache
@@ -149,8 +149,10 @@ def _fill(
             prompts = prompt_set(request.prompts).templates
             vocabulary = build_vocabulary(split.categories, prompts, teacher)
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
-        if not writer.sealed:
-            writer.seal()
+        # Always: under the seal of a finished cache a lost shard may have been made again.
+        for note in changed_rows(request.out, writer.old_seal, writer.seal()):
+            say(note)
+            notes.append(note)
     if request.neighbors:
         notes += add_neighbors(request.out)
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
@@ -206,6 +208,10 @@ def _make_shards(
     if standing:
         again = f", {len(missing)} to make" if missing else ""
         say(f"resuming: {standing}/{writer.plan.num_shards} shards verified{again}")
+    num_images = writer.plan.num_images
+    bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
+    # The shard with one too many is committed: without this the same command would seal.
+    _require_few(bad, num_images, request)
     if not missing:
         return 0
 
@@ -214,10 +220,7 @@ def _make_shards(
 
     make: Callable[[ShardJob, int, int], ShardReport | Future[ShardReport]]
     make = make_here if request.executor.in_process else make_shard
-    num_images = writer.plan.num_images
     done = num_images - sum(len(writer.plan.shard_rows(shard)) for shard in missing)
-    bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
-    limit = _max_bad(request, num_images)
     times: list[ShardTimes] = []
     # Closed at once, whatever happens: a cluster of its own must not outlive this. A shard that is
     # being written then is written whole.
@@ -232,17 +235,21 @@ def _make_shards(
             times.append(report.times)
             notes = [busy_note(times)] + ([f"{len(bad)} images set aside"] if bad else [])
             advance(done, ", ".join(notes))
-            if len(bad) > limit:
-                raise DataError(
-                    f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
-                    f"{request.max_bad:g} allows ({limit}): " + "; ".join(list(bad.values())[:20])
-                )
+            _require_few(bad, num_images, request)
     say(busy_note(times))
     return len(missing)
 
 
-def _max_bad(request: CacheRequest, num_images: int) -> int:
-    return max(1, ceil(request.max_bad * num_images)) if request.max_bad else 0
+def _require_few(bad: Mapping[int, str], num_images: int, request: CacheRequest) -> None:
+    """Returns if no more images are set aside than the request allows, else raises DataError."""
+    limit = max(1, ceil(request.max_bad * num_images)) if request.max_bad else 0
+    if len(bad) > limit:
+        raise DataError(
+            f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
+            f"{request.max_bad:g} allows ({limit}): {'; '.join(list(bad.values())[:20])}; next: a "
+            "higher --max-bad goes on without them, or fetch them again and make the cache anew "
+            "(another --out): this one belongs to the files as they are"
+        )
 
 
 def _quarantined(path: Path, shards: Iterable[int]) -> dict[int, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
+from cache.layout import changed_rows
 from cache.plan import make_plan
 from cache.rows import ImageRows
 from cache.spec import SCHEMA
@@ -154,8 +155,8 @@ def import_cache(
                 advance(done, "")
         if not writer.text_is_current():
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
-        if not writer.sealed:
-            writer.seal()
+        for note in changed_rows(request.out, writer.old_seal, writer.seal()):
+            say(note)
     info = open_cache(request.out).info
     return ImportSummary(
         request.out, info.num_images, source.num_absent, info.num_regions, info.merkle_root

@@ -9,7 +9,7 @@ from cache.exported import is_export
 from cache.layout import PLAN_FILE, load_plan
 from cache.location import CachePath
 from cache.neighbor_lists import load_parameters
-from cache.spec import CorruptCacheError
+from cache.spec import CorruptCacheError, UnsealedCacheError
 from cache.store import CacheInfo, open_cache
 from cache.verify import VerifyReport, verify_cache
 from dkdetr.data.splits import load_split
@@ -81,6 +81,7 @@ class CacheDescription:
         """Returns the description as plain data."""
         return {
             **vars(self.info),
+            "bytes_on_disk": self.info.bytes_on_disk,
             "names": dict(self.names),
             "quarantined": {str(number): why for number, why in self.quarantined.items()},
             "neighbors": self.neighbors,
@@ -137,9 +138,12 @@ class CheckedCache:
         return {**report, "no_recall": self.no_recall}
 
     def raise_problems(self) -> None:
-        """Raises CorruptCacheError if there is any problem."""
+        """Raises CorruptCacheError if there is any problem.
+
+        UnsealedCacheError if it is none but that the cache was not finished.
+        """
         if self.report.problems:
-            raise CorruptCacheError(
+            raise (UnsealedCacheError if self.report.unfinished else CorruptCacheError)(
                 f"{self.report.path} has {len(self.report.problems)} problem(s), listed above; "
                 f"next: {self.next_command}"
             )

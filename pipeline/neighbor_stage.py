@@ -54,7 +54,7 @@ def add_neighbors(path: Path) -> tuple[str, ...]:
     """
     try:
         ensure_neighbors(path, recorded_settings(path))
-    except CacheError as error:
+    except (CacheError, OSError) as error:
         return (
             f"no neighbour lists: {error}; the cache is whole without them; "
             f"dkdetr cache neighbors {path}",
@@ -79,7 +79,8 @@ def ensure_neighbors(
 
     Raises:
         CacheError: the cache is unsealed or damaged, or faiss is not installed.
-        PreemptedError: SIGTERM came; the older lists stand.
+        OSError: a file cannot be read or written.
+        PreemptedError: SIGTERM came; the older lists stand, or whole new ones.
     """
     if not rebuild and (there := _current(path, settings)) is not None:
         return NeighborsBuilt(path, False, there)
@@ -110,20 +111,24 @@ def _build_apart(path: Path, settings: NeighborSettings) -> None:
     arguments = (path.resolve(), settings, os.getpid(), sender)
     child = context.Process(target=_build_and_answer, args=arguments, daemon=True)
     with stop_on_sigterm() as stop:
+        error = None
         child.start()
         sender.close()
         try:
-            while not receiver.poll(0.1):
-                if stop.is_set:
-                    raise PreemptedError(
-                        f"stopped by SIGTERM while the neighbour lists of {path} were being built; "
-                        "what was there before stands, and the same command builds them"
-                    )
-            error = _answer(receiver)
-            child.join()
+            while not (stop.is_set or receiver.poll(0.1)):
+                pass
+            if not stop.is_set:
+                error = _answer(receiver)
+                child.join()
         finally:
             child.terminate()  # does nothing to one that has ended
             child.join()
+    # Of a signal to the whole group the child may have died first, and this one be told later.
+    if stop.is_set or child.exitcode == -signal.SIGTERM:
+        raise PreemptedError(
+            f"stopped by SIGTERM while the neighbour lists of {path} were being built; "
+            "what was there before stands, and the same command builds them"
+        )
     if error is not None:
         raise error
     if child.exitcode:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cache.neighbor_lists import load_parameters
 from cache.neighbors import NeighborSettings
 from cache.rows import ImageRows
 from cache.spec import CacheError, StaleCacheError
@@ -190,8 +191,11 @@ def neighbors_command(
         path: a sealed cache.
         image: the image to show; None: build the lists.
         box: the region of the image to show; None: all.
-        settings: see NeighborSettings.
+        settings: those of NeighborSettings that are named; the others have their defaults.
         rebuild: build even if whole lists of these settings are there.
+
+    Raises:
+        UsageError: lists are to be shown, and those that are there are of other settings.
     """
     if image is None and box is not None:
         raise UsageError("--box is a region of an image: give --image too")
@@ -199,5 +203,24 @@ def neighbors_command(
         built = ensure_neighbors(path, NeighborSettings(**settings), rebuild=rebuild)
         if image is None:
             return built
+    else:
+        _refuse_other_lists(path, settings)
     views = RegionViews(path)
     return views.objects(image) if box is None else views.neighbors(image, box)
+
+
+def _refuse_other_lists(path: Path, settings: Mapping[str, Any]) -> None:
+    """Returns if the lists that are there are as asked for; showing builds none by itself."""
+    there = load_parameters(path)
+    if there is None:
+        return  # the views say so
+    other = [
+        "--" + {"k": "neighbors"}.get(name, name.replace("_", "-"))
+        for name, value in settings.items()
+        if there.get(name) != value
+    ]
+    if other:
+        raise UsageError(
+            f"--image shows the neighbour lists that {path} has, which were not made with "
+            f"{', '.join(other)} as given here: add --rebuild to build them anew, or leave it out"
+        )

@@ -23,7 +23,7 @@ class RepairSummary:
     repaired: tuple[str, ...]
     merkle_root: str
     same_bytes: bool
-    """False only if the old root was lost with the seal, so that nothing could be compared."""
+    """False only if there was no seal, or none that can be read, so nothing could be compared."""
 
     def lines(self) -> list[str]:
         """Returns the repair as a person reads it."""
@@ -32,7 +32,7 @@ class RepairSummary:
         ending = (
             "the same bytes as before"
             if self.same_bytes
-            else "sealed anew (the old seal was lost, so nothing could be compared)"
+            else "sealed (there was no seal to compare it with)"
         )
         return [*(f"repaired  {name}" for name in self.repaired), f"{self.path}: {ending}"]
 
@@ -62,7 +62,8 @@ def repair_cache(
 
     Raises:
         StaleCacheError: the pictures, the teacher or the proposals are not what they were.
-        CorruptCacheError: other bytes came out than were sealed, or the provenance is damaged.
+        CorruptCacheError: other bytes came out than were sealed; or the provenance is lost, and
+            what else is damaged was taken out for the cache's own command to make.
         CacheError, DkdetrError: as `cache_teacher`.
     """
     damage = find_damage(path, shards=shards or None)
@@ -99,9 +100,12 @@ def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:
     try:
         provenance = load_provenance(path)
     except (FileNotFoundError, CorruptCacheError):
+        # Nobody can open it as it is, so nothing is lost by this.
+        uncommit(damage)
         raise CorruptCacheError(
-            f"{path / PROVENANCE_FILE} is lost, and with it how the cache was made; next: run its "
-            f"own cache-teacher command again after deleting the files of {damage.lines()}"
+            f"{path / PROVENANCE_FILE} is lost or damaged, and with it how the cache was made; "
+            "next: run its own cache-teacher (or cache import) command again, which writes it and "
+            f"makes what is damaged: {', '.join(damage.lines())}"
         ) from None
     record = provenance.get("request")
     if "imported" in provenance:

@@ -19,6 +19,7 @@ from dkdetr.errors import UsageError
 from pipeline import repair
 from pipeline.build import cache_teacher
 from pipeline.crops import CropRule
+from pipeline.inspect import describe_cache
 from pipeline.neighbor_stage import add_neighbors, ensure_neighbors, recorded_settings
 from pipeline.repair import repair_cache
 from pipeline.request import recorded_request
@@ -80,11 +81,40 @@ def test_the_command_line_repairs_one_shard_and_tells(cache):
     assert committed_bytes(cache) == before
     result = runner.invoke(app, ["cache", "info", str(cache)])
     assert "1 - cosine = " in result.output
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    assert describe_cache(cache).as_json()["bytes_on_disk"] == size
     export = cache.with_name("export")
     assert runner.invoke(app, ["cache", "export", str(cache), str(export)]).exit_code == 0
     result = runner.invoke(app, ["cache", "diff", f"file://{cache}", str(export)])
     assert "same Merkle root" in result.output
     assert runner.invoke(app, ["cache", "verify", str(export)]).exit_code == 0
+
+
+def test_what_was_never_sealed_is_finished_by_repair(cache):
+    before = committed_bytes(cache)
+    for name in ("COMPLETE.json", "manifest/000002.json", "text/manifest.json"):
+        (cache / name).unlink()
+    result = CliRunner().invoke(app, ["cache", "verify", str(cache)])
+    assert result.exit_code == 4, result.output
+    assert f"next: dkdetr cache repair {cache}" in result.output.replace("\n", "")
+    summary = repair_cache(cache)
+    assert summary.repaired == ("shard 000002", "COMPLETE.json", "text/manifest.json")
+    assert "no seal to compare" in summary.lines()[-1]
+    assert committed_bytes(cache) == before
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_a_lost_provenance_is_brought_back_by_the_cache_s_own_command(cache, request_, harm):
+    before = committed_bytes(cache)
+    file = cache / "provenance.json"
+    _flip(file) if harm == "flip" else file.unlink()
+    _flip(cache / "plan.json")
+    (cache / "manifest/000001.json").unlink()
+    with pytest.raises(CorruptCacheError, match=r"own cache-teacher.*shard 000001, plan\.json"):
+        repair_cache(cache)
+    assert cache_teacher(replace(request_, storage="int8")).num_made == 1
+    assert committed_bytes(cache) == before
+    assert repair_cache(cache).repaired == ()
 
 
 def test_damaged_lists_alone_are_built_again_as_they_were(cache, monkeypatch):

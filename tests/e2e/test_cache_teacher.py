@@ -4,12 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cache.rows import ImageRows
 from cache.spec import DiskFullError, StaleCacheError
 from cache.store import open_cache
 from dkdetr.data.image_files import read_image
@@ -129,6 +131,26 @@ def test_a_shard_that_cannot_be_written_ends_the_command_and_loses_no_other(
     assert resumed.merkle_root == whole.merkle_root
 
 
+def test_a_shard_made_again_to_other_bytes_is_sealed_and_told(
+    request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = cache_teacher(request_).merkle_root
+    (request_.out / "data.zarr/objectness/c/1/0").unlink()
+    write = shard_worker.commit_shard
+
+    def otherwise(path: Path, shard: int, rows: list[ImageRows], **more: Any) -> object:
+        changed = [replace(each, objectness=each.objectness / 2) for each in rows]
+        return write(path, shard, changed, **more)
+
+    monkeypatch.setattr(shard_worker, "commit_shard", otherwise)
+    said: list[str] = []
+    summary = cache_teacher(request_, said.append)
+    assert (summary.num_made, summary.merkle_root != old) == (1, True)
+    assert open_cache(request_.out).rows(20).num_regions == 3
+    assert f"was {old} and is {summary.merkle_root}" in "".join(summary.notes)
+    assert summary.notes[-1] in said
+
+
 def test_the_fused_encoder_and_the_device_s_decoder_are_recorded_and_near(
     request_: CacheRequest, tmp_path: Path
 ) -> None:
@@ -214,9 +236,16 @@ def test_a_truncated_picture_is_set_aside_and_named(request_: CacheRequest, worl
         assert str(world) not in summary.quarantined[20]
         assert open_cache(request_.out).rows(20).num_regions == 0
         paths[1].write_bytes(b"")
-        with pytest.raises(DataError, match=r"020\.png.*033\.png") as caught:
-            cache_teacher(replace(request_, out=request_.out.with_name("other")))
-        assert caught.value.exit_code == 3
+        other = replace(request_, out=request_.out.with_name("other"))
+        for _ in range(2):  # all shards are committed by now, and yet it does not seal
+            with pytest.raises(DataError, match=r"020\.png.*033\.png.*higher --max-bad") as caught:
+                cache_teacher(other)
+            assert caught.value.exit_code == 3
+        paths[1].write_bytes(before[1])
+        with pytest.raises(StaleCacheError, match=r"images\.content"):  # fetched again
+            cache_teacher(other)
+        paths[1].write_bytes(b"")
+        assert list(cache_teacher(replace(other, max_bad=0.05)).quarantined) == [20, 33]
     finally:
         for path, data in zip(paths, before, strict=True):
             path.write_bytes(data)

@@ -7,6 +7,7 @@ from cache.diff import diff_caches
 from cache.neighbors import NeighborSettings, build_neighbors
 from cache.spec import CacheError, CorruptCacheError
 from cache.store import open_cache
+from cache.verify import verify_cache
 from tests.cache_samples import (
     QUARANTINED,
     committed_bytes,
@@ -28,6 +29,7 @@ _EACH = [
     "text/manifest.json",
     "text/embeddings.npy",
     "COMPLETE.json",
+    "provenance.json",
 ]
 
 
@@ -50,7 +52,7 @@ def test_what_is_damaged_is_found_and_made_again_to_the_same_bytes(cache, name, 
         half = len(data) // 2
         file.write_bytes(data[:half] + (flipped + data[half + 1 :] if harm == "flip" else b""))
     damage = find_damage(cache)
-    assert damage.any or harm == "delete"  # a lost seal is no damage, but an unfinished cache
+    assert damage.any
     expected = {1} if "/1" in name or "000001" in name else {2} if "/2/" in name else set()
     assert set(damage.shards) == expected
     uncommit(damage)
@@ -58,6 +60,31 @@ def test_what_is_damaged_is_found_and_made_again_to_the_same_bytes(cache, name, 
     finish_repair(damage, seal.merkle_root)
     assert committed_bytes(cache) == before
     assert not find_damage(cache).any
+
+
+def test_what_a_kill_left_unmade_is_damage_as_verify_says(cache):
+    before = committed_bytes(cache)
+    (cache / "COMPLETE.json").unlink()
+    report = verify_cache(cache)
+    assert (report.unfinished, report.good) == (True, False)
+    assert find_damage(cache).lines() == ["COMPLETE.json"]
+    (cache / "text/manifest.json").unlink()
+    assert find_damage(cache).lines() == ["COMPLETE.json", "text/manifest.json"]
+    (cache / "manifest/000001.json").unlink()
+    report = verify_cache(cache)
+    assert report.unfinished
+    assert len(report.problems) == 2
+    damage = find_damage(cache)
+    assert damage.lines() == ["shard 000001", "COMPLETE.json", "text/manifest.json"]
+    uncommit(damage)
+    finish_repair(damage, write_sample_cache(cache).merkle_root)
+    assert committed_bytes(cache) == before
+    (cache / "manifest/000001.json").unlink()
+    assert not verify_cache(cache).unfinished  # it was sealed: this is a loss
+    (cache / "COMPLETE.json").unlink()
+    file = cache / "data.zarr/objectness/c/0/0"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not verify_cache(cache).unfinished
 
 
 def test_a_repair_of_one_shard_looks_at_no_other(cache):

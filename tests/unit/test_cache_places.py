@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from cache import resident
+from cache import export, resident
 from cache.export import export_cache
 from cache.location import RemotePath, cache_path, local_folder, member
 from cache.neighbors import NeighborSettings, build_neighbors
@@ -99,6 +99,60 @@ def test_exporting_again_does_nothing_and_mends_what_was_harmed(sealed, exported
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert export_cache(open_cache(sealed), out)
     assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["text/embeddings.npy", "plan.json", "provenance.json", "manifest/000000.json",
+     "neighbors/sims.npy", "neighbors/manifest.json", "COMPLETE.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_a_harmed_copy_is_copied_again_and_nothing_is_mapped_anew(
+    sealed, exported, tmp_path, monkeypatch, name, harm
+):
+    out = tmp_path / "e"
+    shutil.copytree(exported, out)
+    file = out / name
+    good = file.read_bytes()
+    file.unlink() if harm == "delete" else file.write_bytes(good[:-3] + b"?" + good[-2:])
+    monkeypatch.setattr("cache.export.write_flat", None)
+    assert export_cache(open_cache(sealed), out)
+    assert file.read_bytes() == good
+    assert verify_cache(out).good
+    assert not export_cache(open_cache(sealed), out)
+
+
+def test_lists_that_came_later_or_went_are_exported_too(sealed, exported, tmp_path, monkeypatch):
+    cache, out = tmp_path / "c", tmp_path / "e"
+    shutil.copytree(sealed, cache)
+    shutil.copytree(exported, out)
+    monkeypatch.setattr("cache.export.write_flat", None)
+    build_neighbors(cache, NeighborSettings(per_image=2, k=2))
+    write = export._write_record
+
+    def stop_before_the_end(out, record, *, finished):
+        if finished:
+            raise KeyboardInterrupt
+        write(out, record, finished=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_write_record", stop_before_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            export_cache(open_cache(cache), out)
+    with pytest.raises(UnsealedCacheError, match="not finished"):
+        open_cache(out)
+    assert export_cache(open_cache(cache), out)
+    assert open_cache(out).neighbors().indices.shape[1] == 2
+    shutil.rmtree(cache / "neighbors")
+    assert export_cache(open_cache(cache), out)
+    assert open_cache(out).neighbors() is None
+    assert not export_cache(open_cache(cache), out)
+    build_neighbors(cache, NeighborSettings(per_image=3, k=3))
+    file = cache / "neighbors/sims.npy"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(CorruptCacheError, match="cache neighbors"):
+        export_cache(open_cache(cache), out)
+    assert open_cache(out).neighbors() is None  # the export stands as it was
 
 
 def test_an_export_is_refused_where_it_cannot_be_meant(sealed, exported, tmp_path):
@@ -219,6 +273,24 @@ def test_a_cache_is_read_from_a_url(sealed, url):
     image_id = int(ours.image_ids[0])
     copy = _sent(ours)
     np.testing.assert_array_equal(copy.rows(image_id).boxes_xyxy, ours.rows(image_id).boxes_xyxy)
+
+
+def test_a_cache_opens_beside_a_writer_and_walks_no_folder(sealed, monkeypatch):
+    def vanished(_):
+        raise FileNotFoundError(2, "No such file or directory", "x.partial")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cache.store.total_size", vanished)
+        reader = open_cache(sealed)
+    total = reader.info.bytes_on_disk
+    walk = os.walk
+
+    def renamed_meanwhile(path):
+        for folder, folders, names in walk(path):
+            yield folder, folders, [*names, "COMPLETE.json.ab12.partial"]
+
+    monkeypatch.setattr(os, "walk", renamed_meanwhile)
+    assert reader.info.bytes_on_disk == total
 
 
 def test_a_fault_behind_a_url_is_found_and_named(url):

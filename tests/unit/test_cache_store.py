@@ -1,11 +1,13 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import zarr
 
 from cache.arrays import array_specs
+from cache.layout import changed_rows
 from cache.rows import NORM_TOLERANCE
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, UnsealedCacheError
 from cache.store import open_cache
@@ -138,6 +140,41 @@ def test_a_finished_cache_is_returned_finished(tmp_path):
         writer.commit_shard(0, rows, quarantined=quarantined)
     assert committed_bytes(tmp_path / "c") == before
     assert open_cache(tmp_path / "c").info.provenance == {"host": "h"}
+
+
+def test_a_lost_shard_made_again_to_other_bytes_is_sealed_again(tmp_path):
+    path, plan = tmp_path / "c", sample_plan()
+    old = write_sample_cache(path, plan)
+    (path / "data.zarr/objectness/c/1/0").unlink()
+
+    def otherwise(image_id, plan):
+        rows = sample_rows(image_id, plan)
+        return replace(rows, objectness=rows.objectness / 2)
+
+    with create_or_resume(path, parts=parts(), plan=plan, provenance={}) as writer:
+        assert writer.missing_shards() == [1]
+        rows, quarantined = shard_rows(plan, 1, otherwise)
+        writer.commit_shard(1, rows, quarantined=quarantined)
+        seal = writer.seal()
+        (line,) = changed_rows(path, writer.old_seal, seal)
+    assert f"was {old.merkle_root} and is {seal.merkle_root}" in line
+    reader = open_cache(path)
+    image_id = plan.shard_image_ids(1)[0]
+    np.testing.assert_array_equal(
+        reader.rows(image_id).objectness, otherwise(image_id, plan).objectness
+    )
+    assert verify_cache(path).good
+
+
+def test_sealing_a_sealed_cache_changes_nothing(tmp_path):
+    old = write_sample_cache(tmp_path / "c")
+    before = committed_bytes(tmp_path / "c")
+    with create_or_resume(
+        tmp_path / "c", parts=parts(), plan=sample_plan(), provenance={}
+    ) as writer:
+        seal = writer.seal()
+        assert (seal, changed_rows(tmp_path, writer.old_seal, seal)) == (old, ())
+    assert committed_bytes(tmp_path / "c") == before
 
 
 def test_other_prompts_touch_the_text_alone(tmp_path):

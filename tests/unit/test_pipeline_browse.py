@@ -17,7 +17,7 @@ from cache.neighbor_lists import load_parameters
 from cache.neighbors import NeighborSettings
 from cache.spec import CacheError, StaleCacheError
 from cache.store import open_cache
-from dkdetr.errors import DataError, UsageError
+from dkdetr.errors import DataError, PreemptedError, UsageError
 from pipeline.browse import browse_cache
 from pipeline.neighbor_stage import add_neighbors, ensure_neighbors
 from pipeline.region_views import RegionViews, neighbors_command
@@ -65,6 +65,15 @@ def test_impossible_questions_are_answered_in_a_line(path, tmp_path):
         views.objects(77)
     with pytest.raises(UsageError, match="--image too"):
         neighbors_command(path, None, 3, {}, rebuild=False)
+    others = {
+        "--neighbors": {"k": 32},
+        "--per-image": {"per_image": 9, "k": 5},
+        "--exact-below": {"exact_below": 7},
+        "--device": {"device": "cpu"},
+    }
+    for word, other in others.items():
+        with pytest.raises(UsageError, match=f"not made with {word} as given here: add --rebuild"):
+            neighbors_command(path, 4, 1, other, rebuild=False)
     bare = write_colored_cache(tmp_path / "bare", num_images=3)
     with pytest.raises(StaleCacheError, match="no neighbour lists; next: dkdetr cache neighbors"):
         RegionViews(bare)
@@ -90,13 +99,38 @@ def test_lists_are_built_once_and_again_when_settings_change(path, tmp_path):
 
 def test_a_build_that_fails_is_a_note_and_an_exit_code(tmp_path, monkeypatch):
     bare = write_colored_cache(tmp_path / "bare", num_images=3)
-    (tmp_path / "shadow").mkdir()
-    (tmp_path / "shadow" / "faiss.py").write_text("raise ModuleNotFoundError('faiss')\n")
-    monkeypatch.syspath_prepend(tmp_path / "shadow")  # a spawned process takes the path over
+    _shadow_faiss(tmp_path, monkeypatch, "raise ModuleNotFoundError('faiss')")
     (note,) = add_neighbors(bare)
     assert "faiss, which is not installed" in note
     with pytest.raises(CacheError, match="pip install"):
         ensure_neighbors(bare, NeighborSettings())
+
+
+def test_a_file_that_cannot_be_written_is_a_note_too(tmp_path, monkeypatch):
+    bare = write_colored_cache(tmp_path / "bare", num_images=3)
+    _shadow_faiss(tmp_path, monkeypatch, "raise OSError(5, 'Input/output error')")
+    (note,) = add_neighbors(bare)
+    assert "Input/output error" in note
+    assert "whole without them" in note
+    with pytest.raises(OSError, match="Input/output error"):
+        ensure_neighbors(bare, NeighborSettings())
+
+
+@pytest.mark.parametrize("told", ["both", "builder"])
+def test_sigterm_of_the_whole_group_is_no_note(tmp_path, monkeypatch, told):
+    """The builder dies of it at once, before this process has looked at its flag."""
+    bare = write_colored_cache(tmp_path / "bare", num_images=3)
+    kill = "import os, signal; os.kill({}, signal.SIGTERM)\n"
+    to_both = kill.format("os.getppid()") if told == "both" else ""
+    _shadow_faiss(tmp_path, monkeypatch, to_both + kill.format("os.getpid()"))
+    with pytest.raises(PreemptedError, match="the same command builds them"):
+        add_neighbors(bare)
+
+
+def _shadow_faiss(tmp_path, monkeypatch, code):
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "faiss.py").write_text(f"{code}\n")
+    monkeypatch.syspath_prepend(tmp_path / "shadow")  # a spawned process takes the path over
 
 
 class _Page(HTMLParser):
@@ -195,6 +229,10 @@ def test_the_commands(path, tmp_path):
     lines = call_well(*words, "--image", "4", cwd=tmp_path).splitlines()
     assert len(lines) == 4
     assert KINDS[kind_of(4, 0)] in lines[1]
+    call_well("cache", "neighbors", str(path), "--image", "4", cwd=tmp_path)
+    other = call(*words[:-1], "16", "--image", "4", cwd=tmp_path)  # the default, and yet other
+    assert other.returncode == 2
+    assert "--neighbors as given here" in other.stderr
     wrong = call(*words, "--image", "4", "--box", "3", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "takes no part" in wrong.stderr

@@ -886,10 +886,13 @@ def predict_command(
 ) -> None:
     """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
     from dkdetr.inference.picture_sources import find_sources, open_pictures
-    from dkdetr.inference.prediction_files import predict_to_folder
+    from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
     from pipeline.open_vocabulary import load_detector
 
     sources = find_sources(pictures)
+    _require_another_answer(json_out, sources)
+    if draw:  # predictions.json and .csv are no picture's name
+        require_sources_apart(sources, out)
     detector, looked_for = load_detector(
         model,
         words,
@@ -913,6 +916,16 @@ def predict_command(
     )
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
+
+
+def _require_another_answer(json_out: str | None, sources: Sequence[Path]) -> None:
+    """Raises UsageError where --json names a picture that is read."""
+    from dkdetr.errors import UsageError
+
+    if json_out is None or Path(json_out).resolve() not in {path.resolve() for path in sources}:
+        return
+    _answered.append(json_out)  # the error is not to be written there either
+    raise UsageError(f"--json {json_out} would replace a picture: give another file")
 
 
 def _precision(word: str | None) -> Any:

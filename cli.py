@@ -805,9 +805,20 @@ def eval_command(
     """
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
+    official = evaluator if evaluator != "fast" else None
+    of_runs: dict[str, Any] = {
+        "--vocab": vocab, "--clean-names": clean_names, "--compile": compiled,
+    }  # fmt: skip
     if agreement is not None:
-        _measure_agreement(run, agreement, data_root, device, json_out)
+        others = {"--predictions": predictions, "--split": split, "--evaluator": official}
+        _refuse_beside("--agreement", of_runs | others)
+        _measure_agreement(
+            run, agreement, data_root, device, json_out, averaged=ema, precision=precision
+        )
         return
+    if predictions is not None:
+        others = {"RUN": run, "--ema": ema, "--precision": precision}
+        _refuse_beside("--predictions", others | of_runs)
     request = EvalRequest(
         run,
         split,
@@ -832,8 +843,23 @@ def eval_command(
     _report(scored.as_json(), json_out)
 
 
+def _refuse_beside(option: str, others: dict[str, Any]) -> None:
+    """Raises UsageError that names what was given and would have no effect beside an option."""
+    from dkdetr.errors import UsageError
+
+    if given := [name for name, value in others.items() if value]:
+        raise UsageError(f"{option} has no use for {', '.join(given)}: leave it out")
+
+
 def _measure_agreement(
-    run: Path | None, cache: str, data_root: Path, device: str, json_out: str | None
+    run: Path | None,
+    cache: str,
+    data_root: Path,
+    device: str,
+    json_out: str | None,
+    *,
+    averaged: bool,
+    precision: str | None,
 ) -> None:
     from cache.location import cache_path
     from dkdetr.engine.run_agreement import measure_run_agreement
@@ -841,7 +867,14 @@ def _measure_agreement(
 
     if run is None:
         raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
-    measured = measure_run_agreement(run, cache_path(cache), data_root, device)
+    measured = measure_run_agreement(
+        run,
+        cache_path(cache),
+        data_root,
+        device,
+        averaged=averaged,
+        precision=_precision(precision),
+    )
     _tell([line for each in measured for line in each.lines()], json_out)
     _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
@@ -977,7 +1010,7 @@ def ablate_command(
         from cache.location import cache_path
         from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
-        chosen = tuple(name for name in (rows or "").split(",") if name)
+        chosen = tuple(name.strip() for name in (rows or "").split(",") if name.strip())
         request = AblateRequest(
             cache=cache_path(cache),
             table=table,

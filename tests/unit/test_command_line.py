@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import cli
+from dkdetr.errors import UsageError
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -82,3 +83,18 @@ def test_making_the_embedded_data_set_answers_too(tmp_path, monkeypatch):
     done = run("data", "prepare", "pictograms", "--data-root", str(tmp_path), "--json", "-")
     assert done.exit_code == 0
     assert json.loads(done.stdout) == {"folder": str(tmp_path / "pictograms")}
+
+
+def test_rows_of_a_table_may_stand_apart(monkeypatch):
+    from dkdetr.engine import ablate
+
+    asked = []
+
+    def price(request):
+        asked.append(request.rows)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(ablate, "price_ablation", price)
+    words = ("ablate", "--cache", "c", "--table", "5", "--dry-run", "--rows", "skd, rkd ,")
+    assert run(*words).exit_code == 2
+    assert asked == [("skd", "rkd")]

@@ -685,7 +685,8 @@ def train_command(
         Path | None, typer.Option("--from", help="Begin with this burn-in: a run or checkpoint")
     ] = None,
     until: Annotated[
-        int | None, typer.Option(help="End before this epoch, saved: makes a burn-in to share")
+        int | None,
+        typer.Option(min=1, help="End before this epoch, saved: makes a burn-in to share"),
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="8 images through every phase")] = False,
     deterministic: Annotated[

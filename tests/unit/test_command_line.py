@@ -98,3 +98,9 @@ def test_rows_of_a_table_may_stand_apart(monkeypatch):
     words = ("ablate", "--cache", "c", "--table", "5", "--dry-run", "--rows", "skd, rkd ,")
     assert run(*words).exit_code == 2
     assert asked == [("skd", "rkd")]
+
+
+def test_an_epoch_to_end_before_is_one_or_more():
+    done = run("train", "--cache", "c", "--until", "0")
+    assert done.exit_code == 2
+    assert "--until" in done.stderr

@@ -1062,8 +1062,12 @@ def export_command(
         Path | None, typer.Option(help="Default: the run's name, .safetensors, .onnx or .pt")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="safetensors, onnx or torchscript")
-    ] = "safetensors",
+        str | None,
+        typer.Option(
+            "--format",
+            help="safetensors, onnx or torchscript; default: by --out's name, else the first",
+        ),
+    ] = None,
     bake: Annotated[
         bool,
         typer.Option("--bake", help="Graphs: fix the run's own names, which are else an input"),
@@ -1080,26 +1084,44 @@ def export_command(
     A graph takes pixels, a padding mask and text embeddings, any number of each, and gives scores
     and boxes; the largest difference to PyTorch is printed.
     """
+    from dkdetr.engine.run_folder import RunFolder
     from dkdetr.engine.subject import load_subject
     from dkdetr.inference.export import export_student
 
-    _one_of("--format", form, tuple(_EXPORT_SUFFIXES))
+    form = _export_format(form, out)
     subject = load_subject(run, averaged=ema)
     name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
     path = out or Path(name)
     if form != "safetensors" or bake or vocab:
         _export_graph(path, form, subject, vocab, json_out, bake=bake)
         return
+    averaged = ema or bool(subject.provenance.get("averaged"))  # of a file: as it says
     written = export_student(
         path,
         subject.student,
         subject.config,
         subject.vocabulary,
-        {**subject.provenance, "train_split": subject.train_split, "averaged": ema},
-        scores=subject.folder / "eval",
+        {**subject.provenance, "train_split": subject.train_split, "averaged": averaged},
+        scores=RunFolder(subject.folder).evaluations(averaged=ema),
     )
     _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
     _report(vars(written), json_out)
+
+
+def _export_format(form: str | None, out: Path | None) -> str:
+    """Returns the format that --format or the file's name says; both must say the same."""
+    from dkdetr.errors import UsageError
+
+    if form is not None:
+        _one_of("--format", form, tuple(_EXPORT_SUFFIXES))
+    if out is None:
+        return form or "safetensors"
+    named = next((each for each, end in _EXPORT_SUFFIXES.items() if end == out.suffix), None)
+    if named is None or form not in (None, named):
+        wanted = {form: _EXPORT_SUFFIXES[form]} if form else _EXPORT_SUFFIXES
+        ends = ", ".join(f"{end} ({each})" for each, end in wanted.items())
+        raise UsageError(f"'{out}': the file's name ends in {ends}")
+    return named
 
 
 def _export_graph(

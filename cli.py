@@ -377,7 +377,12 @@ def _server(
 @_command(app, "cache-teacher")
 def cache_teacher_command(
     split: Annotated[str, typer.Option(help="lvis_train, ovcoco_train, ovcoco:DIR:JSON, ...")],
-    out: Annotated[Path | None, typer.Option(help="Default: cache/ + the split's name")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Default: cache/ + the split's name without _train; a folder of your own has none"
+        ),
+    ] = None,
     teacher: Annotated[
         str, typer.Option(help="MODEL:PRETRAINED, MODEL:/path, MODEL:random or pictograms")
     ] = "ViT-B-32-quickgelu:openai",
@@ -418,7 +423,7 @@ def cache_teacher_command(
         ),
     ] = "auto",
     prompts: Annotated[
-        str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
+        str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
     ] = "vild63",
     workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Join a Dask scheduler: HOST:PORT")] = None,
@@ -448,8 +453,9 @@ def cache_teacher_command(
     from pipeline.build import run_stage_one
     from pipeline.calibrate import price_cache
     from pipeline.crops import parse_crop_rule
-    from pipeline.request import CacheRequest, default_out, executor_of
+    from pipeline.request import CacheRequest, default_out, executor_of, prompts_of
 
+    prompts, templates = prompts_of(prompts)
     request = CacheRequest(
         split=split,
         out=out or default_out(split),
@@ -462,6 +468,7 @@ def cache_teacher_command(
         encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
         decoder=_one_of("--decoder", decoder, ("auto", "pillow", "torchvision")),
         prompts=prompts,
+        templates=templates,
         executor=executor_of(workers, scheduler),
         device=device,
         experiment=experiment,
@@ -594,7 +601,7 @@ def cache_import(
     ] = None,
     image_source: Annotated[Path | None, typer.Option(help="OADP's `globals`")] = None,
     background: Annotated[
-        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+        str | None, typer.Option(help="Which row is the background: first or last")
     ] = None,
     gt: Annotated[bool, typer.Option(help="Take ground-truth embeddings over")] = True,
     teacher: Annotated[
@@ -639,7 +646,7 @@ def cache_neighbors(
     per_image: Annotated[int, typer.Option(help="Best regions of an image that take part")] = 50,
     k: Annotated[int, typer.Option("--neighbors", help="Neighbours listed of each region")] = 16,
     exact_below: Annotated[
-        int, typer.Option(help="From so many regions on an inverted file is searched")
+        int, typer.Option(help="Use an approximate index from this many regions on")
     ] = 1_000_000,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu (needs faiss-gpu)")] = "auto",
     json_out: Json = None,
@@ -1265,15 +1272,18 @@ def vocab_import(
     bank: Annotated[Path, typer.Argument(help="Another project's text bank: .npy, .pt or .pth")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
     names: Annotated[
-        str, typer.Option(help="Of its rows, in their order: a file, or a list as for build")
+        str,
+        typer.Option(help="Names of the bank's rows, in order: a file, or a list as for build"),
     ],
     teacher: Annotated[
         str, typer.Option(help="What embedded it, as `vocab show` prints it of your student's")
     ],
     background: Annotated[
-        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+        str | None, typer.Option(help="Which row is the background: first or last")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Numbers a name, of a square bank")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Embedding length, where a bank is square")
+    ] = None,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:

@@ -41,7 +41,7 @@ def cache_parts(
         "teacher": {"name": teacher.identity, **teacher.parts()},
         "storage": {"region_embeddings": request.storage},
         "batch_layout": dict(plan.batch_layout),
-        "text": text_parts(split, request.prompts, teacher),
+        "text": text_parts(split, request.prompts, request.prompt_templates(), teacher),
     }
 
 

@@ -19,8 +19,6 @@ from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, pric
 from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, savings, set_words
 from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
 from dkdetr.engine.ablation_tables import TABLE_NAMES, TableRow, row_overrides, table_of
-from dkdetr.engine.interruption import StopFlag
-from dkdetr.engine.jobs import Job, Jobs, Outcome
 from dkdetr.engine.row_places import RowPlaces
 from dkdetr.errors import MismatchError, PreemptedError, UsageError
 from dkdetr.experiment_file import ConfigError, load_experiment
@@ -151,19 +149,6 @@ def test_a_row_that_fails_is_shown_and_loses_no_other(tmp_path, stand_in, planne
         summary.raise_failures()
     assert caught.value.exit_code == 8
     assert not (tmp_path / "seed0/rkd_image/row.json").exists()
-
-
-def test_a_row_is_not_blamed_on_an_earlier_attempt_s_error(tmp_path):
-    """Its log is appended to; the second command of the second attempt names no error."""
-    log = tmp_path / "log.txt"
-    words = ("print('error [9]: out of memory')", "raise SystemExit(9)"), ("", "exit('no disk')")
-    for (first, second), code, message in zip(
-        words, (9, 1), ("error [9]: out of memory", "no disk"), strict=True
-    ):
-        jobs = Jobs([Job("row", ((first,), (second,)), log)], (sys.executable, "-c"), ({},))
-        jobs.run(StopFlag(), watch=lambda: None, done=lambda *_: None)
-        assert jobs.outcomes["row"] == Outcome(code, message)
-    assert "out of memory" in log.read_text()
 
 
 def test_a_broken_burn_in_fails_its_rows_by_name(tmp_path, stand_in, planned):

@@ -58,7 +58,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "doctor": ("dkdetr doctor",),
     "demo": ("dkdetr demo --serve",),
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
-    "ablate": ("dkdetr ablate --cache cache/lvis --table 5 --seeds 3 --dry-run",),
+    "ablate": (
+        "dkdetr ablate --cache cache/lvis --table 5 --dry-run",
+        "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16",
+    ),
     "report": ("dkdetr report runs/baseline runs/mine",),
     "export": (
         "dkdetr export runs/mine --out student.safetensors",
@@ -265,9 +268,9 @@ def _sentence(error: Exception, code: int) -> str:
     if code == 9:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
-            "compute.micro_batches=K (the same steps in K parts) or "
-            "compute.activation_checkpointing=true; training anew: a smaller data.image_size or "
-            "eval.batch_size"
+            "compute.micro_batches=K (the same steps in K parts), "
+            "compute.activation_checkpointing=true or a smaller student.masks_at_once; eval, "
+            "predict: --batch-size 1; training anew: a smaller data.image_size"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
@@ -802,6 +805,9 @@ def eval_command(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Through torch.compile: slow to start")
     ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at once; default: the run's eval.batch_size")
+    ] = None,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -821,11 +827,20 @@ def eval_command(
         others = {"--predictions": predictions, "--split": split, "--evaluator": official}
         _refuse_beside("--agreement", of_runs | others)
         _measure_agreement(
-            run, agreement, data_root, device, json_out, averaged=ema, precision=precision
+            run,
+            agreement,
+            data_root,
+            device,
+            batch_size,
+            json_out,
+            averaged=ema,
+            precision=precision,
         )
         return
     if predictions is not None:
-        others = {"RUN": run, "--ema": ema, "--precision": precision}
+        others = {
+            "RUN": run, "--ema": ema, "--precision": precision, "--batch-size": batch_size,
+        }  # fmt: skip
         _refuse_beside("--predictions", others | of_runs)
     request = EvalRequest(
         run,
@@ -838,6 +853,7 @@ def eval_command(
         averaged=ema,
         precision=_precision(precision),
         compiled=compiled,
+        batch_size=batch_size,
     )
     if predictions is not None:
         scored = evaluate_predictions(predictions, request)
@@ -864,6 +880,7 @@ def _measure_agreement(
     cache: str,
     data_root: Path,
     device: str,
+    batch_size: int | None,
     json_out: str | None,
     *,
     averaged: bool,
@@ -880,6 +897,7 @@ def _measure_agreement(
         cache_path(cache),
         data_root,
         device,
+        batch_size,
         averaged=averaged,
         precision=_precision(precision),
     )
@@ -1032,7 +1050,8 @@ def ablate_command(
             data_root=data_root,
             device=device,
         )
-        program = (sys.executable, "-c", "from cli import main; main()")
+        # -P: a cli.py of the user's, in the folder at hand, is none of ours.
+        program = (sys.executable, "-P", "-c", "from cli import main; main()")
         summary = price_ablation(request) if dry_run else ablate(request, program)
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
@@ -1373,13 +1392,16 @@ def config_show(
     verbose: Verbose = False,
 ) -> None:
     """Print the resolved settings, and who set each that is not the default."""
+    from dataclasses import asdict
+
     from dkdetr.experiment_file import config_hash, config_to_dict, flatten, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
     table = config_to_dict(resolved.config)
     lines = [
-        f"{key} = {value!r}" + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
-        for key, value in flatten(table).items()
+        f"{key} = {('none' if value is None else value)!r}"
+        + (f"    # {resolved.origins[key]}" if key in resolved.origins else "")
+        for key, value in flatten(asdict(resolved.config)).items()
     ]
     _tell([*lines, f"# hash {config_hash(resolved.config)}"], json_out)
     _report({"config": table, "origins": dict(resolved.origins)}, json_out)
@@ -1392,10 +1414,17 @@ def config_check(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Read an experiment as train does, every key, type and range; exit 2 names what is wrong."""
+    """Read an experiment as train and ablate do, every key, type, range and [ablate.ROW] table.
+
+    Exit 2 names what is wrong.
+    """
     from dkdetr.experiment_file import config_hash, load_experiment
 
     resolved = load_experiment(experiment, overrides or ())
+    if resolved.rows:
+        from dkdetr.engine.ablation_plan import check_row_tables
+
+        check_row_tables(resolved, experiment, overrides or ())
     told = {"name": resolved.config.name, "hash": config_hash(resolved.config)}
     set_here = len(resolved.origins)
     _tell([f"ok: {told['name']}, {set_here} settings given, hash {told['hash']}"], json_out)

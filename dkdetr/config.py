@@ -48,7 +48,7 @@ class StudentConfig:
 
     __pydantic_config__ = _STRICT
     weights: str | None = None
-    """A student file to start from (`dkdetr convert`, `dkdetr export`); absent = a fresh start."""
+    """A student file to start from (`dkdetr convert`, `dkdetr export`); "none" = a fresh start."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     neck_bias: bool = False
     """Biases of the neck's convolutions: the original Deformable DETR has them, DK-DETR none."""
@@ -86,7 +86,7 @@ class ClassifierConfig:
     __pydantic_config__ = _STRICT
     temperature: float = 0.05
     bias_init: float | None = None
-    """Start of a learnable logit bias; absent = no bias, the paper."""
+    """Start of a learnable logit bias; "none" = no bias, the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class RegionSelectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
-    """Distillation: which queries carry it and what they learn (decision 1, method B.2)."""
+    """Distillation: which queries carry it and what they learn (method B.2)."""
 
     __pydantic_config__ = _STRICT
     start_epoch: Count = 40
@@ -303,7 +303,8 @@ class ComputeConfig:
 
     __pydantic_config__ = _STRICT
     micro_batches: int = 1
-    """Parts that a rank computes its share of a batch in, one after the other: k equal k ranks."""
+    """Parts that a rank computes its share of a batch in, one after the other: k equal k ranks, but
+    for batch-norm statistics, which cover one part of every rank."""
     activation_checkpointing: bool = False
     """Computes encoder and decoder layers twice instead of keeping what backward needs."""
     compile: Literal["off", "inductor", "aot_eager", "eager"] = "off"

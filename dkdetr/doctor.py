@@ -135,7 +135,7 @@ def _gpus() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return [Finding("gpu", "ok", "none: training on the CPU, for trials")]
-    findings = [Finding("driver", "ok", _driver())]
+    findings = [Finding("driver", "ok", _driver()), compiler_finding()]
     for index in range(torch.cuda.device_count()):
         findings += gpu_findings(
             torch.cuda.get_device_name(index),
@@ -144,6 +144,19 @@ def _gpus() -> list[Finding]:
             torch.version.cuda or "",
         )
     return findings
+
+
+def compiler_finding() -> Finding:
+    """Returns whether there is a C compiler, with which Triton builds what starts its kernels."""
+    named = os.environ.get("CC", "")
+    for name in (named, "gcc", "clang", "cc"):
+        if name and shutil.which(name):
+            return Finding("C compiler", "ok", name)
+    advice = (
+        "without one attention and crops go by plain PyTorch, which is slower, and "
+        "compute.compile=inductor fails: install gcc"
+    )
+    return Finding("C compiler", "warning", "none (gcc, clang, cc, $CC)", advice)
 
 
 def _driver() -> str:

@@ -1,7 +1,8 @@
 """The one way to load, override and dump an experiment's settings.
 
 Order: dataclass default < the file an experiment `extends` < the experiment file < `--set a.b=c`.
-Last of all, epochs given as a share of the run ("50%") become numbers.
+Last of all, epochs given as a share of the run ("50%") become numbers. "none" takes back an option
+that may be absent (`classifier.bias_init`); `config show` prints it so.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from types import NoneType
+from typing import Any, cast, get_args
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -40,9 +42,13 @@ class ResolvedConfig:
 
 
 _ADAPTER = TypeAdapter(ExperimentConfig)
+_WHOLE = TypeAdapter(int)
 _SHARES = (("kd", "start_epoch"), ("optim", "lr_drop_epochs"))
 """Settings that are epochs of the run and may be shares of it, so that they follow its length."""
-_HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s")
+_HASHED_AS = {"data.cache_mode": "stored", "eval.batch_size": 8, "student.masks_at_once": 32}
+"""How the work is done, too; but hashes have held these, and so still hold what was usual: the
+folders of runs keep their names."""
+_HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s", *_HASHED_AS)
 
 
 def shipped_experiments() -> list[str]:
@@ -58,6 +64,7 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
         ConfigError: unknown experiment or key, or an impossible value; names the dotted path.
     """
     tables = _read_chain(experiment, seen=())
+    tables[-1][1].setdefault("name", Path(experiment).stem)  # not the name of what it extends
     merged, origins = dict[str, Any](), dict[str, str]()
     rows: dict[str, dict[str, Any]] = {}
     for source, table in tables:
@@ -66,15 +73,17 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
         _merge(merged, table, origins, source, prefix="")
     for override in overrides:
         _merge(merged, _parse_override(override), origins, "--set", prefix="")
-    merged.setdefault("name", Path(experiment).stem)
+    drops = _table(merged, "optim").get("lr_drop_epochs", OptimConfig.lr_drop_epochs)
     _count_shares(merged)
-    return ResolvedConfig(config=config_from_dict(merged), origins=origins, rows=rows)
+    config = config_from_dict(merged)
+    _refuse_late_drops(config.optim, given=drops)
+    return ResolvedConfig(config=config, origins=origins, rows=rows)
 
 
 def config_from_dict(table: Mapping[str, Any]) -> ExperimentConfig:
     """Returns the configuration of a plain table; raises ConfigError with the dotted path."""
     try:
-        config = _ADAPTER.validate_python(dict(table))
+        config = _ADAPTER.validate_python(_read_plainly(table, ExperimentConfig))
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
@@ -83,11 +92,33 @@ def config_from_dict(table: Mapping[str, Any]) -> ExperimentConfig:
         if first["type"] == "value_error":  # of a table that contradicts itself
             sentence = first["msg"].removeprefix("Value error, ")
             raise ConfigError(f"settings of '{path}': {sentence}") from None
+        if first["type"] == "dataclass_type":
+            known = _nearest_keys(f"{path}.")
+            raise ConfigError(f"'{path}' is a table, got {first['input']!r}{known}") from None
         raise ConfigError(f"setting '{path}': {first['msg']}, got {first['input']!r}") from None
     problem = range_problem(config, flatten(asdict(config)))
     if problem is not None:
         raise ConfigError(f"setting {problem}")
     return config
+
+
+def _read_plainly(table: Mapping[str, Any], kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the table with None for "none" where a setting may be absent.
+
+    Raises:
+        ConfigError: true or false for what is no switch: pydantic would take them for 1 and 0.
+    """
+    kinds = {each.name: each.type for each in fields(kind)}
+    read = dict(table)
+    for key, value in table.items():
+        wanted, path = kinds.get(key, bool), f"{prefix}{key}"
+        if is_dataclass(wanted) and isinstance(value, Mapping):
+            read[key] = _read_plainly(cast("Mapping[str, Any]", value), wanted, f"{path}.")
+        elif value == "none" and NoneType in get_args(wanted):
+            read[key] = None
+        elif wanted is not bool and any(isinstance(each, bool) for each in _several(value)):
+            raise ConfigError(f"setting '{path}' is no switch, got {value!r}")
+    return read
 
 
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
@@ -111,7 +142,7 @@ def deciding_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 def config_hash(config: ExperimentConfig) -> str:
     """Returns 8 hex digits that change with any of the `deciding_settings`."""
-    canonical = json.dumps(deciding_settings(config), sort_keys=True)
+    canonical = json.dumps(deciding_settings(config) | _HASHED_AS, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
@@ -143,7 +174,7 @@ def _read_chain(experiment: str, seen: tuple[str, ...]) -> list[tuple[str, dict[
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"no experiment file '{experiment}'")
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     elif experiment in shipped_experiments():
         text = (files("dkdetr.experiments") / f"{experiment}.toml").read_text(encoding="utf-8")
     else:
@@ -161,6 +192,15 @@ def _read_chain(experiment: str, seen: tuple[str, ...]) -> list[tuple[str, dict[
     return [*_read_chain(str(parent), (*seen, experiment)), (experiment, table)]
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"experiment '{path}' is not UTF-8 text: {error.reason}") from None
+    except OSError as error:
+        raise ConfigError(f"experiment '{path}': {error.strerror}") from None
+
+
 def _merge(
     into: dict[str, Any],
     table: Mapping[str, Any],
@@ -171,7 +211,12 @@ def _merge(
     for key, value in table.items():
         if isinstance(value, Mapping):
             inner = cast("Mapping[str, Any]", value)
-            _merge(into.setdefault(key, {}), inner, origins, source, f"{prefix}{key}.")
+            if not isinstance(into.setdefault(key, {}), dict):
+                raise ConfigError(
+                    f"'{prefix}{key}' is {into[key]!r} and no table, but {source} sets "
+                    f"'{prefix}{key}.{next(iter(inner), '')}'"
+                )
+            _merge(into[key], inner, origins, source, f"{prefix}{key}.")
         else:
             into[key] = value
             origins[f"{prefix}{key}"] = source
@@ -195,16 +240,44 @@ def _count_shares(merged: dict[str, Any]) -> None:
 
     What is no share is left as it is, for the check of all settings to judge.
     """
-    epochs = merged.get("optim", {}).get("epochs", OptimConfig.epochs)
+    given = _table(merged, "optim").get("epochs", OptimConfig.epochs)
+    try:
+        epochs = _WHOLE.validate_python(given)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        raise ConfigError(f"setting 'optim.epochs': {why}, got {given!r}") from None
     for section, key in _SHARES:
-        table = merged.get(section, {})
-        if isinstance(epochs, int) and key in table:
+        table = _table(merged, section)
+        if key in table:
             value, path = table[key], f"{section}.{key}"
             many = isinstance(value, list)
             table[key] = (
                 [_epoch_of(each, epochs, path) for each in cast("list[Any]", value)]
                 if many
                 else _epoch_of(value, epochs, path)
+            )
+
+
+def _table(merged: Mapping[str, Any], section: str) -> dict[str, Any]:
+    table = merged.get(section, {})
+    return cast("dict[str, Any]", table) if isinstance(table, dict) else {}
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return cast("Sequence[Any]", value) if isinstance(value, list | tuple) else (value,)
+
+
+def _refuse_late_drops(optim: OptimConfig, given: Any) -> None:
+    """Raises ConfigError for an epoch that the run ends before: its drop would silently not come.
+
+    A share follows the run; in a very short one it may come to lie at the end, without a drop.
+    """
+    for drop, said in zip(optim.lr_drop_epochs, given, strict=True):
+        if drop >= optim.epochs and not isinstance(said, str):
+            raise ConfigError(
+                f"setting 'optim.lr_drop_epochs': {drop} lies behind the last of "
+                f"optim.epochs = {optim.epochs}, the learning rate would never fall; give lower "
+                'ones, shares of the run (["79%"]), or [] for none'
             )
 
 

@@ -1,6 +1,7 @@
 """Which values the numeric settings may have; `experiment_file` refuses any other.
 
-Those that are annotated with a range of their own (`Positive`, `Fraction`, ...) are not here.
+Those that are annotated with a range of their own (`Positive`, `Fraction`, ...) are not here;
+finite they must be, too.
 """
 
 import math
@@ -16,7 +17,7 @@ _NOT_NEGATIVE: _Range = ("0 or above", lambda value: value >= 0)
 _AT_LEAST_ONE: _Range = ("1 or above", lambda value: value >= 1)
 _SHARE: _Range = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_ONE: _Range = ("from 0 to below 1", lambda value: 0 <= value < 1)
-_ANY: _Range = ("a number", lambda value: True)
+_ANY: _Range = ("a finite number", lambda value: True)
 
 RANGES: Mapping[str, _Range] = {
     "seed": _NOT_NEGATIVE,
@@ -72,12 +73,14 @@ RANGES: Mapping[str, _Range] = {
 def range_problem(config: ExperimentConfig, flat: Mapping[str, Any]) -> str | None:
     """Returns `'a.b' must be ..., got ...` of the first setting out of range, or None."""
     for path, value in flat.items():
-        if path not in RANGES or value is None:
-            continue
-        words, fits = RANGES[path]
-        numbers = value if isinstance(value, tuple) else (value,)
+        words, fits = RANGES.get(path, _ANY)
+        several: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
+        numbers = [each for each in several if isinstance(each, int | float)]
         if not all(math.isfinite(number) and fits(number) for number in numbers):
             return f"'{path}' must be {words}, got {value!r}"
+    stages = config.student.backbone.stages
+    if not stages or sorted(set(stages)) != list(stages):
+        return f"'student.backbone.stages' must rise, from one stage on, got {stages!r}"
     low, high = config.data.scale_range
     if low > high:
         return f"'data.scale_range' must be (least, most), got {config.data.scale_range!r}"

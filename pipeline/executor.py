@@ -4,6 +4,7 @@ Dask is a plain task runner here: a task is a shard's number, and a worker build
 proposer once. The only file that imports Dask.
 """
 
+import re
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -114,13 +115,22 @@ class _Refusal:
 
 
 def _run_one(shard: int, *, task: Callable[[Any, int, int], Result], job: Any) -> Result | _Refusal:
-    name = str(get_worker().name)
     try:
-        return task(job, shard, int(name) if name.isdigit() else 0)
+        return task(job, shard, worker_number(str(get_worker().name)))
     except ValueError as error:
         if not hasattr(error, "exit_code"):
             raise
         return _Refusal(error)
+
+
+def worker_number(name: str) -> int:
+    """Returns the number at the end of a worker's name, by which it takes one of its GPUs.
+
+    `dask worker --nworkers 8 --name gpu` calls its workers gpu-0 to gpu-7. One without a name is
+    called by its address, whose end is a port: 0.
+    """
+    found = re.fullmatch(r"(?:[^:/]*[^:/\d])?(\d+)", name)
+    return int(found[1]) if found else 0
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def read_entries(place: str | Path) -> tuple[NameEntry, ...]:
     Raises:
         DataError: see `read_name_file`.
     """
-    if str(place).removesuffix(_CLEAN) in SHIPPED and not Path(place).exists():
+    if str(place).removesuffix(_CLEAN) in SHIPPED and not Path(place).is_file():
         return shipped_entries(str(place))
     return read_name_file(Path(place))
 

@@ -107,12 +107,16 @@ def read_templates(word: str) -> tuple[str, ...]:
     Empty lines and lines that begin with # are left out. Equal templates count once.
 
     Raises:
-        UsageError: an unknown set and no such file, or a line without `{}`.
+        UsageError: an unknown set and no such file, no UTF-8, or a line without `{}`.
     """
     path = Path(word)
     if not path.is_file():
         return templates_of_sets(word)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompts '{path}' are not UTF-8 text: {error.reason}") from None
+    lines = [line.strip() for line in text.splitlines()]
     found = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     for template in found:
         fill_prompt(template, "name")

@@ -1,4 +1,4 @@
-"""Which cached regions of a view are distilled (method B.3, B.5; architecture decision 4)."""
+"""Which cached regions of a view are distilled (method B.3, B.5)."""
 
 from dataclasses import dataclass
 

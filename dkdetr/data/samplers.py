@@ -96,10 +96,15 @@ class BatchPlan:
             raise UsageError(
                 f"data.batch_size = {self.batch_size} does not divide by {self.world_size} ranks"
             )
+        if self.num_samples == 0:
+            raise DataError(
+                "no image can be trained on: each wants a box of a base name that is no crowd, and "
+                "to be readable; dkdetr data check SPLIT counts them"
+            )
         if self.batches_per_epoch == 0:
             raise DataError(
                 f"{self.num_samples} usable training images make no batch of {self.batch_size}; "
-                f"try --set data.batch_size={max(self.num_samples, 1)}"
+                f"try --set data.batch_size={self.num_samples}"
             )
 
     @property

@@ -30,6 +30,14 @@ _LARGEST_XML = 1 << 20
 _DEEPEST = 32
 
 
+class FaultyXmlError(DataError):
+    """What is wrong with one file: a kind of fault, and what of it is this file's own."""
+
+    def __init__(self, path: Path, kind: str, detail: str = "") -> None:
+        super().__init__(f"{path}: {kind}" + (f" ({detail})" if detail else ""))
+        self.kind, self.detail = kind, detail
+
+
 @dataclass(frozen=True, eq=False)
 class VocObjects:
     """All objects of a list of images, in file order; boxes are whole pixels.
@@ -106,15 +114,19 @@ def read_voc_objects(list_file: Path, problems: Problems | None = None) -> VocOb
     names = _names(list_file)
     images: list[ImageInfo] = []
     rows: list[tuple[int, int, int, int, int, int, bool]] = []
+    faulty: dict[str, list[str]] = {}
     for image_id, name in sorted(_numbered(names).items()):
         path = voc_root(list_file) / "Annotations" / f"{name}.xml"
         try:
             width, height, objects = _read_image(path)
-        except DataError as error:
-            found.add("annotation files", str(error), [f"{name}.xml"])
+        except FaultyXmlError as fault:
+            of_kind = faulty.setdefault(fault.kind, [])
+            of_kind.append(f"{name}.xml" + (f" ({fault.detail})" if fault.detail else ""))
             continue
         images.append(ImageInfo(image_id, f"{name}.jpg", height, width))
         rows += [(image_id, *each) for each in objects]
+    for kind, files in faulty.items():
+        found.add("annotation files", kind, files)
     if problems is None:
         found.raise_if_any()
     columns = np.array(rows, dtype=np.int64).reshape(-1, 7)
@@ -160,19 +172,20 @@ def _read_image(path: Path) -> tuple[int, int, list[tuple[int, int, int, int, in
     root = parse_xml(path)
     width, height = (_whole(root, f"size/{key}", path) for key in ("width", "height"))
     if width < 1 or height < 1:
-        raise DataError(f"{path}: a size of {width} x {height}")
+        raise FaultyXmlError(path, "a size of nothing", f"{width} x {height}")
     objects: list[tuple[int, int, int, int, int, bool]] = []
     for number, each in enumerate(root.findall("object"), start=1):
         name = (each.findtext("name") or "").strip()
         if name not in VOC_NAMES:
-            raise DataError(
-                f"{path}: object {number} is named {name[:50]!r}, which VOC does not have; names "
-                "of your own go into a coco: json"
+            raise FaultyXmlError(
+                path,
+                "a name that VOC does not have (names of your own go into a coco: json)",
+                f"object {number}: {name[:50]!r}",
             )
         keys = ("xmin", "ymin", "xmax", "ymax")
         left, top, right, bottom = (_whole(each, f"bndbox/{key}", path) for key in keys)
         if right < left or bottom < top or left > width or top > height or right < 1 or bottom < 1:
-            raise DataError(f"{path}: object {number} has an empty box or one out of its image")
+            raise FaultyXmlError(path, "an empty box or one out of its image", f"object {number}")
         difficult = (each.findtext("difficult") or "0").strip() == "1"
         box = (left - 1, top - 1, right - left + 1, bottom - top + 1)
         objects.append((VOC_NAMES.index(name) + 1, *box, difficult))
@@ -184,30 +197,30 @@ def _whole(element: Element, where: str, path: Path) -> int:
     try:
         return int(float(text))  # some files of later years hold fractions
     except (ValueError, OverflowError):
-        raise DataError(f"{path}: {where} is {text[:50]!r}, not a number") from None
+        raise FaultyXmlError(path, "no number", f"{where} is {text[:50]!r}") from None
 
 
 def parse_xml(path: Path) -> Element:
     """Returns the root of a small XML file.
 
     Raises:
-        DataError: it cannot be read, is larger than 1 MiB, nests deeper than 32, or declares a
+        FaultyXmlError: it cannot be read, is larger than 1 MiB, nests deeper than 32, or declares a
             document type: entities are how an XML file reads others or grows without end.
     """
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST_XML + 1)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise FaultyXmlError(path, str(error.strerror)) from None
     if len(text) > _LARGEST_XML:
-        raise DataError(f"{path}: larger than {_LARGEST_XML:,} bytes")
+        raise FaultyXmlError(path, f"larger than {_LARGEST_XML:,} bytes")
     builder, depth = TreeBuilder(), 0
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth
         depth += 1
         if depth > _DEEPEST:
-            raise DataError(f"{path}: nested deeper than {_DEEPEST} elements")
+            raise FaultyXmlError(path, f"nested deeper than {_DEEPEST} elements")
         builder.start(tag, attributes)
 
     def end(tag: str) -> None:
@@ -225,11 +238,11 @@ def parse_xml(path: Path) -> Element:
     except (expat.ExpatError, AssertionError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not XML: {error}") from None
+        raise FaultyXmlError(path, "not XML", str(error)) from None
 
 
 def _refuse(path: Path) -> Callable[..., Any]:
     def refuse(*_: Any) -> None:
-        raise DataError(f"{path} declares a document type or entities: refused")
+        raise FaultyXmlError(path, "declares a document type or entities: refused")
 
     return refuse

@@ -134,7 +134,8 @@ def price_ablation(request: AblateRequest) -> AblationSummary:
             state = "finished"
         lines.append(f"  {run.name:32s} {run.steps:8,} steps  {state}")
     left = sum(run.steps for run in (*plan.burn_ins, *plan.runs) if run.name in todo)
-    count = len(places_for(request.device, request.jobs).environments)
+    most = max(1, len(todo))
+    count = len(places_for(request.device, request.jobs, most=most).environments)
     lines.append(f"{left:,} steps to run at most, {count} run(s) side by side")
     lines += savings(plan)
     return AblationSummary("\n".join(lines), _collect(plan, {}))
@@ -151,7 +152,7 @@ def _run(
     if not todo:
         return {}
     by_name = {run.name: run for run in (*plan.burn_ins, *plan.runs)}
-    places = places_for(request.device, request.jobs)
+    places = places_for(request.device, request.jobs, most=len(todo))
     diary = _Diary(plan.out / "ablate.log")
     diary.tell(f"table {plan.table.name}: {len(todo)} to run")
 
@@ -163,8 +164,11 @@ def _run(
         diary.tell(f"{job.name}: {state}")
 
     runs = [by_name[job.name] for job in todo]
+    sharing = nullcontext({})
+    if places.share_gpus:
+        sharing = side_by_side_on_gpus("cuda" if request.device == "auto" else request.device)
     with (
-        side_by_side_on_gpus() if places.share_gpus else nullcontext({}) as added,
+        sharing as added,
         progress(f"ablate {plan.table.name}", sum(run.steps for run in runs)) as advance,
     ):
         environments = [dict(each) | dict(added) for each in places.environments]

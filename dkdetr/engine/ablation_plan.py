@@ -21,9 +21,15 @@ from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.row_places import places_for
 from dkdetr.engine.run_folder import portable_name
-from dkdetr.engine.start import experiment_of_split
+from dkdetr.engine.start import ablated_experiment
 from dkdetr.errors import MismatchError, UsageError
-from dkdetr.experiment_file import ConfigError, config_from_dict, config_hash, load_experiment
+from dkdetr.experiment_file import (
+    ConfigError,
+    ResolvedConfig,
+    config_from_dict,
+    config_hash,
+    load_experiment,
+)
 
 BURN_IN = "burn_in"
 ROW_FILE = "row.json"
@@ -34,9 +40,9 @@ SCORE_FILE = "score.json"
 class AblateRequest:
     """What is asked of `dkdetr ablate`.
 
-    `experiment` None: the one of the cache's split; `split` None: its validation split; `out`
-    None: runs/ablate-EXPERIMENT-HASH, which all tables of an experiment share; `rows` empty: all;
-    `jobs` None: as many as there are GPUs, or cores where there are none.
+    `experiment` None: the one of the cache's split, of LVIS the paper's 36 epochs; `split` None:
+    its validation split; `out` None: runs/ablate-EXPERIMENT-HASH, which all tables of an experiment
+    share; `rows` empty: all; `jobs` None: as many as there are GPUs, or cores where there are none.
     """
 
     cache: CachePath
@@ -133,9 +139,10 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     """
     table = table_of(request.table)
     info = open_cache(request.cache).info
-    experiment = request.experiment or experiment_of_split(info.split)
+    experiment = request.experiment or ablated_experiment(info.split)
     resolved = load_experiment(experiment, request.overrides)
     base = resolved.config
+    check_row_tables(resolved, experiment, request.overrides)
     known = row_overrides(base)
     own = {row: known[row] | dict(resolved.rows.get(row, {})) for row in known}
     wanted = _wanted(table, request.rows)
@@ -146,8 +153,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     out = request.out or Path("runs") / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
     steps = _steps_per_epoch(request, base, info.split)
-    loaders = places_for(request.device, request.jobs).loader_processes
-    maker = _RunMaker(request, experiment, out, split, base, steps, loaders)
+    maker = _RunMaker(request, experiment, out, split, base, steps, num_rows=len(wanted))
     return AblationPlan(
         table=table,
         out=out,
@@ -164,6 +170,24 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         burn_ins=tuple(maker.burn_in(seed) for seed in seeds) if base.kd.start_epoch else (),
         wanted=wanted,
     )
+
+
+def check_row_tables(
+    resolved: ResolvedConfig, experiment: str, overrides: Sequence[str] = ()
+) -> None:
+    """Returns if every `[ablate.ROW]` table of an experiment is of a known row and can be.
+
+    Raises:
+        ConfigError: names the table.
+    """
+    known = row_overrides(ExperimentConfig(name="any"))
+    for row, changes in resolved.rows.items():
+        if row not in known:
+            raise ConfigError(f"[ablate.{row}]: no such row; rows: {', '.join(known)}")
+        try:
+            load_experiment(experiment, [*overrides, *set_words(known[row] | dict(changes))])
+        except ConfigError as error:
+            raise ConfigError(f"[ablate.{row}]: {error}") from None
 
 
 def _hash_today(record: Mapping[str, Any]) -> str:
@@ -218,14 +242,14 @@ class _RunMaker:
     split: str
     base: ExperimentConfig
     steps_per_epoch: int
-    loader_processes: int
-    """Of a row, at most: rows side by side share the cores."""
+    num_rows: int
+    """That are asked for, with each seed."""
 
     def burn_in(self, seed: int) -> PlannedRun:
         start = self.base.kd.start_epoch
         folder = self._folder(seed, BURN_IN)
         config = self._config({}, seed)
-        words = (*self._train(folder, seed, {}), "--until", str(start))
+        words = (*self._train(folder, seed, {}, side_by_side=1), "--until", str(start))
         steps = start * self.steps_per_epoch
         batch = config.data.batch_size
         return PlannedRun(BURN_IN, seed, folder, config_hash(config), steps, batch, (words,))
@@ -233,7 +257,7 @@ class _RunMaker:
     def row(self, run: str, name: str, overrides: Mapping[str, Any], seed: int) -> PlannedRun:
         folder, start = self._folder(seed, name), self.base.kd.start_epoch
         config = self._config(overrides, seed)
-        train = self._train(folder, seed, overrides)
+        train = self._train(folder, seed, overrides, side_by_side=self.num_rows)
         if start:
             train = (*train, "--from", str(self._folder(seed, BURN_IN)))
         request = self.request
@@ -252,12 +276,17 @@ class _RunMaker:
         words = [*self.request.overrides, *set_words(overrides), f"seed={seed}"]
         return load_experiment(self.experiment, words).config
 
-    def _train(self, folder: Path, seed: int, overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    def _train(
+        self, folder: Path, seed: int, overrides: Mapping[str, Any], *, side_by_side: int
+    ) -> tuple[str, ...]:
+        """Returns a training's words; so many of a seed may run at the same time."""
         request = self.request
         settings = [*request.overrides, *set_words(overrides)]
         asked = any(setting.startswith("data.workers=") for setting in request.overrides)
-        if self.base.data.workers > self.loader_processes and not asked:
-            settings.append(f"data.workers={self.loader_processes}")
+        most = side_by_side * request.seeds
+        loaders = places_for(request.device, request.jobs, most=most).loader_processes
+        if self.base.data.workers > loaders and not asked:  # the others need cores, too
+            settings.append(f"data.workers={loaders}")
         return (
             "train", "--cache", str(request.cache), "--experiment", self.experiment,
             "--run", str(folder), "--data-root", str(request.data_root),

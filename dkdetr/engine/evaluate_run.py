@@ -48,6 +48,8 @@ class EvalRequest:
     """None: the run's own, `optim.precision`."""
     compiled: bool = False
     """Detects through torch.compile."""
+    batch_size: int | None = None
+    """Images at once; None: the run's own, `eval.batch_size`."""
     averaged: bool = False
     """Scores the run's average of its weights; the files lie in `eval/SPLIT-ema/`."""
 
@@ -118,6 +120,7 @@ def _evaluate(
     if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
     config = with_precision(subject.config, request.precision)
+    config = with_batch_size(config, request.batch_size)
     student = ready_for_inference(
         subject.student.to(ranks.device),
         ranks.device,
@@ -144,6 +147,13 @@ def with_precision(config: ExperimentConfig, precision: Precision | None) -> Exp
     if precision is None:
         return config
     return replace(config, optim=replace(config.optim, precision=precision))
+
+
+def with_batch_size(config: ExperimentConfig, batch_size: int | None) -> ExperimentConfig:
+    """Returns the settings with so many images at once; None leaves them as they are."""
+    if batch_size is None:
+        return config
+    return replace(config, eval=replace(config.eval, batch_size=batch_size))
 
 
 def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:

@@ -7,6 +7,7 @@ ablation that started it.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,29 +18,30 @@ from pathlib import Path
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 _PATIENCE_S = 60.0
-_TRIAL = "import torch; torch.ones(1, device='cuda').add_(1).item()"
+_TRIAL = "import sys, torch; torch.ones(1, device=sys.argv[1]).add_(1).item()"
 
 
 @contextmanager
-def side_by_side_on_gpus() -> Iterator[Mapping[str, str]]:
+def side_by_side_on_gpus(device: str) -> Iterator[Mapping[str, str]]:
     """Yields what the environment of processes that share GPUs must have.
 
-    A service that runs already is used. One of our own is tried out by a small process before rows
-    are trusted to it; where it does not work a line on stderr says why, and rows take turns.
+    A service that runs already is used. One of our own is tried out by a small process on `device`
+    before rows are trusted to it; where it does not work a line on stderr says why, and rows take
+    turns.
     """
     control = shutil.which(_CONTROL)
     if control is None:
         _say(f"there is no {_CONTROL} here")
         yield {}
-    elif _answers(control, dict(os.environ)):
+    elif _servers(control, dict(os.environ)) is not None:
         yield {}
     else:
-        with _own_service(control) as environment:
+        with _own_service(control, device) as environment:
             yield environment
 
 
 @contextmanager
-def _own_service(control: str) -> Iterator[Mapping[str, str]]:
+def _own_service(control: str, device: str) -> Iterator[Mapping[str, str]]:
     # In the folder for temporary files: a socket's path may have no more than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="dkdetr-mps-"))
     added = {_PIPES: str(folder), _LOGS: str(folder)}
@@ -47,9 +49,12 @@ def _own_service(control: str) -> Iterator[Mapping[str, str]]:
     # It serves every GPU, under the numbers that rows know them by.
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     try:
-        problem = _problem_of([control, "-d"], environment) or _problem_of(
-            [sys.executable, "-c", _TRIAL], dict(os.environ) | added
+        problem = _start(control, environment) or _problem_of(
+            [sys.executable, "-c", _TRIAL, device], dict(os.environ) | added
         )
+        # CUDA goes on without the service where it cannot reach it, and says nothing.
+        if problem is None and not _servers(control, environment):
+            problem = "a process that was to try the service went by without it"
         if problem is not None:
             _say(problem)
         yield added if problem is None else {}
@@ -59,24 +64,40 @@ def _own_service(control: str) -> Iterator[Mapping[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answers(control: str, environment: Mapping[str, str]) -> bool:
-    """Returns whether a service runs where CUDA would look for one."""
+def _start(control: str, environment: Mapping[str, str]) -> str | None:
+    """Starts the service; returns why it did not.
+
+    It is born with SIGTERM and SIGHUP blocked: a batch system sends them to every process of the
+    job, and rows need their GPU until they have saved themselves.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
     try:
-        return _ask(control, "get_server_list", environment) == 0
+        return _problem_of([control, "-d"], environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _servers(control: str, environment: Mapping[str, str]) -> list[str] | None:
+    """Returns the servers that clients have made a service start; None if there is no service."""
+    try:
+        answer = _ask(control, "get_server_list", environment)
     except subprocess.TimeoutExpired:
-        return False
+        return None
+    return answer.stdout.decode().split() if answer.returncode == 0 else None
 
 
-def _ask(control: str, question: str, environment: Mapping[str, str]) -> int:
+def _ask(
+    control: str, question: str, environment: Mapping[str, str]
+) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(
         [control],
         input=f"{question}\n".encode(),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
         timeout=_PATIENCE_S,
         check=False,
-    ).returncode
+    )
 
 
 def _problem_of(command: list[str], environment: Mapping[str, str]) -> str | None:

@@ -35,10 +35,11 @@ class RowPlaces:
         return max(1, self.cores - 1)
 
 
-def places_for(device: str, jobs: int | None) -> RowPlaces:
+def places_for(device: str, jobs: int | None, *, most: int) -> RowPlaces:
     """Returns the places of `jobs` rows; None: one a GPU or, where there is none, one a core.
 
-    Rows take GPUs in turn. On a CPU a row has one thread whatever the number of jobs: sums, and so
+    There are `most` rows: no more places than that, so that the cores are theirs. Rows take GPUs
+    in turn. On a CPU a row has one thread whatever the number of jobs: sums, and so
     results, must not depend on it.
 
     Raises:
@@ -50,9 +51,9 @@ def places_for(device: str, jobs: int | None) -> RowPlaces:
     elif device.startswith("cuda"):
         gpus = [None]  # the rows' own --device names it
     else:
-        count = jobs or cores
+        count = min(jobs or cores, most)
         return RowPlaces(({"OMP_NUM_THREADS": "1"},) * count, max(1, cores // count), gpus=0)
-    count = jobs or len(gpus)
+    count = min(jobs or len(gpus), most)
     share = max(1, cores // count)
     environments: list[Mapping[str, str]] = []
     for place in range(count):
@@ -63,6 +64,7 @@ def places_for(device: str, jobs: int | None) -> RowPlaces:
 
 
 def _visible_gpus() -> list[str]:
+    count = torch.cuda.device_count()
     if shown := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return shown.split(",")
-    return [str(number) for number in range(torch.cuda.device_count())]
+        return shown.split(",")[:count]  # CUDA stops at the first that is not there
+    return [str(number) for number in range(count)]

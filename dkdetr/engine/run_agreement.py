@@ -11,7 +11,7 @@ from dkdetr.atomic_file import write_text
 from dkdetr.config import Precision
 from dkdetr.data.splits import load_split
 from dkdetr.engine.distributed import pick_device
-from dkdetr.engine.evaluate_run import with_precision
+from dkdetr.engine.evaluate_run import with_batch_size, with_precision
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import CorruptArtefactError
@@ -26,6 +26,7 @@ def measure_run_agreement(
     cache: CachePath,
     data_root: Path,
     device: str,
+    batch_size: int | None = None,
     *,
     averaged: bool = False,
     precision: Precision | None = None,
@@ -40,6 +41,7 @@ def measure_run_agreement(
         cache: sealed, of the run's teacher; its split names the folder.
         data_root: where the cache's pictures lie.
         device: see `pick_device`.
+        batch_size: images at once; None: the run's own.
         averaged: measures the average of the weights; the folder is `eval/SPLIT-ema/`.
         precision: None: the run's own, `optim.precision`.
 
@@ -64,7 +66,7 @@ def measure_run_agreement(
         subject.student.to(on),
         load_split(reader.info.split, data_root),
         reader,
-        with_precision(subject.config, precision),
+        with_batch_size(with_precision(subject.config, precision), batch_size),
         device=on,
         held_out=held_out,
     )

@@ -84,3 +84,15 @@ def experiment_of_split(split: str) -> str:
         known = ", ".join(shipped_experiments())
         raise UsageError(f"no experiment belongs to split '{split}': give --experiment ({known})")
     return experiment
+
+
+def ablated_experiment(split: str) -> str:
+    """Returns the experiment whose rows an ablation is of where none is named.
+
+    The paper's Tables 5 to 7 are of 36 epochs.
+
+    Raises:
+        UsageError: as `experiment_of_split`.
+    """
+    experiment = experiment_of_split(split)
+    return "lvis_r50_36e" if experiment == "lvis_r50_70e" else experiment

@@ -27,7 +27,6 @@ from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
-from dkdetr.engine.step import counts_late
 from dkdetr.engine.step_parts import marked
 from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
@@ -334,12 +333,6 @@ def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
             f"kd.start_epoch={kd.start_epoch} lies behind the last of the {config.optim.epochs} "
             "epochs: nothing would be distilled. Set it lower, or switch distillation off with "
             "kd.regions_per_image=0 (and kd.hybrid_queries=0)"
-        )
-    if kd.enabled and counts_late(config) and config.compute.micro_batches > 1:
-        raise UsageError(
-            f"compute.micro_batches={config.compute.micro_batches}: only kd.alignment=cached with "
-            "auxiliary queries knows the number of regions of a step before it is computed, and "
-            "its losses are divided by it; use more ranks, or kd.alignment=cached"
         )
     if config.compute.cuda_graphs and ranks.world_size > 1:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Which of the student's own anchors stands for which teacher region (method B.2, decision 1)."""
+"""Which of the student's own anchors stands for which teacher region (method B.2)."""
 
 import torch
 from jaxtyping import Bool, Float, Int

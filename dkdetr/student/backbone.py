@@ -85,6 +85,7 @@ def resnet50(
         frozen_stages: 0 none, 1 the stem and C2, ...
         used_stages: C-numbers handed on.
     """
+    _refuse_word(weights, "pictograms", arch="resnet50", known="imagenet")
     trunk = ResNet(FoldingBottleneck, [3, 4, 6, 3], norm_layer=_norm_layer(norm))
     if weights != "random":
         state = _imagenet_weights() if weights == "imagenet" else _read_weights(Path(weights))
@@ -112,6 +113,7 @@ def slim_resnet(
         used_stages: C-numbers handed on.
         width: channels of C2.
     """
+    _refuse_word(weights, "imagenet", arch="slim_resnet", known="pictograms")
     norm_layer = _norm_layer(norm)
     channels = [width, 2 * width, 4 * width, 4 * width]
     stem = Stem(
@@ -143,6 +145,15 @@ def slim_resnet(
         state = _shipped_pictogram_weights() if weights == "pictograms" else None
         _load_slim(backbone, state or _read_weights(Path(weights)), source=weights)
     return backbone
+
+
+def _refuse_word(weights: str, word: str, *, arch: str, known: str) -> None:
+    """Raises UsageError for weights that are the other trunk's."""
+    if weights == word:
+        raise UsageError(
+            f"student.backbone.arch = {arch} has no weights = {word}: set "
+            f"student.backbone.weights={known}, random or a file, or another student.backbone.arch"
+        )
 
 
 def _norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
@@ -203,7 +214,10 @@ def _imagenet_weights() -> dict[str, Tensor]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise DataError(f"no backbone weights at '{path}'")
+        raise DataError(
+            f"no backbone weights at '{path}': student.backbone.weights is a file, random, "
+            "imagenet (of resnet50) or pictograms (of slim_resnet)"
+        )
     try:
         if path.suffix == ".safetensors":
             loaded: dict[str, Any] = load_file(path)
@@ -238,10 +252,21 @@ def _load_trunk(trunk: nn.Module, state: dict[str, Tensor], *, source: str) -> N
 
 def _load_slim(backbone: Backbone, state: dict[str, Tensor], *, source: str) -> None:
     usable = {key: value.float() for key, value in state.items() if key in backbone.state_dict()}
+    own = backbone.state_dict()
+    first = next(key for key, value in own.items() if value.ndim == 4)  # the stem's convolution
+    width = len(own[first])
+    if first in usable and usable[first].ndim == 4 and len(usable[first]) != width:
+        raise UsageError(
+            f"student.backbone.weights = {source} are of width {len(usable[first])}, and "
+            f"student.backbone.width = {width}: set that width, or student.backbone.weights=random"
+        )
     try:
         missing, _ = backbone.load_state_dict(usable, strict=False)
-    except RuntimeError as error:
-        raise CorruptArtefactError(f"'{source}' has another width: {error}") from error
+    except RuntimeError:
+        wrong = sorted(key for key, value in usable.items() if value.shape != own[key].shape)
+        raise CorruptArtefactError(
+            f"'{source}' is no slim ResNet: {len(wrong)} tensors of other shapes, first {wrong[:3]}"
+        ) from None
     missing = [key for key in missing if "num_batches_tracked" not in key]
     if missing:
         raise CorruptArtefactError(

@@ -5,8 +5,10 @@ OUT; the first rank writes the weights it ends with.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.step import TrainingStep
 from dkdetr.engine.student_setup import wrap_for_ranks
 from dkdetr.structures import ImageBatch, TeacherRegions, TrainingBatch
+from dkdetr.student.detector import DKDETR
 from tests.tiny_student import (
     image_batch,
     targets,
@@ -59,15 +62,16 @@ def part_of(batch: TrainingBatch, part: int, parts: int) -> TrainingBatch:
     )
 
 
-def weights_after(
-    ranks: Ranks, micro_batches: int, *, dropout: float, relations: tuple[str, ...], dumps: Path,
-    norm: str = "frozen",
-) -> dict[str, Tensor]:  # fmt: skip
+def _step_of(
+    ranks: Ranks, *, dropout: float, relations: tuple[str, ...], dumps: Path,
+    norm: str = "frozen", alignment: Literal["cached", "iou"] = "cached",
+) -> tuple[DKDETR, TrainingStep]:  # fmt: skip
     config = tiny_config(dropout=dropout, backbone={"norm": norm})
-    kd = replace(config.kd, rkd=replace(config.kd.rkd, relations=relations))
+    rkd = replace(config.kd.rkd, relations=relations)
+    kd = replace(config.kd, rkd=rkd, alignment=alignment, align_iou=0.0)  # random boxes meet, too
     config = replace(config, kd=kd, optim=replace(config.optim, warmup_iterations=0))
     student = tiny_student(config, dtype=torch.float64)
-    step = TrainingStep(
+    return student, TrainingStep(
         wrap_for_ranks(student, ranks).train(),
         make_optimizer(student, config.optim),
         text_embeddings(torch.float64),
@@ -76,6 +80,22 @@ def weights_after(
         precision=torch.float32,  # no autocast: everything stays as wide as the weights
         dumps=dumps,
     )
+
+
+def losses_of(
+    group: Sequence[TrainingBatch], *, alignment: Literal["cached", "iou"], dumps: Path
+) -> dict[str, float]:
+    """Returns the loss parts of a fresh student's step."""
+    ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    _, step = _step_of(ranks, dropout=0.0, relations=("image",), dumps=dumps, alignment=alignment)
+    return {name: loss.item() for name, loss in step(group, epoch=0, iteration=0).parts.items()}
+
+
+def weights_after(
+    ranks: Ranks, micro_batches: int, *, dropout: float, relations: tuple[str, ...], dumps: Path,
+    norm: str = "frozen",
+) -> dict[str, Tensor]:  # fmt: skip
+    student, step = _step_of(ranks, dropout=dropout, relations=relations, dumps=dumps, norm=norm)
     parts = ranks.world_size * micro_batches
     for iteration in range(STEPS):
         batch = whole_batch(iteration)

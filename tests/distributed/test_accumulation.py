@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dkdetr.engine.distributed import Ranks
-from tests.distributed.grouped_steps import weights_after
+from tests.distributed.grouped_steps import losses_of, part_of, weights_after, whole_batch
 from tests.e2e.commands import ROOT
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -42,6 +42,19 @@ def test_the_normalisers_are_the_group_s(tmp_path) -> None:
     )
     with pytest.raises(AssertionError):
         assert_same(whole, halves)
+
+
+@pytest.mark.parametrize("alignment", ["cached", "iou"])
+def test_regions_that_are_counted_late_divide_their_own_part(tmp_path, alignment) -> None:
+    """Cached regions are counted before the step: one number divides both parts."""
+    batch = whole_batch(0)
+    parts = [part_of(batch, number, 4) for number in (0, 2)]  # of three and four regions
+    together = losses_of(parts, alignment=alignment, dumps=tmp_path)
+    alone = [losses_of([part], alignment=alignment, dumps=tmp_path) for part in parts]
+    for name in ("skd", "rkd_image"):
+        mean = sum(each[name] for each in alone) / 2
+        assert mean > 0
+        assert (together[name] == pytest.approx(mean, rel=1e-9)) == (alignment == "iou")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -84,15 +85,16 @@ def _look_again(folder, val, printed):
 
 
 def _check_loader_processes(request):
-    """More rows than cores leave each one loader process, unless a number is asked for."""
-    changes = {"experiment": "pictograms_full", "jobs": 1000}  # `trial` asks for none
-    crowded = AblateRequest(**(vars(request) | changes))
-    asked = AblateRequest(**(vars(crowded) | {"overrides": (*SETTINGS, "data.workers=3")}))
-    plans = make_plan(crowded), make_plan(asked)
+    """Rows side by side share the cores; a burn-in has them all; a number asked for stands."""
+    many = AblateRequest(**(vars(request) | {"experiment": "pictograms_full", "jobs": 4}))
+    asked = AblateRequest(**(vars(many) | {"overrides": (*SETTINGS, "data.workers=7")}))
+    with mock.patch.object(os, "sched_getaffinity", return_value=set(range(4))):
+        plans = make_plan(many), make_plan(asked)
     words = [
         [word for word in run.commands[0] if word.startswith("data.workers=")]
         for plan in plans
         for run in (plan.runs[0], plan.burn_ins[0])
     ]
-    assert words == [["data.workers=1"]] * 2 + [["data.workers=3"]] * 2
+    # Two rows are asked for: two cores each, one of them for the row itself.
+    assert words == [["data.workers=1"], ["data.workers=3"], ["data.workers=7"], ["data.workers=7"]]
     assert plans[0].runs[0].hash == plans[1].runs[0].hash  # how, not what

@@ -12,7 +12,8 @@ from tests.training_world import make_world, settings
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("world"))
-    (world.root / "small.toml").write_text(dump_toml(settings(optim={"epochs": 3}, name="small")))
+    config = settings(optim={"epochs": 3, "lr_drop_epochs": []}, name="small")
+    (world.root / "small.toml").write_text(dump_toml(config))
     return world
 
 

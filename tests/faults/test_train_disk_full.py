@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import cli
 from dkdetr.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_checkpoint
@@ -127,3 +128,7 @@ def test_a_device_without_memory_has_exit_code_9_with_figures_and_three_settings
     assert "further lines" not in said
     for setting in ("compute.micro_batches", "compute.activation_checkpointing", "data.image_size"):
         assert setting in said
+    assert "eval, predict: --batch-size 1" in said
+    for command in ("eval", "predict"):
+        wide = {"COLUMNS": "200"}
+        assert "--batch-size" in CliRunner().invoke(cli.app, [command, "--help"], env=wide).output

@@ -27,7 +27,7 @@ def world(tmp_path_factory):
 def config(workers: int):
     return settings(
         name="stopped",
-        optim={"epochs": EPOCHS, "lr_drop_epochs": [EPOCHS]},
+        optim={"epochs": EPOCHS, "lr_drop_epochs": []},
         kd={"start_epoch": 3},
         data={"workers": workers},
     )

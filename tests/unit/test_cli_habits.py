@@ -112,6 +112,7 @@ def test_config_show_names_who_set_a_value():
     assert lines["data.sampler"].endswith("# ovcoco_r50")
     assert lines["optim.epochs"].endswith("# lvis_r50_36e")
     assert "#" not in lines["optim.weight_decay"]
+    assert lines["classifier.bias_init"] == "'none'"  # as it can be typed back
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 """Settings: one source, the dotted path in every complaint."""
 
+import hashlib
+import json
 import re
 from dataclasses import fields, is_dataclass
 
 import pytest
 
+from dkdetr.engine.optim import learning_rate_factor
 from dkdetr.experiment_file import (
     ConfigError,
     config_from_dict,
     config_hash,
+    config_to_dict,
+    deciding_settings,
     dump_toml,
+    flatten,
     load_experiment,
     shipped_experiments,
 )
@@ -46,7 +52,8 @@ def test_what_is_trained_on_gpus_has_its_views_made_there() -> None:
     for name in shipped_experiments():
         wanted = "auto" if name in there else "loader"
         assert load_experiment(name).config.data.augment == wanted
-    assert there == {"lvis_r50_36e", "lvis_r50_70e", "lvis_r50_70e_mask", "ovcoco_r50"}
+    lvis = {"lvis_r50_36e", "lvis_r50_70e", "lvis_r50_70e_mask"}
+    assert there == lvis | {"ovcoco_r50", "own_r50"}
 
 
 def test_masks_are_the_70_epoch_model_s_alone() -> None:
@@ -59,11 +66,11 @@ def test_masks_are_the_70_epoch_model_s_alone() -> None:
 
 
 def test_later_sources_win_and_are_named(tmp_path) -> None:
-    (tmp_path / "parent.toml").write_text("[optim]\nlr = 1e-3\nepochs = 4\n")
+    (tmp_path / "parent.toml").write_text("[optim]\nlr = 1e-3\nepochs = 60\n")
     child = tmp_path / "child.toml"
     child.write_text('extends = "parent.toml"\nname = "child"\n[optim]\nlr = 2e-3\n')
     resolved = load_experiment(str(child), ["optim.lr=3e-3", "kd.layers=all"])
-    assert (resolved.config.optim.lr, resolved.config.optim.epochs) == (3e-3, 4)
+    assert (resolved.config.optim.lr, resolved.config.optim.epochs) == (3e-3, 60)
     assert resolved.config.kd.layers == "all"
     assert resolved.origins["optim.lr"] == "--set"
     assert resolved.origins["optim.epochs"].endswith("parent.toml")
@@ -80,11 +87,59 @@ def test_later_sources_win_and_are_named(tmp_path) -> None:
         ("detection.weight_dice=-1", "setting 'detection.weight_dice'"),
         ("kd", "KEY=VALUE"),
         ("=3", "KEY=VALUE"),
+        ("kd=3", "'kd' is a table, got 3; known here: start_epoch"),
+        ("optim=3", "'optim' is a table, got 3; known here: lr"),
+        ("optim.epochs.x=3", "setting 'optim.epochs': Input should be a valid integer"),
+        ("optim.precision.x=3", "'optim.precision' is 'tf32' and no table, but --set sets"),
+        ("optim.epochs=1.5", "setting 'optim.epochs'"),
+        ("kd.start_epoch=true", "setting 'kd.start_epoch' is no switch, got True"),
+        ("classifier.bias_init=false", "setting 'classifier.bias_init' is no switch"),
+        ("optim.betas=[0.9, true]", "setting 'optim.betas' is no switch"),
+        ("optim.lr=none", "setting 'optim.lr'"),
+        ("kd.skd.weight=inf", "setting 'kd.skd.weight' must be a finite number, got inf"),
+        ("kd.skd.temperature=inf", "setting 'kd.skd.temperature' must be a finite number"),
+        ("student.backbone.stages=[]", "setting 'student.backbone.stages' must rise"),
+        ("student.backbone.stages=[4, 3]", "setting 'student.backbone.stages' must rise"),
+        (
+            "optim.epochs=50 optim.lr_drop_epochs=[55]",
+            "55 lies behind the last of optim.epochs = 50",
+        ),
+        ("optim.lr_drop_epochs=[60, 70]", "70 lies behind the last of optim.epochs = 70"),
     ],
 )
 def test_a_wrong_setting_is_named_by_its_path(override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)) as raised:
+        load_experiment("lvis_r50_70e", re.split(" (?=optim)", override))
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"optim = 3\n", "'optim' is a table, got 3"),
+        (b'name = "\xff"\n', "is not UTF-8 text"),
+        (b"[optim]\nepochs = 30\n", "55 lies behind the last of optim.epochs = 30"),  # the default
+    ],
+)
+def test_a_wrong_file_is_refused(content, complaint, tmp_path) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
     with pytest.raises(ConfigError, match=complaint):
-        load_experiment("lvis_r50_70e", [override])
+        load_experiment(str(tmp_path / "mine.toml"))
+
+
+def test_a_file_without_a_name_has_its_own(tmp_path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "trial"\n')
+    assert load_experiment(str(tmp_path / "mine.toml")).config.name == "mine"
+    assert load_experiment(str(tmp_path / "mine.toml"), ["name=other"]).config.name == "other"
+
+
+def test_none_takes_an_option_back(tmp_path) -> None:
+    assert load_experiment("trial").config.classifier.bias_init == -4
+    (tmp_path / "mine.toml").write_text('extends = "trial"\n[classifier]\nbias_init = "none"\n')
+    for given in ((str(tmp_path / "mine.toml"),), ("trial", ["classifier.bias_init=none"])):
+        config = load_experiment(*given).config
+        assert config.classifier.bias_init is None
+        assert config.student.weights is None
 
 
 def test_a_circle_of_experiments_is_refused(tmp_path) -> None:
@@ -138,9 +193,23 @@ def test_a_number_out_of_range_is_refused_by_its_path(setting, words) -> None:
 
 def test_how_the_work_is_done_does_not_change_what_run_it_is() -> None:
     config = load_experiment("trial").config
-    same = ["data.workers=3", "compute.micro_batches=4", "checkpoint_every_s=5"]
+    same = ["data.workers=3", "compute.micro_batches=4", "checkpoint_every_s=5",
+            "data.cache_mode=resident", "eval.batch_size=2", "student.masks_at_once=4"]  # fmt: skip
     assert config_hash(load_experiment("trial", same).config) == config_hash(config)
+    assert deciding_settings(load_experiment("trial", same).config) == deciding_settings(config)
     assert config_hash(load_experiment("trial", ["seed=1"]).config) != config_hash(config)
+
+
+@pytest.mark.parametrize("name", shipped_experiments())
+def test_a_hash_is_that_of_the_days_when_it_held_more(name) -> None:
+    """Or runs would be sought in folders of other names."""
+    config = load_experiment(name).config
+    left_out = ("compute.", "ops.", "data.workers", "checkpoint_every_s")
+    flat = flatten(json.loads(json.dumps(config_to_dict(config))))
+    held = {key: value for key, value in flat.items() if not key.startswith(left_out)}
+    assert {"data.cache_mode", "eval.batch_size", "student.masks_at_once"} < held.keys()
+    then = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:8]
+    assert config_hash(config) == then
 
 
 @pytest.mark.parametrize(
@@ -163,6 +232,26 @@ def test_shares_follow_a_run_that_is_made_longer(tmp_path) -> None:
     long = load_experiment(str(preset), ["optim.epochs=40"]).config
     assert (short.kd.start_epoch, short.optim.lr_drop_epochs) == (2, (6, 7))
     assert (long.kd.start_epoch, long.optim.lr_drop_epochs) == (10, (30, 7))
+
+
+def test_whole_epochs_may_be_written_with_a_point() -> None:
+    config = load_experiment("trial", ["optim.epochs=72.0", 'kd.start_epoch="50%"']).config
+    assert (config.optim.epochs, config.kd.start_epoch) == (72, 36)
+
+
+@pytest.mark.parametrize("name", shipped_experiments())
+@pytest.mark.parametrize("epochs", [6, 36, 50])
+def test_the_rate_falls_in_a_run_of_another_length(name, epochs) -> None:
+    config = load_experiment(name, [f"optim.epochs={epochs}"]).config
+    assert learning_rate_factor(config.optim, epoch=epochs - 1, iteration=10**6) < 1
+    assert config.kd.start_epoch < epochs
+
+
+def test_a_share_may_come_to_lie_at_the_end() -> None:
+    """As in the kept rows of two epochs of pictograms_full."""
+    assert load_experiment("pictograms_full", ["optim.epochs=2"]).config.optim.lr_drop_epochs == (
+        2,
+    )
 
 
 @pytest.mark.parametrize("share", ["half", "50", "101%", "-1%", "x%", "%"])

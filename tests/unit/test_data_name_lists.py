@@ -63,6 +63,8 @@ def test_lists_agree_with_what_the_protocols_say():
 def test_a_file_of_ones_own_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(read_entries("voc")) == 20
+    Path("coco").mkdir()  # pictures, say: no list
+    assert read_entries("coco") == shipped_entries("coco")
     Path("voc").write_text("cat, kitty\n# no\n\ndog\n")
     assert read_entries("voc") == (NameEntry(1, "cat", ("kitty",)), NameEntry(2, "dog"))
     with pytest.raises(DataError, match=r"'absent'; shipped ones: lvis, coco.*voc-clean"):
@@ -86,6 +88,9 @@ def test_templates_of_sets_and_files(tmp_path):
         read_templates(str(path))
     path.write_text("\n")
     with pytest.raises(UsageError, match="holds no template"):
+        read_templates(str(path))
+    path.write_bytes("ein {} für {}\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="not UTF-8"):
         read_templates(str(path))
     with pytest.raises(UsageError, match="or a file of templates"):
         read_templates("absent.txt")

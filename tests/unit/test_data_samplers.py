@@ -119,5 +119,8 @@ def test_impossible_batches_are_refused():
         BatchPlan(100, 8, 0, 3)
     with pytest.raises(DataError, match=r"5 usable training images.*data\.batch_size=5"):
         BatchPlan(5, 8, 0, 1)
+    with pytest.raises(DataError, match="no image can be trained on") as raised:
+        BatchPlan(0, 1, 0, 1)
+    assert "batch_size" not in str(raised.value)
     with pytest.raises(UsageError, match="outside an epoch of 5"):
         run(uniform_factors(10), batch_size=2, start=(0, 6))

@@ -114,6 +114,34 @@ def test_a_bad_object_is_named(what, corners, tmp_path):
         load_split(f"voc:{tmp_path}:VOC2007/test", tmp_path)
 
 
+def test_files_of_one_fault_are_one_problem(tmp_path):
+    images = {f"{number:06d}": (40, 60, [("cat", (1, 1, 9, 9), False)]) for number in range(1, 92)}
+    write_voc(tmp_path, images)
+    folder = tmp_path / "VOC2007/Annotations"
+    for number, name in enumerate(images):
+        text = (folder / f"{name}.xml").read_text()
+        if number < 40:
+            (folder / f"{name}.xml").unlink()
+        elif number < 70:
+            (folder / f"{name}.xml").write_text(text.replace(">cat<", f">dragon{number}<"))
+        elif number < 90:
+            (folder / f"{name}.xml").write_text("\n" * number + "<annotation>")
+    problems = Problems("x")
+    name = f"voc:{tmp_path}:VOC2007/test"
+    assert len(load_split(name, tmp_path, problems).images) == 1
+    found = {problem.why: problem for problem in problems.found}
+    assert [problem.total for problem in found.values()] == [40, 30, 20]
+    assert str(found["No such file or directory"]) == (
+        "40 records of annotation files: No such file or directory: "
+        + ", ".join(f"{number:06d}.xml" for number in range(1, 21)) + " and 20 more"
+    )  # fmt: skip
+    assert "000041.xml (object 1: 'dragon40')" in str(problems.found[1])
+    assert str(tmp_path) not in " ".join(map(str, problems.found))
+    with pytest.raises(DataError, match="and 20 more") as raised:
+        load_split(name, tmp_path)
+    assert len(str(raised.value)) < 4000
+
+
 def test_a_missing_xml_is_named(tmp_path):
     with pytest.raises(DataError, match=r"a\.xml"):
         parse_xml(tmp_path / "a.xml")

@@ -38,6 +38,17 @@ def test_two_faiss_are_a_problem(monkeypatch) -> None:
     assert "pip uninstall faiss-cpu faiss-gpu" in finding.advice
 
 
+def test_triton_wants_a_compiler(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    missing = doctor.compiler_finding()
+    assert (missing.verdict, "install gcc" in missing.advice) == ("warning", True)
+    compiler = tmp_path / "my-cc"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CC", "my-cc")
+    assert doctor.compiler_finding() == doctor.Finding("C compiler", "ok", "my-cc")
+
+
 def test_little_room_is_named(monkeypatch, tmp_path) -> None:
     class Usage:
         free = 64 << 20

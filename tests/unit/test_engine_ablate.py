@@ -231,7 +231,8 @@ def test_rows_on_one_gpu_are_given_what_lets_them_share_it(tmp_path, monkeypatch
     asked = []
 
     @contextmanager
-    def sharing():
+    def sharing(device):
+        assert device == "cuda"
         asked.append("begun")
         yield {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/service"}
         asked.append("ended")
@@ -246,13 +247,12 @@ def test_rows_on_one_gpu_are_given_what_lets_them_share_it(tmp_path, monkeypatch
     monkeypatch.setattr(ablate_module, "side_by_side_on_gpus", sharing)
     for gpus, begun in ((1, ["begun", "ended"]), (2, [])):
         asked.clear()
-        places = RowPlaces(
-            ({}, {}) if gpus == 1 else ({"CUDA_MPS_PIPE_DIRECTORY": "/tmp/service"},) * 2, 1, gpus
-        )
-        monkeypatch.setattr(ablate_module, "places_for", lambda *_asked, places=places: places)
+        environment = {} if gpus == 1 else {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/service"}
+        places = RowPlaces((environment, environment), cores=1, gpus=gpus)
+        monkeypatch.setattr(ablate_module, "places_for", lambda *_, places=places, most: places)
         plan = plan_of(tmp_path / str(gpus), burn_in=0, seeds=(0,))
         planned(plan)
-        assert ablate(request_of(seeds=1), program).failed == 0
+        assert ablate(request_of(seeds=1, device="auto"), program).failed == 0
         assert asked == begun
 
 
@@ -338,7 +338,8 @@ def test_an_experiment_without_distillation_is_no_base():
 
 def test_an_experiment_file_may_tune_rows(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text('extends = "trial"\n[ablate.skd_l1.kd.skd]\nweight = 0.3\n')
+    words = 'extends = "trial"\nname = "trial"\n[ablate.skd_l1.kd.skd]\nweight = 0.3\n'
+    path.write_text(words)
     resolved = load_experiment(str(path))
     assert resolved.rows == {"skd_l1": {"kd.skd.weight": 0.3}}
     assert resolved.config == load_experiment("trial").config

@@ -33,3 +33,20 @@ def test_a_teacher_that_is_another_now_is_told_with_what_to_do(tmp_path, monkeyp
     assert "fake:0" in str(told.value)
     assert str(told.value).endswith("with --vocab")
     assert "\n" not in str(told.value)
+
+
+def test_a_number_of_images_at_once_goes_before_the_run_s_own(tmp_path, monkeypatch):
+    name = write_world(tmp_path, coco_document(num_images=2))
+    subject = Subject(
+        path=tmp_path, student=tiny_student(), config=tiny_config(), folder=tmp_path,
+        vocabulary=vocabulary_of(load_split(name, tmp_path)), train_split=name, provenance={},
+    )  # fmt: skip
+    seen = []
+    monkeypatch.setattr(evaluate_run, "load_subject", lambda *_args, **_more: subject)
+    monkeypatch.setattr(
+        evaluate_run, "evaluate_student", lambda _s, _p, _v, config, **_more: seen.append(config)
+    )
+    request = evaluate_run.EvalRequest(tmp_path, name, None, tmp_path, device="cpu")
+    for size in (None, 3):
+        assert evaluate_run.evaluate_run(replace(request, batch_size=size)) is None
+    assert [config.eval.batch_size for config in seen] == [subject.config.eval.batch_size, 3]

@@ -16,19 +16,32 @@ from dkdetr.engine.row_places import RowPlaces, places_for
 
 # Keeps a file while it runs, as the real one keeps a socket, and writes down what it is told.
 CONTROL = """#!{python} -S
-import os, pathlib, sys
+import os, pathlib, signal, sys
 pipes = pathlib.Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "{usual}"))
 with open("{diary}", "a") as diary:
     words = sys.argv[1:] or [sys.stdin.read().strip()]
     print(*words, os.environ.get("CUDA_VISIBLE_DEVICES", "all"), file=diary)
 if sys.argv[1:] == ["-d"]:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert {{signal.SIGTERM, signal.SIGHUP}} <= blocked, "a batch system would end it"
     if "{mode}" == "refuses":
         sys.exit("Cannot find a GPU")
     (pipes / "control").touch()
 elif not (pipes / "control").exists():
     sys.exit("Cannot find MPS control daemon process")
+elif words == ["get_server_list"] and (pipes / "client").exists():
+    print(4711)
 elif words == ["quit"]:
     (pipes / "control").unlink()
+"""
+
+# A process that the service's server has served.
+CLIENT = """
+import os, pathlib, sys
+pipes = pathlib.Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
+assert (pipes / "control").exists()
+assert sys.argv[1] == "cuda"
+(pipes / "client").touch()
 """
 
 
@@ -42,7 +55,7 @@ def bound_to(monkeypatch: pytest.MonkeyPatch):
 
 def test_rows_share_cores_and_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, bound_to) -> None:
     def places(device: str, jobs: int | None) -> list[tuple[str | None, str]]:
-        found = places_for(device, jobs).environments
+        found = places_for(device, jobs, most=9).environments
         return [(each.get("CUDA_VISIBLE_DEVICES"), each["OMP_NUM_THREADS"]) for each in found]
 
     bound_to(6)
@@ -54,9 +67,16 @@ def test_rows_share_cores_and_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert places("auto", 3) == [("5", "2"), ("7", "2"), ("5", "2")]
     assert places("cuda:1", 2) == [(None, "3")] * 2
-    sharing = [places_for(*asked).share_gpus for asked in (("auto", 2), ("auto", 3), ("cuda:1", 2))]
-    assert sharing == [False, True, True]
-    assert not places_for("cpu", 6).share_gpus
+    asked = ("auto", 2), ("auto", 3), ("cuda:1", 2), ("cpu", 6)
+    sharing = [places_for(*each, most=9).share_gpus for each in asked]
+    assert sharing == [False, True, True, False]
+    # Two rows: two places, which have the cores of eight.
+    few = places_for("auto", 8, most=2)
+    assert (len(few.environments), few.cores, few.share_gpus) == (2, 3, False)
+    # CUDA sees the GPUs before the first that is not there.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,5")
+    assert places("auto", None) == [("0", "6")]
 
 
 def test_loader_processes_are_no_more_than_there_are_cores(
@@ -65,7 +85,7 @@ def test_loader_processes_are_no_more_than_there_are_cores(
     bound_to(16)
     assert [loader_processes(asked) for asked in (0, 8, 40)] == [0, 8, 16]
     # Beside the process itself, of its share of the cores; one at least.
-    rows = [places_for("cpu", jobs).loader_processes for jobs in (2, 8, 16, 40)]
+    rows = [places_for("cpu", jobs, most=99).loader_processes for jobs in (2, 8, 16, 40)]
     assert rows == [7, 1, 1, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert [loader_processes(asked) for asked in (0, 1, 8)] == [0, 1, 2]
@@ -80,7 +100,7 @@ def test_loader_processes_are_no_more_than_there_are_cores(
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Returns a function that puts a stand-in for NVIDIA's command on the path, and its diary."""
 
-    def install(mode: str = "works", trial: str = "pass") -> Path:
+    def install(mode: str = "works", trial: str = CLIENT) -> Path:
         programs, diary, usual = tmp_path / "bin", tmp_path / "diary", tmp_path / "usual"
         for folder in (programs, usual):
             folder.mkdir()
@@ -105,25 +125,23 @@ def test_a_service_of_ones_own_serves_all_gpus_and_ends(
     service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # The trial runs in the service's environment, on the GPUs that rows may see.
-    trial = (
-        "import os; assert os.path.exists(os.environ['CUDA_MPS_PIPE_DIRECTORY'] + '/control')\n"
-        "assert os.environ['CUDA_VISIBLE_DEVICES'] == '3'"
-    )
-    diary = service(trial=trial)
+    diary = service(trial=CLIENT + "assert os.environ['CUDA_VISIBLE_DEVICES'] == '3'")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with side_by_side_on_gpus() as added:
+    with side_by_side_on_gpus("cuda") as added:
         folder = Path(added["CUDA_MPS_PIPE_DIRECTORY"])
         assert (folder / "control").exists()
         assert len(str(folder)) + len("/control") <= 107
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert diary.read_text().splitlines() == ["get_server_list 3", "-d all", "quit all"]
+    assert diary.read_text().splitlines() == [
+        "get_server_list 3", "-d all", "get_server_list all", "quit all",
+    ]  # fmt: skip
     assert not folder.exists()
     assert capfd.readouterr().err == ""
 
 
 def test_a_row_that_breaks_leaves_no_service_behind(service) -> None:
     diary = service()
-    with pytest.raises(KeyboardInterrupt), side_by_side_on_gpus():
+    with pytest.raises(KeyboardInterrupt), side_by_side_on_gpus("cuda"):
         raise KeyboardInterrupt
     assert diary.read_text().splitlines()[-1] == "quit all"
 
@@ -131,7 +149,7 @@ def test_a_row_that_breaks_leaves_no_service_behind(service) -> None:
 def test_a_service_that_runs_already_is_used_and_left_alone(service, tmp_path: Path) -> None:
     diary = service()
     (tmp_path / "usual" / "control").touch()
-    with side_by_side_on_gpus() as added:
+    with side_by_side_on_gpus("cuda") as added:
         assert added == {}
     assert diary.read_text().splitlines() == ["get_server_list all"]
     assert (tmp_path / "usual" / "control").exists()
@@ -140,8 +158,9 @@ def test_a_service_that_runs_already_is_used_and_left_alone(service, tmp_path: P
 @pytest.mark.parametrize(
     ("mode", "trial", "why"),
     [
-        ("refuses", "pass", "nvidia-cuda-mps-control ended with 1: Cannot find a GPU"),
+        ("refuses", CLIENT, "nvidia-cuda-mps-control ended with 1: Cannot find a GPU"),
         ("works", "raise SystemExit('no client')", "ended with 1: no client"),
+        ("works", "pass", "went by without it"),  # CUDA says nothing where it reaches no service
         ("works", "import time; time.sleep(60)", "did not come to an end in"),
     ],
 )
@@ -152,7 +171,7 @@ def test_where_it_does_not_work_rows_take_turns(
     diary = service(mode, trial)
     if "sleep" in trial:
         monkeypatch.setattr(gpu_sharing, "_PATIENCE_S", 2.0)
-    with side_by_side_on_gpus() as added:
+    with side_by_side_on_gpus("cuda") as added:
         assert added == {}
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("rows on one GPU take turns, which is slower: ")
@@ -164,7 +183,7 @@ def test_without_nvidias_command_rows_take_turns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with side_by_side_on_gpus() as added:
+    with side_by_side_on_gpus("cuda") as added:
         assert added == {}
     assert "there is no nvidia-cuda-mps-control here" in capfd.readouterr().err
 

@@ -96,6 +96,7 @@ def test_the_held_out_one_is_read_whichever_came_last(tmp_path) -> None:
         (("--predictions", "p.json", "--ema", "--precision", "fp32"), "--ema, --precision"),
         (("--predictions", "p.json", "--vocab", "v", "--clean-names"), "--vocab, --clean-names"),
         (("--predictions", "p.json", "--compile"), "--compile"),
+        (("--predictions", "p.json", "--batch-size", "1"), "--batch-size"),
     ],
 )
 def test_an_option_without_effect_is_refused_by_name(words, named) -> None:

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from dkdetr.data.split_sources import known_splits
 from dkdetr.data.splits import load_split
-from dkdetr.engine.start import experiment_of_split
+from dkdetr.engine.start import ablated_experiment, experiment_of_split
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from pipeline.pictograms import dataset
 from pipeline.pictograms.dataset import prepare_pictograms
@@ -85,6 +85,7 @@ def test_every_size_is_a_split_and_has_an_experiment_of_its_own():
         assert f"pictograms_{size}_train" in known_splits()
         assert experiment_of_split(f"pictograms_{size}_train") == f"pictograms_{size}"
         assert experiment_of_split(f"pictograms_{size}_held") == f"pictograms_{size}"
+        assert ablated_experiment(f"pictograms_{size}_train") == f"pictograms_{size}"
         assert (f"pictograms_{size}_held" in known_splits()) == (SIZES[size].num_held > 0)
 
 

@@ -1,4 +1,4 @@
-"""Half precision around, float32 where it matters (architecture decision 14)."""
+"""Half precision around, float32 where it matters."""
 
 from dataclasses import replace
 from typing import Any

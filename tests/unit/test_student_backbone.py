@@ -1,0 +1,46 @@
+"""Weights that do not fit a trunk are refused by the settings that do not fit each other."""
+
+import pytest
+from safetensors.torch import save_file
+
+from dkdetr.errors import CorruptArtefactError, DataError, UsageError
+from dkdetr.experiment_file import load_experiment
+from dkdetr.student.backbone import slim_resnet
+from dkdetr.student.build import build_student
+
+
+def test_weights_of_another_width_are_refused_by_both_settings(tmp_path):
+    options = {"norm": "batch", "frozen_stages": 0, "used_stages": (3, 4)}
+    said = "weights = pictograms are of width 32, and student.backbone.width = 16"
+    with pytest.raises(UsageError, match=said):
+        slim_resnet(weights="pictograms", width=16, **options)
+    state = slim_resnet(weights="random", width=8, **options).state_dict()
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    with pytest.raises(UsageError, match=r"are of width 8, and student\.backbone\.width = 32"):
+        slim_resnet(weights=str(path), width=32, **options)
+    assert slim_resnet(weights=str(path), width=8, **options)
+    key = next(key for key in state if key.startswith("stages.1") and state[key].ndim == 4)
+    save_file(state | {key: state[key][:1].clone()}, path)
+    with pytest.raises(CorruptArtefactError, match="1 tensors of other shapes") as raised:
+        slim_resnet(weights=str(path), width=8, **options)
+    assert len(str(raised.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights", "known"),
+    [("resnet50", "pictograms", "imagenet"), ("slim_resnet", "imagenet", "pictograms")],
+)
+def test_the_other_trunk_s_weights_are_refused_by_both_settings(arch, weights, known):
+    settings = [f"student.backbone.{each}" for each in (f"arch={arch}", f"weights={weights}")]
+    width = 64 if arch == "resnet50" else 32
+    config = load_experiment("trial", [*settings, f"student.backbone.width={width}"]).config
+    said = f"arch = {arch} has no weights = {weights}: set student.backbone.weights={known}"
+    with pytest.raises(UsageError, match=said):
+        build_student(config, text_dim=8)
+
+
+def test_a_mistyped_word_is_told_the_words():
+    config = load_experiment("trial", ["student.backbone.weights=pictogram"]).config
+    with pytest.raises(DataError, match=r"imagenet \(of resnet50\) or pictograms \(of"):
+        build_student(config, text_dim=8)

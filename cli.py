@@ -381,7 +381,12 @@ def _server(
 @_command(app, "cache-teacher")
 def cache_teacher_command(
     split: Annotated[str, typer.Option(help="lvis_train, ovcoco_train, ovcoco:DIR:JSON, ...")],
-    out: Annotated[Path | None, typer.Option(help="Default: cache/ + the split's name")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Default: cache/ + the split's name without _train; a folder of your own has none"
+        ),
+    ] = None,
     teacher: Annotated[
         str, typer.Option(help="MODEL:PRETRAINED, MODEL:/path, MODEL:random or pictograms")
     ] = "ViT-B-32-quickgelu:openai",
@@ -422,7 +427,7 @@ def cache_teacher_command(
         ),
     ] = "auto",
     prompts: Annotated[
-        str, typer.Option(help="Prompts of the names: vild63, clip7 or single")
+        str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
     ] = "vild63",
     workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Join a Dask scheduler: HOST:PORT")] = None,
@@ -452,8 +457,9 @@ def cache_teacher_command(
     from pipeline.build import run_stage_one
     from pipeline.calibrate import price_cache
     from pipeline.crops import parse_crop_rule
-    from pipeline.request import CacheRequest, default_out, executor_of
+    from pipeline.request import CacheRequest, default_out, executor_of, prompts_of
 
+    prompts, templates = prompts_of(prompts)
     request = CacheRequest(
         split=split,
         out=out or default_out(split),
@@ -466,6 +472,7 @@ def cache_teacher_command(
         encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
         decoder=_one_of("--decoder", decoder, ("auto", "pillow", "torchvision")),
         prompts=prompts,
+        templates=templates,
         executor=executor_of(workers, scheduler),
         device=device,
         experiment=experiment,
@@ -598,7 +605,7 @@ def cache_import(
     ] = None,
     image_source: Annotated[Path | None, typer.Option(help="OADP's `globals`")] = None,
     background: Annotated[
-        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+        str | None, typer.Option(help="Which row is the background: first or last")
     ] = None,
     gt: Annotated[bool, typer.Option(help="Take ground-truth embeddings over")] = True,
     teacher: Annotated[
@@ -649,7 +656,7 @@ def cache_neighbors(
     ] = None,
     exact_below: Annotated[
         int | None,
-        typer.Option(help="From so many regions on an inverted file is searched; default: 1000000"),
+        typer.Option(help="Use an approximate index from this many regions on; default: 1000000"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu or gpu (needs faiss-gpu); default: auto")
@@ -703,7 +710,8 @@ def train_command(
         Path | None, typer.Option("--from", help="Begin with this burn-in: a run or checkpoint")
     ] = None,
     until: Annotated[
-        int | None, typer.Option(help="End before this epoch, saved: makes a burn-in to share")
+        int | None,
+        typer.Option(min=1, help="End before this epoch, saved: makes a burn-in to share"),
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="8 images through every phase")] = False,
     deterministic: Annotated[
@@ -826,9 +834,29 @@ def eval_command(
     """
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
 
+    official = evaluator if evaluator != "fast" else None
+    of_runs: dict[str, Any] = {
+        "--vocab": vocab, "--clean-names": clean_names, "--compile": compiled,
+    }  # fmt: skip
     if agreement is not None:
-        _measure_agreement(run, agreement, data_root, device, batch_size, json_out)
+        others = {"--predictions": predictions, "--split": split, "--evaluator": official}
+        _refuse_beside("--agreement", of_runs | others)
+        _measure_agreement(
+            run,
+            agreement,
+            data_root,
+            device,
+            batch_size,
+            json_out,
+            averaged=ema,
+            precision=precision,
+        )
         return
+    if predictions is not None:
+        others = {
+            "RUN": run, "--ema": ema, "--precision": precision, "--batch-size": batch_size,
+        }  # fmt: skip
+        _refuse_beside("--predictions", others | of_runs)
     request = EvalRequest(
         run,
         split,
@@ -854,6 +882,14 @@ def eval_command(
     _report(scored.as_json(), json_out)
 
 
+def _refuse_beside(option: str, others: dict[str, Any]) -> None:
+    """Raises UsageError that names what was given and would have no effect beside an option."""
+    from dkdetr.errors import UsageError
+
+    if given := [name for name, value in others.items() if value]:
+        raise UsageError(f"{option} has no use for {', '.join(given)}: leave it out")
+
+
 def _measure_agreement(
     run: Path | None,
     cache: str,
@@ -861,6 +897,9 @@ def _measure_agreement(
     device: str,
     batch_size: int | None,
     json_out: str | None,
+    *,
+    averaged: bool,
+    precision: str | None,
 ) -> None:
     from cache.location import cache_path
     from dkdetr.engine.run_agreement import measure_run_agreement
@@ -868,7 +907,15 @@ def _measure_agreement(
 
     if run is None:
         raise UsageError("--agreement wants a RUN: the folder or checkpoint to measure")
-    measured = measure_run_agreement(run, cache_path(cache), data_root, device, batch_size)
+    measured = measure_run_agreement(
+        run,
+        cache_path(cache),
+        data_root,
+        device,
+        batch_size,
+        averaged=averaged,
+        precision=_precision(precision),
+    )
     _tell([line for each in measured for line in each.lines()], json_out)
     _report({"agreement": [each.as_json() for each in measured]}, json_out)
 
@@ -913,10 +960,13 @@ def predict_command(
 ) -> None:
     """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
     from dkdetr.inference.picture_sources import find_sources, open_pictures
-    from dkdetr.inference.prediction_files import predict_to_folder
+    from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
     from pipeline.open_vocabulary import load_detector
 
     sources = find_sources(pictures)
+    _require_another_answer(json_out, sources)
+    if draw:  # predictions.json and .csv are no picture's name
+        require_sources_apart(sources, out)
     detector, looked_for = load_detector(
         model,
         words,
@@ -940,6 +990,16 @@ def predict_command(
     )
     _tell(summary.lines(), json_out)
     _report(summary.as_json(), json_out)
+
+
+def _require_another_answer(json_out: str | None, sources: Sequence[Path]) -> None:
+    """Raises UsageError where --json names a picture that is read."""
+    from dkdetr.errors import UsageError
+
+    if json_out is None or Path(json_out).resolve() not in {path.resolve() for path in sources}:
+        return
+    _answered.append(json_out)  # the error is not to be written there either
+    raise UsageError(f"--json {json_out} would replace a picture: give another file")
 
 
 def _precision(word: str | None) -> Any:
@@ -991,7 +1051,7 @@ def ablate_command(
         from cache.location import cache_path
         from dkdetr.engine.ablate import AblateRequest, ablate, price_ablation
 
-        chosen = tuple(name for name in (rows or "").split(",") if name)
+        chosen = tuple(name.strip() for name in (rows or "").split(",") if name.strip())
         request = AblateRequest(
             cache=cache_path(cache),
             table=table,
@@ -1043,8 +1103,12 @@ def export_command(
         Path | None, typer.Option(help="Default: the run's name, .safetensors, .onnx or .pt")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="safetensors, onnx or torchscript")
-    ] = "safetensors",
+        str | None,
+        typer.Option(
+            "--format",
+            help="safetensors, onnx or torchscript; default: by --out's name, else the first",
+        ),
+    ] = None,
     bake: Annotated[
         bool,
         typer.Option("--bake", help="Graphs: fix the run's own names, which are else an input"),
@@ -1061,26 +1125,44 @@ def export_command(
     A graph takes pixels, a padding mask and text embeddings, any number of each, and gives scores
     and boxes; the largest difference to PyTorch is printed.
     """
+    from dkdetr.engine.run_folder import RunFolder
     from dkdetr.engine.subject import load_subject
     from dkdetr.inference.export import export_student
 
-    _one_of("--format", form, tuple(_EXPORT_SUFFIXES))
+    form = _export_format(form, out)
     subject = load_subject(run, averaged=ema)
     name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
     path = out or Path(name)
     if form != "safetensors" or bake or vocab:
         _export_graph(path, form, subject, vocab, json_out, bake=bake)
         return
+    averaged = ema or bool(subject.provenance.get("averaged"))  # of a file: as it says
     written = export_student(
         path,
         subject.student,
         subject.config,
         subject.vocabulary,
-        {**subject.provenance, "train_split": subject.train_split, "averaged": ema},
-        scores=subject.folder / "eval",
+        {**subject.provenance, "train_split": subject.train_split, "averaged": averaged},
+        scores=RunFolder(subject.folder).evaluations(averaged=ema),
     )
     _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
     _report(vars(written), json_out)
+
+
+def _export_format(form: str | None, out: Path | None) -> str:
+    """Returns the format that --format or the file's name says; both must say the same."""
+    from dkdetr.errors import UsageError
+
+    if form is not None:
+        _one_of("--format", form, tuple(_EXPORT_SUFFIXES))
+    if out is None:
+        return form or "safetensors"
+    named = next((each for each, end in _EXPORT_SUFFIXES.items() if end == out.suffix), None)
+    if named is None or form not in (None, named):
+        wanted = {form: _EXPORT_SUFFIXES[form]} if form else _EXPORT_SUFFIXES
+        ends = ", ".join(f"{end} ({each})" for each, end in wanted.items())
+        raise UsageError(f"'{out}': the file's name ends in {ends}")
+    return named
 
 
 def _export_graph(
@@ -1224,15 +1306,18 @@ def vocab_import(
     bank: Annotated[Path, typer.Argument(help="Another project's text bank: .npy, .pt or .pth")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
     names: Annotated[
-        str, typer.Option(help="Of its rows, in their order: a file, or a list as for build")
+        str,
+        typer.Option(help="Names of the bank's rows, in order: a file, or a list as for build"),
     ],
     teacher: Annotated[
         str, typer.Option(help="What embedded it, as `vocab show` prints it of your student's")
     ],
     background: Annotated[
-        str | None, typer.Option(help="Row of the bank that is no name: first or last")
+        str | None, typer.Option(help="Which row is the background: first or last")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Numbers a name, of a square bank")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Embedding length, where a bank is square")
+    ] = None,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:

@@ -16,7 +16,6 @@ from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.store import open_cache
 from cache.writer import CacheWriter, create_or_resume
-from dkdetr.data.prompts import prompt_set
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import build_vocabulary
 from dkdetr.engine.allocator import keep_freed_memory
@@ -146,8 +145,7 @@ def _fill(
         quarantined = _quarantined(request.out, range(plan.num_shards))
         if not writer.text_is_current():
             say(f"embedding {len(split.categories)} names")
-            prompts = prompt_set(request.prompts).templates
-            vocabulary = build_vocabulary(split.categories, prompts, teacher)
+            vocabulary = build_vocabulary(split.categories, request.prompt_templates(), teacher)
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         # Always: under the seal of a finished cache a lost shard may have been made again.
         for note in changed_rows(request.out, writer.old_seal, writer.seal()):

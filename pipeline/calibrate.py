@@ -12,7 +12,7 @@ import torch
 
 from cache.plan import Plan
 from dkdetr.data.image_files import UnreadableImageError
-from dkdetr.data.prompts import fill_prompt, prompt_set
+from dkdetr.data.prompts import fill_prompt
 from dkdetr.data.splits import Split, load_split
 from dkdetr.engine.distributed import Ranks, pick_device
 from dkdetr.engine.interruption import StopFlag
@@ -230,7 +230,7 @@ def _fill_batch(crops: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _time_text(request: CacheRequest, split: Split, teacher: Teacher) -> float:
-    templates = prompt_set(request.prompts).templates
+    templates = request.prompt_templates()
     names = [category.name for category in split.categories]
     texts = [fill_prompt(template, name) for template in templates for name in names][:_TEXTS]
     teacher.encode_texts(texts[:1])

@@ -217,7 +217,8 @@ def _watch(waiting: Sequence[Future[Scored]], folders: Sequence[Path], total: in
         while not all(each.done() for each in waiting):
             last = [read_metrics(folder / "metrics.jsonl")[-1:] for folder in folders]
             done = min(int(rows[0]["iteration"]) if rows else 0 for rows in last)
-            losses = [f"{float(rows[0]['total']):.1f}" if rows else "-" for rows in last]
+            totals = [rows[0].get("total") if rows else None for rows in last]
+            losses = ["-" if total is None else f"{total:.1f}" for total in totals]
             advance(done, f"loss {' / '.join(losses)}" if done < total else "scoring")
             if any(each.done() and each.exception() for each in waiting):
                 break

@@ -36,7 +36,7 @@ def cache_parts(
         **settled_parts(request, split, teacher, plan, rule),
         "images": images.parts() | {"decoder": decoder_name(decoder, teacher.device)},
         "proposals": {**source.identity, **ProposalRule(keep=request.keep).parts()},
-        "text": text_parts(split, request.prompts, teacher),
+        "text": text_parts(split, request.prompts, request.prompt_templates(), teacher),
     }
 
 

@@ -5,7 +5,6 @@ from typing import Any
 from cache.beginning import refuse_foreign_folder, stale_cache
 from cache.layout import CACHE_FILE, Head
 from cache.spec import diff_parts
-from dkdetr.data.prompts import prompt_set
 from dkdetr.data.splits import Split
 from dkdetr.errors import DataError, UsageError
 from pipeline.decoding import choose_decoder, decoder_name
@@ -30,7 +29,7 @@ def check_words(request: CacheRequest) -> ProposalSpec:
     """
     spec = parse_proposals(request.proposals)
     teacher_embed_dim(request.teacher)
-    prompt_set(request.prompts)
+    request.prompt_templates()
     spec.require()
     refuse_foreign_folder(request.out)
     return spec

@@ -8,7 +8,6 @@ import numpy as np
 
 from cache.plan import Plan, make_plan
 from cache.spec import DiskFullError
-from dkdetr.data.prompts import prompt_set
 from dkdetr.data.splits import Split
 from dkdetr.progress import format_duration
 from pipeline.fit import FitPlan, fit_plan
@@ -105,7 +104,7 @@ def price_of(request: CacheRequest, split: Split, spec: ProposalSpec, embed_dim:
     parent = next(folder for folder in (request.out, *request.out.parents) if folder.exists())
     trains = spec.trains and not (request.out / NETWORK_FILE).is_file()
     fitted: FitPlan | None = fit_plan(request, split) if trains else None
-    templates = prompt_set(request.prompts).templates
+    templates = request.prompt_templates()
     return CachePrice(
         split=split.name,
         num_images=plan.num_images,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from dkdetr.data.prompts import read_templates, templates_of_sets
 from dkdetr.errors import UsageError
 from pipeline.crops import CropRule
 from pipeline.decoding import DecoderChoice
@@ -40,6 +41,9 @@ class CacheRequest:
     storage: Literal["fp16", "int8"] = "fp16"
     crops: CropRule = field(default_factory=CropRule)
     prompts: str = "vild63"
+    """Sets by name, joined by commas; `file` where `templates` were read from one."""
+    templates: tuple[str, ...] = ()
+    """Of a file: kept here, so that a repair does not need it. Empty: those of the sets."""
     executor: Executor = field(default_factory=Executor)
     device: str = "auto"
     crop_batch: int | None = None
@@ -76,6 +80,10 @@ class CacheRequest:
             )
         if self.only_proposals and self.proposals != "fit":
             raise UsageError(f"--only-proposals: --proposals {self.proposals} trains none")
+
+    def prompt_templates(self) -> tuple[str, ...]:
+        """Returns the sentences that names are put into; raises UsageError for an unknown set."""
+        return self.templates or templates_of_sets(self.prompts)
 
     def crops_at_once(self, device: torch.device) -> int:
         """Returns how many crops the teacher is given at once on this device."""
@@ -187,6 +195,18 @@ class ProposalsReady:
 def executor_of(workers: int, scheduler: str | None) -> Executor:
     """Returns where `--workers` and `--scheduler` put the work."""
     return Executor(workers=workers, scheduler=scheduler)
+
+
+def prompts_of(word: str) -> tuple[str, tuple[str, ...]]:
+    """Returns a request's `prompts` and `templates`, of sets' names or of a file of templates.
+
+    Raises:
+        UsageError: an unknown set and no such file, or a line without `{}`.
+    """
+    templates = read_templates(word)
+    if Path(word).is_file():
+        return "file", templates
+    return ",".join(name.strip() for name in word.split(",")), ()
 
 
 def default_out(split: str) -> Path:

@@ -4,7 +4,6 @@ from typing import Any
 
 import xxhash
 
-from dkdetr.data.prompts import prompt_set
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary, build_vocabulary
 from pipeline.teacher import load_teacher
@@ -25,13 +24,14 @@ def build_split_vocabulary(
     return build_vocabulary(split.categories, templates, teacher)
 
 
-def text_parts(split: Split, prompts: str, teacher: Teacher) -> dict[str, Any]:
-    """Returns what the text's own fingerprint is made of."""
+def text_parts(
+    split: Split, prompts: str, templates: tuple[str, ...], teacher: Teacher
+) -> dict[str, Any]:
+    """Returns what the text's own fingerprint is made of: of a file, what it says, not its name."""
     names = "\n".join(
         f"{category.category_id} {int(category.is_base)} {category.frequency} {category.name}"
         for category in split.categories
     )
-    templates = prompt_set(prompts).templates
     return {
         "num_names": len(split.categories),
         "names_xxh3_128": xxhash.xxh3_128_hexdigest(names.encode()),

@@ -91,6 +91,16 @@ def prompt_set(name: str) -> PromptSet:
     return PROMPT_SETS[name]
 
 
+def templates_of_sets(names: str) -> tuple[str, ...]:
+    """Returns the templates of sets, their names joined by commas; equal ones count once.
+
+    Raises:
+        UsageError: an unknown set.
+    """
+    sets = [prompt_set(name.strip()) for name in names.split(",")]
+    return tuple(dict.fromkeys(line for each in sets for line in each.templates))
+
+
 def read_templates(word: str) -> tuple[str, ...]:
     """Returns the templates of sets, joined by commas, or of a file: one a line, with `{}`.
 
@@ -101,8 +111,7 @@ def read_templates(word: str) -> tuple[str, ...]:
     """
     path = Path(word)
     if not path.is_file():
-        sets = [prompt_set(name.strip()) for name in word.split(",")]
-        return tuple(dict.fromkeys(line for each in sets for line in each.templates))
+        return templates_of_sets(word)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

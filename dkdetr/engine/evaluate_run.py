@@ -1,6 +1,5 @@
 """Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import end_on_sigterm
-from dkdetr.engine.run_folder import newest_run, portable_name
+from dkdetr.engine.run_folder import RunFolder, newest_run, split_folder_name
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.evaluation.compiled import ready_for_inference
@@ -120,8 +119,7 @@ def _evaluate(
         given.require_space_of(subject.vocabulary, f"'{request.vocabulary}' was")
     if subject.provenance.get("random_teacher") and ranks.is_first:
         print("RANDOM TEACHER: this student learned from random embeddings", file=sys.stderr)
-    folder = _folder_name(split.name) + ("-ema" if request.averaged else "")
-    config = _with_precision(subject.config, request.precision)
+    config = with_precision(subject.config, request.precision)
     config = with_batch_size(config, request.batch_size)
     student = ready_for_inference(
         subject.student.to(ranks.device),
@@ -135,7 +133,7 @@ def _evaluate(
         vocabulary,
         config,
         device=ranks.device,
-        out_dir=subject.folder / "eval" / folder,
+        out_dir=RunFolder(subject.folder).evaluation(split.name, averaged=request.averaged),
         evaluator=request.evaluator,
         shard=Shard(ranks.rank, ranks.world_size),
     )
@@ -144,7 +142,8 @@ def _evaluate(
     return Scored(subject=subject.path, split=split.name, evaluation=evaluation)
 
 
-def _with_precision(config: ExperimentConfig, precision: Precision | None) -> ExperimentConfig:
+def with_precision(config: ExperimentConfig, precision: Precision | None) -> ExperimentConfig:
+    """Returns the settings with another precision; None: as they are."""
     if precision is None:
         return config
     return replace(config, optim=replace(config.optim, precision=precision))
@@ -169,7 +168,7 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
     if request.split is None:
         raise UsageError("--predictions wants --split: a results file does not name its split")
     split = load_split(request.split, request.data_root)
-    out_dir = predictions.parent / f"{predictions.stem}-{_folder_name(split.name)}"
+    out_dir = predictions.parent / f"{predictions.stem}-{split_folder_name(split.name)}"
     with end_on_sigterm("stopped by SIGTERM: the same command scores from the start"):
         evaluation = score_predictions(
             predictions, split, out_dir=out_dir, evaluator=request.evaluator
@@ -188,15 +187,6 @@ def validation_split(train_split: str | None) -> str:
     if train_split.endswith("_train"):
         return train_split.removesuffix("_train") + "_val"
     raise UsageError(f"which split? '{train_split}' does not say what to score on: give --split")
-
-
-def _folder_name(split: str) -> str:
-    """Returns a split's name as a folder's; a user's own is shortened to its file's name."""
-    if ":" not in split:
-        return split
-    kind, _, places = split.partition(":")
-    digest = hashlib.sha256(places.encode()).hexdigest()[:6]
-    return portable_name(f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}")
 
 
 def _fitting_vocabulary(

@@ -43,6 +43,8 @@ class _Running:
     job: Job
     process: "subprocess.Popen[bytes]"
     log: BinaryIO
+    begins: int
+    """Bytes of the log that earlier attempts have left."""
     place: int
     command: int = 0
 
@@ -121,7 +123,9 @@ class Jobs:
         place = next(i for i in range(len(self._places)) if i not in taken)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
-        self._running.append(_Running(job, self._spawn(job.commands[0], log, place), log, place))
+        begins = job.log.stat().st_size
+        process = self._spawn(job.commands[0], log, place)
+        self._running.append(_Running(job, process, log, begins, place))
 
     def _spawn(self, words: Sequence[str], log: BinaryIO, place: int) -> "subprocess.Popen[bytes]":
         log.write(f"$ dkdetr {' '.join(words)}\n".encode())
@@ -150,7 +154,7 @@ class Jobs:
         elif code in _SIGTERM_CODES:
             outcome = Outcome(STOPPED, "stopped by SIGTERM; the same command goes on")
         else:
-            outcome = Outcome(code, _last_words(each.job.log) if code else "")
+            outcome = Outcome(code, _last_words(each.job.log, each.begins) if code else "")
         self._finish(each.job, outcome, done)
 
     def _finish(self, job: Job, outcome: Outcome, done: Callable[[Job, Outcome], None]) -> None:
@@ -162,8 +166,9 @@ class Jobs:
             each.process.terminate()
 
 
-def _last_words(log: Path) -> str:
-    """Returns a log's last line that names an error, else its last line."""
-    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, begins: int) -> str:
+    """Returns the last line that names an error, else the last line, of a log from a byte on."""
+    told = log.read_bytes()[begins:].decode("utf-8", errors="replace")
+    lines = [line for line in told.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error [")]
     return (errors or lines or ["it said nothing"])[-1]

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dkdetr.atomic_file import write_text
 
@@ -22,8 +23,10 @@ class MetricLog:
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, kind: str, iteration: int, values: Mapping[str, float | int | str]) -> None:
-        """Appends one record; a reader may look at any time."""
+    def write(
+        self, kind: str, iteration: int, values: Mapping[str, float | int | str | None]
+    ) -> None:
+        """Appends one record; a reader may look at any time. None: there was no such figure."""
         record = {"kind": kind, "iteration": iteration, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -33,22 +36,23 @@ class MetricLog:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float | int | str]]:
-    """Returns the whole records of a log; a last line that a kill cut short is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole records of a log; a last line that a kill cut short is left out.
+
+    Figures are numbers, words or None, which NaN and Infinity are read as, too.
+    """
     if not path.is_file():
         return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(line, parse_constant=lambda _: None))
         except ValueError:
             break
     return records
 
 
-def in_brief(
-    records: list[dict[str, float | int | str]], most: int
-) -> list[dict[str, float | int | str]]:
+def in_brief(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     """Returns at most `most` (2 or more) records, evenly spread, the first and the last among them.
 
     Without clock times, numbers to four digits: what is kept of a run when its folder is not.

@@ -1,5 +1,6 @@
 """Figures since the last line of the log; tensors stay on the device until it is written."""
 
+import math
 import resource
 import time
 from collections import defaultdict
@@ -18,24 +19,32 @@ class RecentFigures:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float | None] = {}
         self._device = device
         self._clear()
 
     def add(self, result: StepResult, wait: float, num_images: int) -> None:
-        """Adds a step, the seconds that it waited for data, and its images over all ranks."""
+        """Adds a step, the seconds that it waited for data, and its images over all ranks.
+
+        Of a step that the fp16 scaler skipped only this is kept: what overflowed is no figure.
+        """
         self._steps += 1
         for name, value in (result.parts | result.statistics).items():
-            self._tensors[name].append(value)
+            known = self._tensors[name]
+            if not result.skipped:
+                known.append(value)
         self._wait += wait
         self._images += num_images
         self._skipped += result.skipped
         self._learning_rate = result.learning_rate
 
-    def means(self, iterations_left: int) -> dict[str, float]:
-        """Returns the means since the last call, with rates, memory and the seconds left."""
+    def means(self, iterations_left: int) -> dict[str, float | None]:
+        """Returns the means since the last call, with rates, memory and the seconds left.
+
+        None where every step was skipped, or the mean is not finite: JSON has no such number.
+        """
         seconds = time.monotonic() - self._since
-        means = {k: round(torch.stack(v).mean().item(), 6) for k, v in self._tensors.items()}
+        means: dict[str, float | None] = {k: _mean(v) for k, v in self._tensors.items()}
         means |= {
             "learning_rate": self._learning_rate,
             "images_per_s": round(self._images / seconds, 3),
@@ -51,8 +60,8 @@ class RecentFigures:
 
     def note(self) -> str:
         """Returns the last means as the line behind the progress."""
-        last = self.last
-        parts = [f"loss {last['total']:.2f}"]
+        last = {name: value for name, value in self.last.items() if value is not None}
+        parts = [f"loss {last['total']:.2f}" if "total" in last else "loss -"]
         kd = sum(value for name, value in last.items() if name == "skd" or name.startswith("rkd_"))
         if "kd_margin" in last:
             parts.append(f"kd {kd:.2f}")
@@ -71,6 +80,11 @@ class RecentFigures:
         self._steps = self._images = self._skipped = 0
         self._wait = self._learning_rate = 0.0
         self._since = time.monotonic()
+
+
+def _mean(values: list[Tensor]) -> float | None:
+    mean = torch.stack(values).mean().item() if values else math.nan
+    return round(mean, 6) if math.isfinite(mean) else None
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 import json
 import platform
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,16 +78,31 @@ def report_runs(request: ReportRequest) -> Path:
 
 
 def _titled(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Returns each path with a short name that no other has."""
-    short = [path.resolve().stem if path.is_file() else path.resolve().name for path in paths]
-    return [
-        (path, name if short.count(name) == 1 else f"{path.resolve().parent.name}/{name}")
-        for path, name in zip(paths, short, strict=True)
+    """Returns each path with a short name that no other has: as many folders as it takes."""
+    whole = [
+        path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts
+        for path in paths
     ]
+    different = set(whole)
+    titled: list[tuple[Path, str]] = []
+    for path, own in zip(paths, whole, strict=True):
+        depth = next(n for n in range(1, len(own) + 1) if _is_alone(own[-n:], different))
+        name, number = "/".join(own[-depth:]), 1
+        while (title := f"{name} ({number})" if number > 1 else name) in (
+            each for _, each in titled
+        ):
+            number += 1  # the same path again
+        titled.append((path, title))
+    return titled
+
+
+def _is_alone(end: tuple[str, ...], paths: Iterable[tuple[str, ...]]) -> bool:
+    return sum(path[-len(end) :] == end for path in paths) == 1
 
 
 def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
-    results = read_results(path if path.is_file() else _results_of(path, truth.name))
+    found, averaged = (path, False) if path.is_file() else _results_of(path, truth.name)
+    results = read_results(found)
     if results.masks is not None:
         raise UsageError(f"'{path}' holds masks: report is on boxes, give results.json")
     run = RunFolder(path)
@@ -95,20 +110,25 @@ def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
     if run.config.is_file():
         settings = flatten(tomllib.loads(run.config.read_text(encoding="utf-8")))
     return RunForReport(
-        name=title,
+        name=f"{title}, averaged weights" if averaged else title,
         note=str(settings.get("name", "")),
         metrics=score(truth, results),
         results=results,
         history=read_metrics(run.metrics),
-        agreement=read_agreement(path),
+        agreement=read_agreement(path, truth.name, averaged=averaged),
         settings=settings,
     )
 
 
-def _results_of(run: Path, split: str) -> Path:
-    for metrics in sorted((run / "eval").glob("*/metrics.json")):
-        if json.loads(metrics.read_text(encoding="utf-8")).get("split") == split:
-            return metrics.with_name("results.json")
+def _results_of(run: Path, split: str) -> tuple[Path, bool]:
+    """Returns the results on a split and whether they are the averaged weights': last choice."""
+    for averaged in (False, True):
+        for folder in RunFolder(run).evaluations(averaged=averaged):
+            metrics = folder / "metrics.json"
+            if not metrics.is_file():
+                continue
+            if json.loads(metrics.read_text(encoding="utf-8")).get("split") == split:
+                return folder / "results.json", averaged
     raise DataError(f"'{run}' was not scored on {split}; next: dkdetr eval {run} --split {split}")
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.atomic_file import write_text
+from dkdetr.config import Precision
 from dkdetr.data.splits import load_split
 from dkdetr.engine.distributed import pick_device
-from dkdetr.engine.evaluate_run import with_batch_size
+from dkdetr.engine.evaluate_run import with_batch_size, with_precision
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import CorruptArtefactError
 from dkdetr.evaluation.agreement_pass import measure_agreement
@@ -20,17 +22,34 @@ _FILE = "agreement.json"
 
 
 def measure_run_agreement(
-    run: Path, cache: CachePath, data_root: Path, device: str, batch_size: int | None = None
+    run: Path,
+    cache: CachePath,
+    data_root: Path,
+    device: str,
+    batch_size: int | None = None,
+    *,
+    averaged: bool = False,
+    precision: Precision | None = None,
 ) -> list[TeacherAgreement]:
-    """Returns a run's agreement on the images of a cache; leaves it in the run's `eval/` folder.
+    """Returns a run's agreement on the images of a cache; leaves it in the run's `eval/SPLIT/`.
 
     Held-out images are those of a cache of another split than the run was trained on; on its own
-    training images the result says so. `batch_size` images at once; None: the run's own.
+    training images the result says so.
+
+    Args:
+        run: a run, a checkpoint or a student file.
+        cache: sealed, of the run's teacher; its split names the folder.
+        data_root: where the cache's pictures lie.
+        device: see `pick_device`.
+        batch_size: images at once; None: the run's own.
+        averaged: measures the average of the weights; the folder is `eval/SPLIT-ema/`.
+        precision: None: the run's own, `optim.precision`.
 
     Raises:
         MismatchError: the cache is another teacher's.
+        UsageError: an average is asked for and there is none.
     """
-    subject = load_subject(run)
+    subject = load_subject(run, averaged=averaged)
     reader = open_cache(cache)
     subject.vocabulary.require_teacher(reader.info.teacher, f"the cache {cache} was")
     # A shared file names a split of one's own without its folders; the fingerprint stays.
@@ -47,20 +66,31 @@ def measure_run_agreement(
         subject.student.to(on),
         load_split(reader.info.split, data_root),
         reader,
-        with_batch_size(subject.config, batch_size),
+        with_batch_size(with_precision(subject.config, precision), batch_size),
         device=on,
         held_out=held_out,
     )
     described = [each.as_json() for each in measured]
-    write_text(subject.folder / "eval" / _FILE, json.dumps(described, indent=2) + "\n")
+    folder = RunFolder(subject.folder).evaluation(reader.info.split, averaged=averaged)
+    write_text(folder / _FILE, json.dumps(described, indent=2) + "\n")
     return measured
 
 
-def read_agreement(run: Path) -> list[TeacherAgreement]:
-    """Returns what was measured of a run, nothing if it was not."""
-    path = run / "eval" / _FILE
-    if not path.is_file():
-        return []
+def read_agreement(run: Path, split: str, *, averaged: bool = False) -> list[TeacherAgreement]:
+    """Returns what was measured of a run on one cache, nothing if nothing was.
+
+    Of several caches' the one on `split`, else another one on held-out images, else on the
+    training's.
+    """
+    folders = RunFolder(run).evaluations(averaged=averaged)
+    paths = [path / _FILE for path in folders]
+    if not averaged:
+        paths.append(run / "eval" / _FILE)  # where runs of before have theirs
+    found = [measured for path in paths if path.is_file() and (measured := _read(path))]
+    return max(found, key=lambda each: (each[0].held_out, each[0].split == split), default=[])
+
+
+def _read(path: Path) -> list[TeacherAgreement]:
     try:
         described: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         return [TeacherAgreement.from_json(each) for each in described]

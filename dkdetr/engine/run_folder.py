@@ -1,5 +1,6 @@
 """A run's folder: what it was made with, and the refusal to mix two experiments in one."""
 
+import hashlib
 import json
 import platform
 import re
@@ -16,6 +17,7 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.errors import CorruptArtefactError, MismatchError
 from dkdetr.experiment_file import config_from_dict, deciding_settings, dump_toml
 
+_AVERAGED = "-ema"
 _UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 
 
@@ -50,6 +52,15 @@ class RunFolder:
         """Versions, device, cache and command of the first start."""
         return self.path / "run.json"
 
+    def evaluation(self, split: str, *, averaged: bool = False) -> Path:
+        """Returns where what was measured on a split lies; apart, of the average of the weights."""
+        return self.path / "eval" / (split_folder_name(split) + (_AVERAGED if averaged else ""))
+
+    def evaluations(self, *, averaged: bool = False) -> list[Path]:
+        """Returns the folders there are of the last weights, or of their average, in order."""
+        found = sorted(path for path in (self.path / "eval").glob("*") if path.is_dir())
+        return [path for path in found if path.name.endswith(_AVERAGED) == averaged]
+
 
 def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -> RunFolder:
     """Returns the folder, made new or found with the same settings and cache.
@@ -70,6 +81,15 @@ def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -
 def portable_name(name: str) -> str:
     """Returns a name as a folder's on any file system: what Windows refuses becomes `-`."""
     return _UNSAFE.sub("-", name).rstrip(" .") or "-"
+
+
+def split_folder_name(split: str) -> str:
+    """Returns a split's name as a folder's; a user's own is shortened to its file's name."""
+    if ":" not in split:
+        return split
+    kind, _, places = split.partition(":")
+    digest = hashlib.sha256(places.encode()).hexdigest()[:6]
+    return portable_name(f"{kind}-{Path(places.rpartition(':')[2]).stem}-{digest}")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

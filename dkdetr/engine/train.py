@@ -82,7 +82,7 @@ class TrainSummary:
     iterations: int
     seconds: float
     """Of this start alone."""
-    last_losses: dict[str, float]
+    last_losses: dict[str, float | None]
 
 
 def train(request: TrainRequest) -> TrainSummary:
@@ -234,7 +234,9 @@ class _Run:
         Iterations count the steps before a shared burn-in too.
         """
         at, request = self.state.progress, self.request
-        epochs = min(self.config.optim.epochs, request.until_epoch or self.config.optim.epochs)
+        epochs = self.config.optim.epochs
+        if request.until_epoch is not None:
+            epochs = min(epochs, request.until_epoch)
         left = (epochs - at.epoch) * self.epoch_length - at.batch
         ends = [at.iteration + max(0, left)]
         if request.until_iteration is not None:
@@ -290,12 +292,14 @@ class _Run:
         return open_run(self.request.run, self.config, provenance)
 
     def _log(self, log: MetricLog | None, trackers: Sequence[Tracker], left: int) -> None:
-        values = self.recent.means(left) | {"epoch": self.state.progress.epoch}
+        values: dict[str, float | None] = self.recent.means(left)
+        values |= {"epoch": self.state.progress.epoch}
         iteration = self.state.progress.iteration
         if log is not None:
             log.write("train", iteration, values)
+        figures = {name: value for name, value in values.items() if value is not None}
         for tracker in trackers:
-            tracker.write(iteration, values)
+            tracker.write(iteration, figures)
 
     def _draw(self, group: Sequence[LoadedBatch]) -> None:
         every, iteration = self.request.watch.pictures_every, self.state.progress.iteration

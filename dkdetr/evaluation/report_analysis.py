@@ -105,9 +105,10 @@ def loss_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]
     """Returns a chart for each loss that any run's diary (`metrics.jsonl`) knows."""
     charts = []
     for name in _LOSSES:
+        told = [[r for r in history if r.get(name) is not None] for history in histories]
         lines = [
-            Line(run, [(float(r["iteration"]), float(r[name])) for r in history if name in r])
-            for run, history in enumerate(histories, start=1)
+            Line(run, [(float(r["iteration"]), float(r[name])) for r in history])
+            for run, history in enumerate(told, start=1)
         ]
         values = [y for line in lines for _, y in line.points]
         if values:

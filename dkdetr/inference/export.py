@@ -1,7 +1,7 @@
 """A student to share: weights without what only training needs, and a card that says what it is."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def export_student(
     vocabulary: Vocabulary,
     provenance: Mapping[str, Any],
     *,
-    scores: Path,
+    scores: Sequence[Path],
 ) -> Exported:
     """Returns the student file and its model card, NAME.safetensors and NAME.md.
 
@@ -52,7 +52,7 @@ def export_student(
         config: what it was trained with.
         vocabulary: travels along, so that no CLIP is needed to score.
         provenance: of the run; what it says of places and machines is left out.
-        scores: the run's folder of evaluations, whose numbers go on the card; need not exist.
+        scores: the evaluations of these weights, folders, whose numbers go on the card.
     """
     tensors = {k: v for k, v in student.state_dict().items() if not k.startswith(TRAINING_ONLY)}
     told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
@@ -120,12 +120,15 @@ def _without_folders(split: str) -> str:
     return ":".join((kind, *(Path(place).name for place in places)))
 
 
-def _scores_of(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns the numbers of every evaluation of the run, as shares of 1."""
+def _scores_of(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Returns the numbers of every evaluation, as shares of 1."""
     found: dict[str, dict[str, float]] = {}
-    for path in sorted(folder.glob("*/metrics.json")):
+    for folder in folders:
+        path = folder / "metrics.json"
+        if not path.is_file():
+            continue
         table = json.loads(path.read_text(encoding="utf-8"))
-        found[path.parent.name] = {
+        found[folder.name] = {
             key: value for key, value in table.items() if isinstance(value, float)
         }
     return found

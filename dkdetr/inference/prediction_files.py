@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from dkdetr.atomic_file import atomic_file, write_text
 from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.errors import UsageError
 from dkdetr.inference.picture_sources import NamedPicture
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.prediction import Prediction
@@ -47,6 +48,29 @@ class PredictionSummary:
             "by_name": dict(self.by_name),
             "files": dict(self.files),
         }
+
+
+def require_sources_apart(sources: Sequence[Path], out: Path) -> None:
+    """Refuses to draw in a folder where a source lies; called before anything is written.
+
+    A drawing is called after its picture, `a.jpg` of `a.jpg` and of `a.png`: in the pictures' own
+    folder it would replace one, asked for or not.
+
+    Args:
+        sources: the pictures and videos.
+        out: the folder for the drawings.
+
+    Raises:
+        UsageError: a source lies there, links followed.
+    """
+    folder = out.resolve()
+    for source in sources:
+        # By its own place and, of a link, by that of the file it leads to.
+        if folder in (source.parent.resolve(), source.resolve().parent):
+            raise UsageError(
+                f"'{source}' lies in '{out}', where drawings would replace pictures: give another "
+                "folder with --out, or --no-draw"
+            )
 
 
 def predict_to_folder(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import cli
 from dkdetr.data.vocabulary import Vocabulary, save_vocabulary
-from dkdetr.student_file import StudentFile, save_student_file
+from dkdetr.student_file import StudentFile, load_student_file, save_student_file
 
 
 def vocabulary(names: tuple[str, ...], teacher: str = "t") -> Vocabulary:
@@ -63,6 +63,10 @@ def test_torchscript_with_the_runs_own_names_and_another_path(place):
     ("words", "code", "mention"),
     [
         (("--format", "tflite"), 2, "safetensors, onnx, torchscript"),
+        (("--out", "student"), 2, ".safetensors (safetensors), .onnx (onnx), .pt (torchscript)"),
+        (("--out", "student.v2"), 2, "'student.v2': the file's name ends in .safetensors"),
+        (("--format", "onnx", "--out", "s.pt"), 2, "'s.pt': the file's name ends in .onnx (onnx)"),
+        (("--format", "safetensors", "--out", "s.onnx"), 2, "ends in .safetensors (safetensors)"),
         (("--bake",), 2, "fix the names of onnx and torchscript"),
         (("--format", "onnx", "--bake", "--vocab", "three.vocab"), 2, "one of them"),
         (("--format", "onnx", "--vocab", "other.vocab"), 4, "nothing in common"),
@@ -73,4 +77,15 @@ def test_what_makes_no_sense(place, words, code, mention):
     done = export(*words)
     assert done.exit_code == code
     assert mention in done.stderr
-    assert not (place / "s.onnx").exists()
+    written = {each.name for each in place.iterdir()}
+    assert written == {"s.safetensors", "three.vocab", "other.vocab"}
+
+
+def test_the_name_of_the_file_says_the_format(place):
+    done = export("--out", "student.onnx")
+    assert done.exit_code == 0, done.stderr
+    graph = onnxruntime.InferenceSession(place / "student.onnx")
+    assert {each.name for each in graph.get_inputs()} >= {"pixels", "text_embeddings"}
+    done = export("--out", "deep/student.safetensors")
+    assert done.exit_code == 0, done.stderr
+    assert load_student_file(place / "deep/student.safetensors").vocabulary is not None

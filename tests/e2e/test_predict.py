@@ -91,6 +91,45 @@ def test_the_students_own_names_and_a_file_of_others(place: Path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("in", "--out", "in"),
+        ("in/a.png", "--out", "in"),  # a.jpg there would be another picture
+        ("a.jpg",),  # --out . below: the drawing has the picture's own name
+        ("linked/a.png", "--out", "in"),
+        ("in/sub", "--out", "way"),  # a link to in/sub
+        ("link.jpg", "--out", "in"),  # which leads into it
+        ("clip.mp4",),
+        ("in", "--out", "found", "--json", "in/a.png"),
+    ],
+)
+def test_a_source_is_never_written_over(place: Path, monkeypatch, capsys, words):
+    Image.open(place / "in/a.png").convert("RGB").save(place / "a.jpg")
+    (place / "clip.mp4").write_bytes(b"a video, as far as names go")
+    (place / "linked").symlink_to("in")
+    (place / "way").symlink_to("in/sub")
+    (place / "link.jpg").symlink_to("in/a.png")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    out = () if "--out" in words else ("--out", ".")
+    common = ("predict", "--model", "s.safetensors", "--threshold", "0")
+    assert exit_code(monkeypatch, *common, *words, *out) == 2
+    error = capsys.readouterr().err.strip()
+    assert ("--out, or --no-draw" in error) or ("--json in/a.png" in error)
+    assert len(error.splitlines()) == 1
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_without_drawings_predictions_may_lie_beside_the_pictures(place: Path, monkeypatch):
+    before = (place / "in/a.png").read_bytes()
+    words = ("predict", "in", "--model", "s.safetensors", "--no-draw", "--out", "in")
+    assert exit_code(monkeypatch, *words) == 0
+    assert {each.name for each in (place / "in").iterdir()} == {
+        "a.png", "größe.png", "sub", "predictions.json", "predictions.csv",
+    }  # fmt: skip
+    assert (place / "in/a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (("absent.jpg",), 3, "no picture, folder or video 'absent.jpg'"),

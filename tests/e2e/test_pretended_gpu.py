@@ -159,7 +159,7 @@ def test_agreement_is_the_same(folder: Path):
     cosines = []
     for device in DEVICES:
         words = ("--agreement", "cache/cpu", "--precision", "fp32", "--json", "agreement.json")
-        on(device, "eval", "runs/extras_cpu", "--split", SPLIT, *words, cwd=folder)
+        on(device, "eval", "runs/extras_cpu", *words, cwd=folder)
         tables = json.loads((folder / "agreement.json").read_text())["agreement"]
         cosines.append([group["cosine"] for table in tables for group in table["groups"]])
     assert cosines[1] == pytest.approx(cosines[0], abs=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -161,6 +162,12 @@ def test_under_fp16_a_step_is_skipped_and_counted(world, monkeypatch, kind) -> N
         summary = train(world.request(f"skip {kind}", settings()))
         assert summary.iterations == 18
         assert summary.last_losses["skipped_steps"] >= 1
+    diary = (world.root / "runs" / f"skip {kind}" / "metrics.jsonl").read_text()
+    assert not re.search("NaN|Infinity", diary)  # which are no JSON
+    line = json.loads(diary.splitlines()[-1])
+    assert line["skipped_steps"] >= 1
+    none_taken = line["skipped_steps"] == line["iteration"]
+    assert all((line[name] is None) == none_taken for name in ("total", "grad_norm"))
     saved = load_latest(world.root / "runs" / f"skip {kind}" / "checkpoints")
     assert saved is not None
     state = saved[1].student

@@ -106,3 +106,40 @@ def test_making_the_embedded_data_set_answers_too(tmp_path, monkeypatch):
     done = run("data", "prepare", "pictograms", "--data-root", str(tmp_path), "--json", "-")
     assert done.exit_code == 0
     assert json.loads(done.stdout) == {"folder": str(tmp_path / "pictograms")}
+
+
+def test_rows_of_a_table_may_stand_apart(monkeypatch):
+    from dkdetr.engine import ablate
+
+    asked = []
+
+    def price(request):
+        asked.append(request.rows)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(ablate, "price_ablation", price)
+    words = ("ablate", "--cache", "c", "--table", "5", "--dry-run", "--rows", "skd, rkd ,")
+    assert run(*words).exit_code == 2
+    assert asked == [("skd", "rkd")]
+
+
+def test_an_epoch_to_end_before_is_one_or_more():
+    done = run("train", "--cache", "c", "--until", "0")
+    assert done.exit_code == 2
+    assert "--until" in done.stderr
+
+
+def test_prompts_of_a_cache_may_stand_in_a_file(tmp_path, monkeypatch):
+    from pipeline import build
+
+    asked = []
+
+    def run_stage_one(request, _):
+        asked.append((request.prompts, request.templates))
+        raise UsageError("enough")
+
+    monkeypatch.setattr(build, "run_stage_one", run_stage_one)
+    (tmp_path / "mine.txt").write_text("my {}\n")
+    for word in (str(tmp_path / "mine.txt"), "clip7"):
+        assert run("cache-teacher", "--split", "ovcoco_train", "--prompts", word).exit_code == 2
+    assert asked == [("file", ("my {}",)), ("clip7", ())]

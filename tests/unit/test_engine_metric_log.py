@@ -1,6 +1,15 @@
 """What is kept of a run's diary."""
 
-from dkdetr.engine.metric_log import in_brief
+import math
+import re
+
+import torch
+
+from dkdetr.engine.metric_log import MetricLog, in_brief, read_metrics
+from dkdetr.engine.recent_figures import RecentFigures
+from dkdetr.engine.step import StepResult
+from dkdetr.evaluation.report_analysis import loss_charts
+from dkdetr.inference.serve_curves import curves_page
 
 
 def test_a_brief_has_the_first_the_last_and_no_clock():
@@ -12,3 +21,52 @@ def test_a_brief_has_the_first_the_last_and_no_clock():
                                         for k in range(3)]  # fmt: skip
     assert in_brief([], 8) == []
     assert len(in_brief(records[:1], 8)) == 1
+
+
+def test_means_are_those_of_steps_that_were_taken():
+    """A step that the fp16 scaler skipped has no figures; it is counted."""
+    recent = RecentFigures(torch.device("cpu"))
+    recent.add(_step(2.0, norm=1.0), 0.0, 4)
+    recent.add(_step(math.nan, norm=math.inf, skipped=True), 0.0, 4)
+    recent.add(_step(4.0, norm=3.0), 0.0, 4)
+    means = recent.means(0)
+    assert (means["total"], means["grad_norm"], means["skipped_steps"]) == (3.0, 2.0, 1)
+    assert recent.note().startswith("loss 3.00, ")
+    assert recent.note().endswith("1 skipped")
+
+
+def test_what_is_no_number_is_null_in_the_diary_and_readers_cope(tmp_path):
+    recent = RecentFigures(torch.device("cpu"))
+    recent.add(_step(2.0, norm=math.inf), 0.0, 4)
+    first = recent.means(20)
+    recent.add(_step(math.nan, norm=math.inf, skipped=True), 0.0, 4)
+    second = recent.means(0)
+    assert (second["total"], second["grad_norm"], second["skipped_steps"]) == (None, None, 1)
+    assert recent.note().startswith("loss -, ")
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, after_iteration=0)
+    for iteration, values in ((20, first), (40, second)):
+        log.write("train", iteration, values)
+    log.close()
+    assert not re.search("NaN|Infinity", path.read_text())
+    told = read_metrics(path)
+    assert [each["total"] for each in told] == [2.0, None]
+    assert [each["grad_norm"] for each in told] == [None, None]
+    assert in_brief(told, 2)[1]["total"] is None
+    (chart,) = loss_charts([told])
+    assert chart.title == "total"
+    assert curves_page({"run": told}).count('class="line1"') == 1
+
+
+def test_a_diary_of_before_is_read_and_goes_on_without_its_nans(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 20, "total": NaN, "grad_norm": Infinity, "skd": 1.5}\n')
+    assert read_metrics(path) == [{"iteration": 20, "total": None, "grad_norm": None, "skd": 1.5}]
+    MetricLog(path, after_iteration=20).close()
+    assert not re.search("NaN|Infinity", path.read_text())
+
+
+def _step(total, *, norm, skipped=False):
+    return StepResult(
+        {"total": torch.tensor(total)}, {"grad_norm": torch.tensor(norm)}, 1e-4, skipped
+    )

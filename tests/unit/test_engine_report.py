@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -111,3 +112,24 @@ def test_what_was_not_scored_is_refused_with_the_next_command(world):
         report_runs(ReportRequest([], split, None, root))
     with pytest.raises(DataError, match="no run folder"):
         report_runs(ReportRequest([root / "nothing"], None, None, root))
+
+
+def test_runs_whose_last_folders_are_alike_too_are_told_apart(world):
+    root, split = world
+    places = ("a/runs/x", "b/runs/x", "b/runs/y")
+    runs = [make_run(root / place, split, [], weight=0.0) for place in places]
+    asked = [*runs, runs[0]]
+    page = report_runs(ReportRequest(asked, split, root / "p.html", root)).read_text()
+    assert "<title>a/runs/x, b/runs/x, y, a/runs/x (2)" in page
+
+
+def test_a_run_scored_with_its_average_alone_says_so(world):
+    root, split = world
+    run = make_run(root / "a", split, [], weight=0.0)
+    plain = run / "eval" / "val"
+    shutil.copytree(plain, run / "eval" / "val-ema")
+    page = report_runs(ReportRequest([run], split, None, root)).read_text()
+    assert "averaged weights" not in page
+    shutil.rmtree(plain)
+    page = report_runs(ReportRequest([run], split, None, root)).read_text()
+    assert "a, averaged weights" in page

@@ -12,10 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dkdetr.data.neighbor_batches import places_for_neighbors
 from dkdetr.data.splits import load_split
+from dkdetr.engine import recent_figures
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.profiling import WARMUP_STEPS
 from dkdetr.engine.smoke import _with_company, smoke
 from dkdetr.engine.step_parts import PARTS, REST
+from dkdetr.engine.trackers import TensorBoard
 from dkdetr.engine.train import Watch, train
 from dkdetr.errors import UsageError
 from dkdetr.losses import criterion
@@ -75,6 +77,25 @@ def test_a_tracker_that_is_installed_is_told_everything(world, monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "wandb", library)
     train(world.request("wand", CONFIG, watch=Watch(trackers=("wandb",))))
     assert told == ["wand", 20, 21, "finished"]
+
+
+def test_a_tracker_is_told_numbers_alone(world, monkeypatch) -> None:
+    """Figures that there are none of are null in the diary; the libraries plot numbers."""
+    told = []
+    monkeypatch.setattr(recent_figures, "_mean", lambda _: None)
+    monkeypatch.setattr(TensorBoard, "write", lambda _, iteration, values: told.append(values))
+    board = Watch(trackers=("tensorboard",))
+    train(world.request("nothing", CONFIG, watch=board, until_iteration=2))
+    assert "total" not in told[0]
+    assert None not in told[0].values()
+    (line,) = read_metrics(world.root / "runs" / "nothing" / "metrics.jsonl")
+    assert line["total"] is None
+
+
+@pytest.mark.parametrize(("until", "steps"), [(None, 21), (0, 0), (1, 3)])
+def test_a_run_ends_before_the_epoch_it_is_to_end_before(world, until, steps) -> None:
+    summary = train(world.request(f"until {until}", CONFIG, until_epoch=until))
+    assert summary.iterations == steps
 
 
 def test_a_profile_leaves_trace_and_table_and_ends(world, capsys) -> None:

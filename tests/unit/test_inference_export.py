@@ -7,7 +7,10 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+import cli
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.subject import load_subject
 from dkdetr.engine.train import train
 from dkdetr.errors import UsageError
@@ -21,9 +24,12 @@ def exported(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("world"))
     train(world.request("shared", settings(optim={"epochs": 3})))
     run = world.root / "runs" / "shared"
-    scores = run / "eval" / "someset_val"
-    scores.mkdir(parents=True)
-    (scores / "metrics.json").write_text(json.dumps({"AP": 0.1234, "APr": 0.2, "protocol": "x"}))
+    for ending, share in (("", 0.4567), ("-ema", 0.1234)):
+        scores = run / "eval" / f"someset_val{ending}"
+        scores.mkdir(parents=True)
+        numbers = {"AP": share, "APr": 0.2, "protocol": "x"}
+        (scores / "metrics.json").write_text(json.dumps(numbers))
+    (run / "eval" / "other_val-ema").mkdir()  # of an agreement alone
     subject = load_subject(run, averaged=True)
     written = export_student(
         world.root / "out" / "shared.safetensors",
@@ -31,7 +37,7 @@ def exported(tmp_path_factory):
         subject.config,
         subject.vocabulary,
         {**subject.provenance, "train_split": "someset_train", "averaged": True},
-        scores=run / "eval",
+        scores=RunFolder(run).evaluations(averaged=True),
     )
     return world, subject, written
 
@@ -62,7 +68,9 @@ def test_the_card_says_what_it_is(exported) -> None:
     card = written.card.read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "dkdetr"
-    assert "AP 12.3, APr 20.0" in card
+    assert "* someset_val-ema: AP 12.3, APr 20.0" in card
+    assert "45.7" not in card  # the last weights'
+    assert "other_val" not in card
     assert "running average" in card
     assert "65 names" in card
     assert str(world.root) not in card
@@ -83,7 +91,23 @@ def test_a_split_of_ones_own_is_named_without_its_folders(exported) -> None:
         subject.config,
         subject.vocabulary,
         {"train_split": split},
-        scores=Path("nowhere"),
+        scores=[Path("nowhere")],
     )
     assert load_subject(written.weights).train_split == "ovcoco:train2017:train.json"
     assert str(world.root) not in written.card.read_text()
+
+
+def test_the_command_puts_each_weights_own_scores_on_the_card(exported) -> None:
+    world, _, _ = exported
+    run = str(world.root / "runs" / "shared")
+    for words, shown, hidden in (((), "AP 45.7", "AP 12.3"), (("--ema",), "AP 12.3", "AP 45.7")):
+        out = world.root / f"cards{len(words)}" / "s.safetensors"
+        done = CliRunner().invoke(cli.app, ["export", run, "--out", str(out), *words])
+        assert done.exit_code == 0, done.stderr
+        card = out.with_suffix(".md").read_text()
+        assert shown in card
+        assert hidden not in card
+        again = world.root / f"again{len(words)}.safetensors"
+        done = CliRunner().invoke(cli.app, ["export", str(out), "--out", str(again)])
+        assert done.exit_code == 0, done.stderr
+        assert ("running average" in again.with_suffix(".md").read_text()) == bool(words)

@@ -58,6 +58,9 @@ def export_student(
     told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
     if "train_split" in told:
         told["train_split"] = _without_folders(told["train_split"])
+    if str(told.get("teacher_spec", "")).partition(":")[2].startswith("/"):
+        # A file of this machine; who has it names it with --teacher. Its hash is in `teacher`.
+        del told["teacher_spec"]
     save_student_file(path, StudentFile(tensors, config, vocabulary, told))
     card = path.with_suffix(".md")
     num_parameters = sum(parameter.numel() for parameter in student.parameters())

@@ -82,7 +82,8 @@ def test_a_student_file_has_no_average(exported) -> None:
         load_subject(written.weights, averaged=True)
 
 
-def test_a_split_of_ones_own_is_named_without_its_folders(exported) -> None:
+@pytest.mark.parametrize("teacher", ["pictograms", "ViT-B-32-quickgelu:openai", None])
+def test_places_of_this_machine_are_not_told(exported, teacher) -> None:
     world, subject, _ = exported
     split = f"ovcoco:{world.root}/pictures/train2017:{world.root}/train.json"
     written = export_student(
@@ -90,11 +91,14 @@ def test_a_split_of_ones_own_is_named_without_its_folders(exported) -> None:
         subject.student,
         subject.config,
         subject.vocabulary,
-        {"train_split": split},
+        {"train_split": split, "teacher_spec": teacher or f"RN50:{world.root}/clip.pt"},
         scores=[Path("nowhere")],
     )
-    assert load_subject(written.weights).train_split == "ovcoco:train2017:train.json"
+    told = load_subject(written.weights)
+    assert told.train_split == "ovcoco:train2017:train.json"
+    assert told.provenance.get("teacher_spec") == teacher
     assert str(world.root) not in written.card.read_text()
+    assert str(world.root).encode() not in written.weights.read_bytes()
 
 
 def test_the_command_puts_each_weights_own_scores_on_the_card(exported) -> None:

@@ -1127,12 +1127,15 @@ def export_command(
     """
     from dkdetr.engine.run_folder import RunFolder
     from dkdetr.engine.subject import load_subject
+    from dkdetr.errors import UsageError
     from dkdetr.inference.export import export_student
 
     form = _export_format(form, out)
     subject = load_subject(run, averaged=ema)
     name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
     path = out or Path(name)
+    if path.resolve() == run.resolve():
+        raise UsageError(f"'{path}' is the file that is to be exported: give another with --out")
     if form != "safetensors" or bake or vocab:
         _export_graph(path, form, subject, vocab, json_out, bake=bake)
         return

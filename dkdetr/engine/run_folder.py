@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import re
+import shlex
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

@@ -115,3 +115,15 @@ def test_the_command_puts_each_weights_own_scores_on_the_card(exported) -> None:
         done = CliRunner().invoke(cli.app, ["export", str(out), "--out", str(again)])
         assert done.exit_code == 0, done.stderr
         assert ("running average" in again.with_suffix(".md").read_text()) == bool(words)
+
+
+def test_a_file_is_not_exported_onto_itself(exported, monkeypatch) -> None:
+    _, _, written = exported
+    before = written.weights.read_bytes()
+    monkeypatch.chdir(written.weights.parent)
+    (written.weights.parent / "link.safetensors").symlink_to(written.weights)
+    for words in (["--out", str(written.weights)], ["--out", "link.safetensors"]):
+        done = CliRunner().invoke(cli.app, ["export", str(written.weights), *words])
+        assert done.exit_code == 2
+        assert "give another with --out" in done.stderr
+    assert written.weights.read_bytes() == before

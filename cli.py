@@ -1146,7 +1146,8 @@ def export_command(
         subject.config,
         subject.vocabulary,
         {**subject.provenance, "train_split": subject.train_split, "averaged": averaged},
-        scores=RunFolder(subject.folder).evaluations(averaged=ema),
+        # A checkpoint named by itself may be another than what was scored.
+        scores=RunFolder(subject.folder).evaluations(averaged=ema) if run.suffix != ".pt" else (),
     )
     _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
     _report(vars(written), json_out)
@@ -1442,7 +1443,7 @@ def config_check(
     if resolved.rows:
         from dkdetr.engine.ablation_plan import check_row_tables
 
-        check_row_tables(resolved, experiment, overrides or ())
+        check_row_tables(resolved, experiment)
     told = {"name": resolved.config.name, "hash": config_hash(resolved.config)}
     set_here = len(resolved.origins)
     _tell([f"ok: {told['name']}, {set_here} settings given, hash {told['hash']}"], json_out)

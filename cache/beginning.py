@@ -16,6 +16,7 @@ from cache.layout import (
     QUARANTINE_FILE,
     REPAIR_NOTE,
     Head,
+    Roots,
     Seal,
     load_plan,
     load_provenance,
@@ -127,18 +128,26 @@ def _same_json(file: Path, data: bytes) -> bool:
         return False
 
 
-def break_bad_seal(path: Path) -> Seal | None:
+def break_bad_seal(path: Path) -> Roots | None:
     """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that.
 
-    Returns the seal that was there, good or bad; None if there was none that can be read.
+    Returns what the cache was sealed with, by a seal good or bad or the note of a repair that has
+    not come to its end; None if neither can be read.
     """
     try:
         seal = Seal.load(path)
-    except FileNotFoundError:
-        return None
-    except CorruptCacheError:
+    except (FileNotFoundError, CorruptCacheError):
         seal = None
-    if seal is None or seal_problems(path, seal):
+    if (path / COMPLETE_FILE).exists() and (seal is None or seal_problems(path, seal)):
         (path / COMPLETE_FILE).unlink()
         sync_folder(path)
-    return seal
+    return _noted_roots(path) if seal is None else Roots(seal.merkle_root, seal.data_root)
+
+
+def _noted_roots(path: Path) -> Roots | None:
+    try:
+        note = load_checked_json(path / REPAIR_NOTE)
+    except (FileNotFoundError, CorruptCacheError):
+        return None
+    data_root = note.get("data_root")  # notes of before have none
+    return Roots(note["merkle_root"], data_root) if data_root else None

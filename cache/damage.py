@@ -33,7 +33,7 @@ from cache.spec import CacheError, CorruptCacheError
 
 @dataclass(frozen=True)
 class Damage:
-    """What is not as it was committed; root and fingerprint are the seal's, if it can be read."""
+    """What is not as it was committed; roots and fingerprint are the seal's, if it can be read."""
 
     path: Path
     files: tuple[str, ...]
@@ -42,6 +42,7 @@ class Damage:
     shards: tuple[int, ...]
     neighbors: bool
     old_root: str | None
+    old_data_root: str | None
     fingerprint: str | None
 
     @property
@@ -90,9 +91,10 @@ def find_damage(
         on_shard(done, len(wanted))
     goal = _noted_goal(path)
     old_root = seal.merkle_root if seal else goal.get("merkle_root")
+    old_data_root = seal.data_root if seal else goal.get("data_root")
     made_from = seal.fingerprint if seal else goal.get("fingerprint")
     neighbors = everything and _bad_neighbors(path, seal)
-    return Damage(path, tuple(files), tuple(bad), neighbors, old_root, made_from)
+    return Damage(path, tuple(files), tuple(bad), neighbors, old_root, old_data_root, made_from)
 
 
 def uncommit(damage: Damage) -> None:
@@ -107,7 +109,11 @@ def uncommit(damage: Damage) -> None:
     with Lease(path):
         if damage.old_root is not None:
             # A repair that is cut short must still know what it has to arrive at.
-            goal = {"merkle_root": damage.old_root, "fingerprint": damage.fingerprint}
+            goal = {
+                "merkle_root": damage.old_root,
+                "data_root": damage.old_data_root,
+                "fingerprint": damage.fingerprint,
+            }
             note = dump_checked_json(goal)
             write_atomic(path / REPAIR_NOTE, note)
         for name in damage.files:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +130,14 @@ def seal_problems(
     return problems
 
 
-def changed_rows(path: CachePath, old: Seal | None, new: Seal) -> tuple[str, ...]:
+class Roots(NamedTuple):
+    """What a cache was sealed with: over all, and over all but the text."""
+
+    merkle_root: str
+    data_root: str
+
+
+def changed_rows(path: CachePath, old: Roots | None, new: Seal) -> tuple[str, ...]:
     """Returns a line if a cache that was sealed before was sealed again over other rows."""
     if old is None or old.data_root == new.data_root:
         return ()

@@ -38,6 +38,7 @@ from cache.layout import (
     REPAIR_NOTE,
     TEXT_MANIFEST,
     Head,
+    Roots,
     Seal,
     load_plan,
     load_text_manifest,
@@ -78,14 +79,14 @@ class CacheWriter:
         plan: Plan,
         text_parts: Mapping[str, Any],
         lease: Lease,
-        old_seal: Seal | None,
+        old_roots: Roots | None,
     ) -> None:
         self.path = path
         self.plan = plan
         self.fingerprint = head.fingerprint
         self._text_parts = text_parts
         self._lease = lease
-        self.old_seal = old_seal
+        self.old_roots = old_roots
         self._verified: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -236,9 +237,9 @@ def create_or_resume(
         else:
             check_repair_goal(path, head)
         write_head(path, head, plan, provenance)
-        old_seal = break_bad_seal(path)
+        old_roots = break_bad_seal(path)
         stack.pop_all()
-    return CacheWriter(path, head, plan, text_parts, lease, old_seal)
+    return CacheWriter(path, head, plan, text_parts, lease, old_roots)
 
 
 def commit_shard(

@@ -148,15 +148,16 @@ def _gpus() -> list[Finding]:
 
 def compiler_finding() -> Finding:
     """Returns whether there is a C compiler, with which Triton builds what starts its kernels."""
-    named = os.environ.get("CC", "")
-    for name in (named, "gcc", "clang", "cc"):
-        if name and shutil.which(name):
+    # As Triton looks for it: what $CC says and nothing else, or these two.
+    named = os.environ.get("CC", "").split()
+    for name in named[:1] or ("gcc", "clang"):
+        if shutil.which(name):
             return Finding("C compiler", "ok", name)
     advice = (
         "without one attention and crops go by plain PyTorch, which is slower, and "
         "compute.compile=inductor fails: install gcc"
     )
-    return Finding("C compiler", "warning", "none (gcc, clang, cc, $CC)", advice)
+    return Finding("C compiler", "warning", f"none: {named[0] if named else 'gcc, clang'}", advice)
 
 
 def _driver() -> str:

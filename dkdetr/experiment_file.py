@@ -45,10 +45,10 @@ _ADAPTER = TypeAdapter(ExperimentConfig)
 _WHOLE = TypeAdapter(int)
 _SHARES = (("kd", "start_epoch"), ("optim", "lr_drop_epochs"))
 """Settings that are epochs of the run and may be shares of it, so that they follow its length."""
-_HASHED_AS = {"data.cache_mode": "stored", "eval.batch_size": 8, "student.masks_at_once": 32}
+HASHED_AS = {"data.cache_mode": "stored", "eval.batch_size": 8, "student.masks_at_once": 32}
 """How the work is done, too; but hashes have held these, and so still hold what was usual: the
 folders of runs keep their names."""
-_HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s", *_HASHED_AS)
+_HOW_NOT_WHAT = ("compute.", "ops.", "data.workers", "checkpoint_every_s", *HASHED_AS)
 
 
 def shipped_experiments() -> list[str]:
@@ -142,7 +142,7 @@ def deciding_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 def config_hash(config: ExperimentConfig) -> str:
     """Returns 8 hex digits that change with any of the `deciding_settings`."""
-    canonical = json.dumps(deciding_settings(config) | _HASHED_AS, sort_keys=True)
+    canonical = json.dumps(deciding_settings(config) | HASHED_AS, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
@@ -276,7 +276,7 @@ def _refuse_late_drops(optim: OptimConfig, given: Any) -> None:
         if drop >= optim.epochs and not isinstance(said, str):
             raise ConfigError(
                 f"setting 'optim.lr_drop_epochs': {drop} lies behind the last of "
-                f"optim.epochs = {optim.epochs}, the learning rate would never fall; give lower "
+                f"optim.epochs = {optim.epochs}: this drop would never come; give lower "
                 'ones, shares of the run (["79%"]), or [] for none'
             )
 

@@ -70,13 +70,20 @@ RANGES: Mapping[str, _Range] = {
 """By dotted path; a setting that holds several numbers wants it of each."""
 
 
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
 def range_problem(config: ExperimentConfig, flat: Mapping[str, Any]) -> str | None:
     """Returns `'a.b' must be ..., got ...` of the first setting out of range, or None."""
     for path, value in flat.items():
         words, fits = RANGES.get(path, _ANY)
         several: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
         numbers = [each for each in several if isinstance(each, int | float)]
-        if not all(math.isfinite(number) and fits(number) for number in numbers):
+        if not all(_is_finite(number) and fits(number) for number in numbers):
             return f"'{path}' must be {words}, got {value!r}"
     stages = config.student.backbone.stages
     if not stages or sorted(set(stages)) != list(stages):

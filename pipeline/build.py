@@ -148,7 +148,7 @@ def _fill(
             vocabulary = build_vocabulary(split.categories, request.prompt_templates(), teacher)
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         # Always: under the seal of a finished cache a lost shard may have been made again.
-        for note in changed_rows(request.out, writer.old_seal, writer.seal()):
+        for note in changed_rows(request.out, writer.old_roots, writer.seal()):
             say(note)
             notes.append(note)
     if request.neighbors:

@@ -12,6 +12,7 @@ import torch
 
 from cache.plan import Plan
 from dkdetr.data.image_files import UnreadableImageError
+from dkdetr.data.loader import loader_processes
 from dkdetr.data.prompts import fill_prompt
 from dkdetr.data.splits import Split, load_split
 from dkdetr.engine.distributed import Ranks, pick_device
@@ -129,7 +130,7 @@ def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> floa
     alone = Ranks(rank=0, world_size=1, device=device)
     nowhere = StateFile(request.out / "nowhere", "")
     load, step = NetworkTraining(here, split, nowhere, alone, StopFlag()).time_step()
-    workers = config.data.workers
+    workers = loader_processes(config.data.workers)
     return max(step, load / workers) if workers else load + step
 
 

@@ -27,7 +27,7 @@ from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError
-from dkdetr.experiment_file import load_experiment
+from dkdetr.experiment_file import HASHED_AS, load_experiment
 from pipeline.fit_ranks import FirstRankError, join_fit_ranks, share_from_first
 from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.proposal_network import load_network, save_network
@@ -176,8 +176,10 @@ def _fit_key(plan: FitPlan, split: Split, images: ImageCheck) -> str:
     table = split.base_table
     described = json.dumps(
         {
-            "student": asdict(plan.config.student),
-            "data": {**asdict(plan.config.data), "workers": 0},
+            "student": asdict(plan.config.student)
+            | {"masks_at_once": HASHED_AS["student.masks_at_once"]},
+            "data": asdict(plan.config.data)
+            | {"workers": 0, "cache_mode": HASHED_AS["data.cache_mode"]},
             "optim": asdict(plan.config.optim),
             "seed": plan.config.seed,
             "images": images.content_xxh3,

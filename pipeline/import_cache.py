@@ -155,7 +155,7 @@ def import_cache(
                 advance(done, "")
         if not writer.text_is_current():
             writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
-        for note in changed_rows(request.out, writer.old_seal, writer.seal()):
+        for note in changed_rows(request.out, writer.old_roots, writer.seal()):
             say(note)
     info = open_cache(request.out).info
     return ImportSummary(

@@ -78,7 +78,9 @@ def repair_cache(
             request = replace(request, data_root=data_root)
         request = replace(request, out=path)
         if isinstance(request, CacheRequest):
-            request = replace(request, device=device, executor=Executor(workers=workers))
+            # What was set aside is under the root that is compared: no limit beside it.
+            executor = Executor(workers=workers)
+            request = replace(request, device=device, executor=executor, max_bad=1.0)
         uncommit(damage)
         root = _make_again(request, say)
         finish_repair(damage, root)

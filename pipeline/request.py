@@ -28,7 +28,7 @@ DEFAULT_TEACHER = "ViT-B-32-quickgelu:openai"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheRequest:
-    """Everything that `cache-teacher` can be told; the defaults are architecture decisions 5-7."""
+    """Everything that `cache-teacher` can be told; the defaults are method B.4 to B.6's."""
 
     split: str
     out: Path

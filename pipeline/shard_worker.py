@@ -192,8 +192,9 @@ def _require_same_inputs(job: ShardJob, split: Split, source: ProposalSource) ->
     if lines:
         raise MismatchError(
             f"this worker's inputs are not those that the cache {job.cache_path} was planned with: "
-            f"{'; '.join(lines)}. Give all workers the same files under the same paths, or run the "
-            "cache-teacher command again if they have changed since it began"
+            f"{'; '.join(lines)}. Give all workers the same files under the same paths and the "
+            "same kind of device, or run the cache-teacher command again if they have changed "
+            "since it began"
         )
 
 

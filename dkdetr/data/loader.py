@@ -1,6 +1,7 @@
 """The loaders: one for a whole training run, one for a pass over a split."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -114,10 +115,17 @@ def make_training_loader(
     )
     source = _region_source(reader, config) if reader is not None and distils else None
     make_batch = TrainingBatches(images, config, source)
+    workers = loader_processes(config.data.workers)
+    if rank == 0 and workers < config.data.workers:
+        print(
+            f"loader processes: {workers}, one a core of this process, and not the "
+            f"{config.data.workers} of data.workers",
+            file=sys.stderr,
+        )
     return BatchStream(
         make_batch,
         MicroBatches(sampler, parts),
-        workers=loader_processes(config.data.workers),
+        workers=workers,
         should_stop=should_stop,
     )
 

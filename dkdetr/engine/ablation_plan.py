@@ -142,7 +142,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     experiment = request.experiment or ablated_experiment(info.split)
     resolved = load_experiment(experiment, request.overrides)
     base = resolved.config
-    check_row_tables(resolved, experiment, request.overrides)
+    check_row_tables(resolved, experiment)
     known = row_overrides(base)
     own = {row: known[row] | dict(resolved.rows.get(row, {})) for row in known}
     wanted = _wanted(table, request.rows)
@@ -172,10 +172,10 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     )
 
 
-def check_row_tables(
-    resolved: ResolvedConfig, experiment: str, overrides: Sequence[str] = ()
-) -> None:
+def check_row_tables(resolved: ResolvedConfig, experiment: str) -> None:
     """Returns if every `[ablate.ROW]` table of an experiment is of a known row and can be.
+
+    By itself: what `--set` makes impossible of it counts where that row is asked for.
 
     Raises:
         ConfigError: names the table.
@@ -185,7 +185,7 @@ def check_row_tables(
         if row not in known:
             raise ConfigError(f"[ablate.{row}]: no such row; rows: {', '.join(known)}")
         try:
-            load_experiment(experiment, [*overrides, *set_words(known[row] | dict(changes))])
+            load_experiment(experiment, set_words(known[row] | dict(changes)))
         except ConfigError as error:
             raise ConfigError(f"[ablate.{row}]: {error}") from None
 
@@ -282,7 +282,7 @@ class _RunMaker:
         """Returns a training's words; so many of a seed may run at the same time."""
         request = self.request
         settings = [*request.overrides, *set_words(overrides)]
-        asked = any(setting.startswith("data.workers=") for setting in request.overrides)
+        asked = any(setting.startswith("data.workers=") for setting in settings)
         most = side_by_side * request.seeds
         loaders = places_for(request.device, request.jobs, most=most).loader_processes
         if self.base.data.workers > loaders and not asked:  # the others need cores, too

@@ -87,7 +87,7 @@ def read_agreement(run: Path, split: str, *, averaged: bool = False) -> list[Tea
     if not averaged:
         paths.append(run / "eval" / _FILE)  # where runs of before have theirs
     found = [measured for path in paths if path.is_file() and (measured := _read(path))]
-    return max(found, key=lambda each: (each[0].held_out, each[0].split == split), default=[])
+    return max(found, key=lambda each: (each[0].split == split, each[0].held_out), default=[])
 
 
 def _read(path: Path) -> list[TeacherAgreement]:

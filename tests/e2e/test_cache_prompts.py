@@ -25,8 +25,9 @@ def test_prompts_of_a_file_are_kept_by_what_they_say(
     assert made[0].merkle_root == made[1].merkle_root
     reader = open_cache(request_.out)
     assert reader.text()[0]["prompts"] == ["a {} here.", "my {}."]
-    described = (request_.out / "CACHE.json").read_text()
-    assert "a.txt" not in described
+    described = (request_.out / "text" / "manifest.json").read_text()
+    assert '"file"' in described
+    assert ".txt" not in described
     (request_.out / "text" / "embeddings.npy").unlink()
     repaired = repair_cache(
         request_.out, shards=(), data_root=None, device="cpu", workers=0, say=lambda _: None

@@ -15,8 +15,8 @@ from cache.spec import CorruptCacheError, StaleCacheError
 from cache.store import open_cache
 from cache.verify import verify_cache
 from cli import app
-from dkdetr.errors import UsageError
-from pipeline import repair
+from dkdetr.errors import DataError, UsageError
+from pipeline import repair, shard_worker
 from pipeline.build import cache_teacher
 from pipeline.crops import CropRule
 from pipeline.inspect import describe_cache
@@ -167,3 +167,45 @@ def test_changed_pictures_are_no_repair(cache, request_, tmp_path):
 def test_a_cache_that_does_not_know_its_making_says_what_to_do(tmp_path):
     with pytest.raises(UsageError, match="cache-teacher command again"):
         recorded_request(None, tmp_path)
+
+
+@pytest.fixture
+def two_pictures_lost(world):
+    files = [next(world.rglob(name)) for name in ("020.png", "033.png")]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(b"")
+    yield
+    for file, data in zip(files, before, strict=True):
+        file.write_bytes(data)
+
+
+@pytest.mark.usefixtures("two_pictures_lost")
+def test_what_a_later_limit_would_refuse_is_repaired_all_the_same(request_):
+    root = cache_teacher(replace(request_, max_bad=0.5)).merkle_root
+    with pytest.raises(DataError, match="max-bad"):
+        cache_teacher(request_)
+    (request_.out / "manifest/000001.json").unlink()
+    assert repair_cache(request_.out).merkle_root == root
+    assert open_cache(request_.out).info.merkle_root == root
+
+
+def test_a_repair_that_its_own_command_finishes_says_if_the_rows_came_out_otherwise(
+    request_, monkeypatch
+):
+    old = cache_teacher(request_).merkle_root
+    (request_.out / "provenance.json").unlink()
+    (request_.out / "manifest/000001.json").unlink()
+    with pytest.raises(CorruptCacheError, match="run its own cache-teacher"):
+        repair_cache(request_.out)
+    write = shard_worker.commit_shard
+
+    def otherwise(path, shard, rows, **more):
+        halved = [replace(row, objectness=row.objectness / 2) for row in rows]
+        return write(path, shard, halved, **more)
+
+    monkeypatch.setattr(shard_worker, "commit_shard", otherwise)
+    summary = cache_teacher(request_)
+    assert any(f"was {old} and is {summary.merkle_root}" in note for note in summary.notes), (
+        summary.notes
+    )

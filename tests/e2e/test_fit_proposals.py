@@ -11,6 +11,7 @@ import torch
 
 from dkdetr.data.splits import Split, load_split
 from dkdetr.errors import MismatchError, PreemptedError, UsageError
+from pipeline import fit
 from pipeline.fit import fit_plan, fit_proposals
 from pipeline.fit_training import NetworkTraining
 from pipeline.proposal_network import load_network
@@ -136,6 +137,17 @@ def test_the_plan_is_a_sixth_of_the_experiment_in_small_batches(request_: CacheR
     assert not plan.config.kd.enabled
     with pytest.raises(UsageError, match="--experiment"):
         fit_plan(replace(request_, experiment=None), replace(split, name="coco:a:b"))
+
+
+def test_what_decides_no_weight_asks_for_no_other_network(request_: CacheRequest) -> None:
+    split = load_split(request_.split, request_.data_root)
+    images = check_images(split, decode=False)
+    how = ("data.workers=3", "data.cache_mode=resident", "student.masks_at_once=4")
+    keys = [
+        fit._fit_key(fit_plan(replace(request_, overrides=given), split), split, images)
+        for given in ((), how, ("data.image_size=64",))
+    ]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_training_finds_more_objects_than_chance(request_: CacheRequest) -> None:

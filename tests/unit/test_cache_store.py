@@ -156,7 +156,7 @@ def test_a_lost_shard_made_again_to_other_bytes_is_sealed_again(tmp_path):
         rows, quarantined = shard_rows(plan, 1, otherwise)
         writer.commit_shard(1, rows, quarantined=quarantined)
         seal = writer.seal()
-        (line,) = changed_rows(path, writer.old_seal, seal)
+        (line,) = changed_rows(path, writer.old_roots, seal)
     assert f"was {old.merkle_root} and is {seal.merkle_root}" in line
     reader = open_cache(path)
     image_id = plan.shard_image_ids(1)[0]
@@ -173,7 +173,7 @@ def test_sealing_a_sealed_cache_changes_nothing(tmp_path):
         tmp_path / "c", parts=parts(), plan=sample_plan(), provenance={}
     ) as writer:
         seal = writer.seal()
-        assert (seal, changed_rows(tmp_path, writer.old_seal, seal)) == (old, ())
+        assert (seal, changed_rows(tmp_path, writer.old_roots, seal)) == (old, ())
     assert committed_bytes(tmp_path / "c") == before
 
 

@@ -258,3 +258,8 @@ def test_a_share_may_come_to_lie_at_the_end() -> None:
 def test_what_is_no_share_is_refused_by_its_path(share) -> None:
     with pytest.raises(ConfigError, match=r"'kd.start_epoch' wants an epoch"):
         load_experiment("trial", [f'kd.start_epoch="{share}"'])
+
+
+def test_a_number_beyond_any_float_is_out_of_range() -> None:
+    with pytest.raises(ConfigError, match="'seed' must be"):
+        load_experiment("trial", ["seed=" + 400 * "9"])

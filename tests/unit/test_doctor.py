@@ -43,10 +43,13 @@ def test_triton_wants_a_compiler(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("CC", raising=False)
     missing = doctor.compiler_finding()
     assert (missing.verdict, "install gcc" in missing.advice) == ("warning", True)
-    compiler = tmp_path / "my-cc"
-    compiler.touch(mode=0o755)
-    monkeypatch.setenv("CC", "my-cc")
+    for name in ("my-cc", "gcc"):
+        (tmp_path / name).touch(mode=0o755)
+    assert doctor.compiler_finding() == doctor.Finding("C compiler", "ok", "gcc")
+    monkeypatch.setenv("CC", "my-cc -m64")
     assert doctor.compiler_finding() == doctor.Finding("C compiler", "ok", "my-cc")
+    monkeypatch.setenv("CC", "no-cc")  # Triton asks for no other then
+    assert doctor.compiler_finding().verdict == "warning"
 
 
 def test_little_room_is_named(monkeypatch, tmp_path) -> None:

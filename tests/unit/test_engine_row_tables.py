@@ -51,3 +51,12 @@ def test_sound_tables_pass_though_the_run_itself_may_not_distil():
         check_row_tables(load_experiment(name), name)
     words = ["config", "check", "pictograms_small", "--set", "kd.rkd.weight=0"]
     assert CliRunner().invoke(cli.app, words).exit_code == 0
+
+
+def test_a_table_that_a_setting_makes_impossible_is_nobodys_concern_who_asks_for_other_rows(
+    tmp_path: Path,
+):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "trial"\n[ablate.both_hybrid.kd.skd]\nweight = 0.5\n')
+    words = ["config", "check", str(path), "--set", "kd.auxiliary_queries=false"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0

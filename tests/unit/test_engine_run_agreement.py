@@ -79,6 +79,7 @@ def test_the_held_out_one_is_read_whichever_came_last(tmp_path) -> None:
     assert read() == ["other_val"]
     keep("x_val", own)
     assert read() == ["x_val"]
+    assert [each.split for each in read_agreement(tmp_path, "x_train")] == ["x_train"]
     assert read(averaged=True) == []
     keep("x_train-ema", training)
     assert read(averaged=True) == ["x_train"]

@@ -1131,12 +1131,14 @@ def export_command(
     from dkdetr.inference.export import export_student
 
     form = _export_format(form, out)
+    if (bake and vocab) or ((bake or vocab) and form == "safetensors"):
+        raise UsageError("--bake or --vocab (one of them) fix the names of onnx and torchscript")
     subject = load_subject(run, averaged=ema)
     name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
     path = out or Path(name)
     if path.resolve() == run.resolve():
         raise UsageError(f"'{path}' is the file that is to be exported: give another with --out")
-    if form != "safetensors" or bake or vocab:
+    if form != "safetensors":
         _export_graph(path, form, subject, vocab, json_out, bake=bake)
         return
     averaged = ema or bool(subject.provenance.get("averaged"))  # of a file: as it says
@@ -1173,11 +1175,8 @@ def _export_graph(
     path: Path, form: Any, subject: Any, vocab: Path | None, json_out: str | None, *, bake: bool
 ) -> None:
     from dkdetr.data.vocabulary import load_vocabulary
-    from dkdetr.errors import UsageError
     from dkdetr.inference.export_graph import export_graph
 
-    if form == "safetensors" or (bake and vocab):
-        raise UsageError("--bake or --vocab (one of them) fix the names of onnx and torchscript")
     own = subject.vocabulary
     baked = load_vocabulary(vocab) if vocab else own if bake else None
     written = export_graph(path, form, subject.student, subject.config, own, baked=baked)

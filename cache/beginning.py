@@ -86,17 +86,26 @@ def stale_cache(path: Path, differences: Sequence[str]) -> StaleCacheError:
     )
 
 
+def repair_goal(path: Path) -> dict[str, str]:
+    """Returns what a repair that has not come to its end is to arrive at; empty if none is known.
+
+    Keys: merkle_root, fingerprint and, but in notes of before, data_root.
+    """
+    try:
+        return load_checked_json(path / REPAIR_NOTE)
+    except (FileNotFoundError, CorruptCacheError):
+        return {}
+
+
 def check_repair_goal(path: Path, head: Head) -> None:
     """Returns if `head` is what a repair without a CACHE.json is to arrive at, or there is none."""
-    try:
-        goal = load_checked_json(path / REPAIR_NOTE)["fingerprint"]
-    except (FileNotFoundError, CorruptCacheError):
-        return
-    if goal != head.fingerprint:
+    goal = repair_goal(path)
+    if goal and goal["fingerprint"] != head.fingerprint:
         raise StaleCacheError(
             f"{path} is being repaired, and was made from other inputs (its CACHE.json, which "
-            f"would tell which, was damaged):\n  fingerprint  cache: {goal}  wanted: "
-            f"{head.fingerprint}\nnext: give the pictures, proposals and teacher it was made from"
+            f"would tell which, was damaged):\n  fingerprint  cache: {goal['fingerprint']}  "
+            f"wanted: {head.fingerprint}\n"
+            "next: give the pictures, proposals and teacher it was made from"
         )
 
 
@@ -145,9 +154,6 @@ def break_bad_seal(path: Path) -> Roots | None:
 
 
 def _noted_roots(path: Path) -> Roots | None:
-    try:
-        note = load_checked_json(path / REPAIR_NOTE)
-    except (FileNotFoundError, CorruptCacheError):
-        return None
-    data_root = note.get("data_root")  # notes of before have none
-    return Roots(note["merkle_root"], data_root) if data_root else None
+    goal = repair_goal(path)
+    data_root = goal.get("data_root")
+    return Roots(goal["merkle_root"], data_root) if data_root else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.beginning import break_bad_seal
+from cache.beginning import break_bad_seal, repair_goal
 from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
 from cache.exported import refuse_export
 from cache.layout import (
@@ -89,7 +89,7 @@ def find_damage(
         if _is_bad(path, shard, seal):
             bad.append(shard)
         on_shard(done, len(wanted))
-    goal = _noted_goal(path)
+    goal = repair_goal(path)
     old_root = seal.merkle_root if seal else goal.get("merkle_root")
     old_data_root = seal.data_root if seal else goal.get("data_root")
     made_from = seal.fingerprint if seal else goal.get("fingerprint")
@@ -140,13 +140,6 @@ def finish_repair(damage: Damage, new_root: str) -> None:
             "where the cache was made. The cache is sealed and whole; runs made from the old one "
             "are not its runs; next: dkdetr cache diff with a copy tells how far they differ"
         )
-
-
-def _noted_goal(path: Path) -> dict[str, str]:
-    try:
-        return load_checked_json(path / REPAIR_NOTE)
-    except (FileNotFoundError, CorruptCacheError):
-        return {}
 
 
 def _load_seal(path: Path) -> Seal | None:

@@ -1,17 +1,18 @@
 """What a benchmark's figures were measured on: the line that stands above every table."""
 
-import os
 import platform
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dkdetr.cores import cores_at_hand
+
 
 def describe(*packages: str) -> str:
     """Returns the machine, the versions of these packages, and the date."""
+    cores = cores_at_hand()
     found = [f"{name} {_version(name)}" for name in packages]
-    cores = len(os.sched_getaffinity(0))
     python = ".".join(str(part) for part in sys.version_info[:3])
     date = datetime.now(UTC).date().isoformat()
     return f"{cores} cores of {_processor()}{_gpu()}; Python {python}, {', '.join(found)}; {date}"

@@ -24,7 +24,7 @@ from cache.layout import (
     write_provenance,
 )
 from cache.lock import LOCK_FILE
-from cache.manifest import MANIFEST_FOLDER
+from cache.manifest import MANIFEST_FOLDER, committed_shards
 from cache.neighbor_lists import NEIGHBORS_FOLDER
 from cache.plan import Plan
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, diff_parts
@@ -61,8 +61,10 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
     try:
         planned = load_plan(path)
     except FileNotFoundError:
-        if (path / REPAIR_NOTE).is_file():
-            return  # taken out by `cache repair`; the seal's root says whether it comes back
+        # Taken out by `cache repair`: the seal's root says whether it comes back, or, where there
+        # was no seal, all rows went with it.
+        if (path / REPAIR_NOTE).is_file() or not committed_shards(path):
+            return
         raise CorruptCacheError(
             f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
             f"next: dkdetr cache repair {path}"

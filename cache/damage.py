@@ -26,7 +26,7 @@ from cache.layout import (
 )
 from cache.location import local_folder
 from cache.lock import Lease
-from cache.manifest import MANIFEST_FOLDER, ShardManifest, manifest_file
+from cache.manifest import MANIFEST_FOLDER, ShardManifest, committed_shards, manifest_file
 from cache.neighbor_lists import load_neighbors
 from cache.spec import CacheError, CorruptCacheError
 
@@ -90,6 +90,10 @@ def find_damage(
             bad.append(shard)
         on_shard(done, len(wanted))
     goal = repair_goal(path)
+    if seal is None and not goal and PLAN_FILE in files:
+        # Nothing says any more which image a row belongs to, and no root will tell whether the
+        # plan that is made anew is the old one.
+        bad = committed_shards(path)
     old_root = seal.merkle_root if seal else goal.get("merkle_root")
     old_data_root = seal.data_root if seal else goal.get("data_root")
     made_from = seal.fingerprint if seal else goal.get("fingerprint")
@@ -155,7 +159,7 @@ def _num_shards(path: Path, seal: Seal | None) -> int:
     try:
         return load_plan(path).num_shards
     except (FileNotFoundError, CorruptCacheError):
-        return len(list((path / MANIFEST_FOLDER).glob("*.json")))
+        return max(committed_shards(path), default=-1) + 1
 
 
 def _bad_files(path: Path, seal: Seal | None) -> list[str]:

@@ -84,6 +84,12 @@ def manifest_file(shard_index: int) -> str:
     return f"{MANIFEST_FOLDER}/{shard_index:06d}.json"
 
 
+def committed_shards(path: Path) -> list[int]:
+    """Returns the shards whose manifests are there, whether or not they can be read."""
+    names = (file.stem for file in (path / MANIFEST_FOLDER).glob("*.json"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def build_manifest(
     path: Path,
     plan: Plan,

@@ -51,9 +51,12 @@ def verify_cache(
         on_shard: called as `on_shard(done, total)` after each shard.
 
     Raises:
-        CacheError: there is no cache, or its head cannot be read.
+        CacheError: there is no cache, or its head cannot be read; UnsealedCacheError for an export
+            that was not finished.
     """
     path = cache_path(path)
+    if is_export(path):
+        require_finished_export(path)
     try:
         head, plan = Head.load(path), load_plan(path)
     except FileNotFoundError:
@@ -174,7 +177,6 @@ class _Checker:
         return lambda place: flat.rows(start + place)
 
     def _map(self, seal: Seal) -> None:
-        require_finished_export(self._path)
         self._flat = open_export(self._path, self._plan, seal)
 
     @staticmethod

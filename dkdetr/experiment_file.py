@@ -77,6 +77,7 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
     _count_shares(merged)
     config = config_from_dict(merged)
     _refuse_late_drops(config.optim, given=drops)
+    refuse_late_start(config)
     return ResolvedConfig(config=config, origins=origins, rows=rows)
 
 
@@ -124,6 +125,18 @@ def _read_plainly(table: Mapping[str, Any], kind: Any, prefix: str = "") -> dict
 def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Returns a plain table that `config_from_dict` reads back; absent options are left out."""
     return _without_none(asdict(config))
+
+
+def refuse_late_start(config: ExperimentConfig) -> None:
+    """Raises ConfigError if the run ends before its distillation would begin."""
+    kd, epochs = config.kd, config.optim.epochs
+    if kd.has_start and kd.start_epoch >= epochs:
+        raise ConfigError(
+            f"setting 'kd.start_epoch': {kd.start_epoch} lies behind the last of "
+            f"optim.epochs = {epochs}: nothing would be distilled; give a lower one or a share of "
+            "the run (\"57%\"), or switch distillation off with kd.regions_per_image=0 (and "
+            "kd.hybrid_queries=0)"
+        )
 
 
 def dump_toml(config: ExperimentConfig) -> str:

@@ -167,9 +167,10 @@ def _run(
     sharing = nullcontext({})
     if places.share_gpus:
         sharing = side_by_side_on_gpus("cuda" if request.device == "auto" else request.device)
+    steps, earlier = sum(run.steps for run in runs), sum(_steps_done(run, plan) for run in runs)
     with (
         sharing as added,
-        progress(f"ablate {plan.table.name}", sum(run.steps for run in runs)) as advance,
+        progress(f"ablate {plan.table.name}", steps, done=earlier) as advance,
     ):
         environments = [dict(each) | dict(added) for each in places.environments]
         jobs = Jobs(todo, program, environments, held=(lock,))

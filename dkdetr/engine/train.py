@@ -31,7 +31,7 @@ from dkdetr.engine.step_parts import marked
 from dkdetr.engine.student_setup import make_deterministic
 from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
 from dkdetr.errors import PreemptedError, UsageError
-from dkdetr.experiment_file import config_hash
+from dkdetr.experiment_file import config_hash, refuse_late_start
 from dkdetr.precision import float32_products
 from dkdetr.progress import progress
 from dkdetr.structures import LoadedBatch
@@ -327,13 +327,7 @@ def _timed(
 
 
 def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
-    kd = config.kd
-    if kd.has_start and kd.start_epoch >= config.optim.epochs:
-        raise UsageError(
-            f"kd.start_epoch={kd.start_epoch} lies behind the last of the {config.optim.epochs} "
-            "epochs: nothing would be distilled. Set it lower, or switch distillation off with "
-            "kd.regions_per_image=0 (and kd.hybrid_queries=0)"
-        )
+    refuse_late_start(config)
     if config.compute.cuda_graphs and ranks.world_size > 1:
         raise UsageError(
             f"compute.cuda_graphs wants one process, and there are {ranks.world_size}: exchanges "

@@ -3,7 +3,7 @@
 Both give the feature maps of the stages asked for, C2 (stride 4) to C5 (stride 32).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
@@ -244,10 +244,17 @@ def _load_trunk(trunk: nn.Module, state: dict[str, Tensor], *, source: str) -> N
         raise CorruptArtefactError(
             f"'{source}' is no ResNet-50: {len(missing)} tensors missing, first {missing[:3]}"
         )
-    try:
-        trunk.load_state_dict(usable, strict=False)
-    except RuntimeError as error:
-        raise CorruptArtefactError(f"'{source}' is no ResNet-50: {error}") from error
+    _refuse_other_shapes(trunk, usable, f"'{source}' is no ResNet-50")
+    trunk.load_state_dict(usable, strict=False)
+
+
+def _refuse_other_shapes(module: nn.Module, state: Mapping[str, Tensor], verdict: str) -> None:
+    own = module.state_dict()
+    wrong = sorted(key for key, value in state.items() if value.shape != own[key].shape)
+    if wrong:
+        raise CorruptArtefactError(
+            f"{verdict}: {len(wrong)} tensors of other shapes, first {wrong[:3]}"
+        )
 
 
 def _load_slim(backbone: Backbone, state: dict[str, Tensor], *, source: str) -> None:
@@ -260,13 +267,8 @@ def _load_slim(backbone: Backbone, state: dict[str, Tensor], *, source: str) -> 
             f"student.backbone.weights = {source} are of width {len(usable[first])}, and "
             f"student.backbone.width = {width}: set that width, or student.backbone.weights=random"
         )
-    try:
-        missing, _ = backbone.load_state_dict(usable, strict=False)
-    except RuntimeError:
-        wrong = sorted(key for key, value in usable.items() if value.shape != own[key].shape)
-        raise CorruptArtefactError(
-            f"'{source}' is no slim ResNet: {len(wrong)} tensors of other shapes, first {wrong[:3]}"
-        ) from None
+    _refuse_other_shapes(backbone, usable, f"'{source}' is no slim ResNet")
+    missing, _ = backbone.load_state_dict(usable, strict=False)
     missing = [key for key in missing if "num_batches_tracked" not in key]
     if missing:
         raise CorruptArtefactError(

@@ -87,6 +87,25 @@ def test_what_a_kill_left_unmade_is_damage_as_verify_says(cache):
     assert not verify_cache(cache).unfinished
 
 
+@pytest.mark.parametrize("harm", ["cut", "delete"])
+def test_an_unsealed_cache_without_its_plan_is_made_anew(cache, harm):
+    """Neither plan nor seal: rows that nobody can place go with it, and the command goes on."""
+    before = committed_bytes(cache)
+    (cache / "COMPLETE.json").unlink()
+    (cache / "manifest/000001.json").unlink()  # shards may be committed in any order
+    file = cache / "plan.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    if harm == "delete":
+        file.unlink()
+    with pytest.raises(CorruptCacheError):
+        write_sample_cache(cache)
+    damage = find_damage(cache)
+    assert damage.shards == (0, 2)
+    uncommit(damage)
+    finish_repair(damage, write_sample_cache(cache).merkle_root)
+    assert committed_bytes(cache) == before
+
+
 def test_a_repair_of_one_shard_looks_at_no_other(cache):
     for shard in (0, 1):
         file = cache / f"data.zarr/boxes_xyxy/c/{shard}/0/0"

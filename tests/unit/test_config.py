@@ -104,6 +104,7 @@ def test_later_sources_win_and_are_named(tmp_path) -> None:
             "optim.epochs=50 optim.lr_drop_epochs=[55]",
             "55 lies behind the last of optim.epochs = 50",
         ),
+        ("kd.start_epoch=100%", "'kd.start_epoch': 70 lies behind the last of optim.epochs = 70"),
         ("optim.lr_drop_epochs=[60, 70]", "70 lies behind the last of optim.epochs = 70"),
     ],
 )

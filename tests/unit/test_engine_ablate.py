@@ -16,12 +16,10 @@ import pytest
 
 from dkdetr.engine import ablate as ablate_module
 from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, price_ablation
-from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, savings, set_words
-from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
-from dkdetr.engine.ablation_tables import TABLE_NAMES, TableRow, row_overrides, table_of
+from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, savings
+from dkdetr.engine.ablation_tables import table_of
 from dkdetr.engine.row_places import RowPlaces
-from dkdetr.errors import MismatchError, PreemptedError, UsageError
-from dkdetr.experiment_file import ConfigError, load_experiment
+from dkdetr.errors import MismatchError, PreemptedError
 
 # train FOLDER START SECONDS CODE STEPS, eval FOLDER APr
 STAND_IN = """
@@ -178,7 +176,7 @@ def test_rows_not_asked_for_are_not_run_and_say_so(tmp_path, stand_in, planned):
     assert rows["rkd"]["paper_APr"] == "19.8"
 
 
-def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, planned):
+def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, planned, monkeypatch):
     planned(plan_of(tmp_path, seeds=(0,), seconds=3600.0))
 
     def stop_when_alive():
@@ -194,7 +192,15 @@ def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, pla
     assert caught.value.exit_code == 75
     assert not list(tmp_path.glob("seed0/*/row.json"))
     planned(plan_of(tmp_path, seeds=(0,)))
+    # Four of the burn-in's ten steps are there: shown, but not counted in the rate.
+    (tmp_path / "seed0/burn_in/metrics.jsonl").write_text('{"iteration": 4}\n')
+    shown = []
+    bar = ablate_module.progress
+    monkeypatch.setattr(
+        ablate_module, "progress", lambda *args, **words: shown.append(words) or bar(*args, **words)
+    )
     assert ablate(request_of(seeds=1), stand_in).failed == 0
+    assert shown == [{"done": 4}]
 
 
 def test_a_second_ablation_in_the_same_folder_is_refused(tmp_path, stand_in, planned):
@@ -271,78 +277,3 @@ def test_the_price_says_what_sharing_saves(tmp_path, stand_in, planned):
     assert "all 8 trainings" in lines[1]
     # 16 images a step at 8 images/s: 2 s a step, 3 hours.
     assert "3.00 device-hours at 2.000 s a step" in price_ablation(request_of()).text
-
-
-_BASELINE = TableRow("baseline", "baseline", {"AP": 30.5})
-
-
-def test_paired_differences_and_the_papers():
-    rows = (
-        RowResult(
-            TableRow("baseline", "baseline", {"AP": 30.5}), {0: {"AP": 0.1}, 1: {"AP": 0.2}}, {}
-        ),
-        RowResult(TableRow("skd", "SKD", {"AP": 31.5}), {0: {"AP": 0.14}, 1: {"AP": 0.22}}, {}),
-        RowResult(TableRow("skd_l1", "L1"), {1: {"AP": 0.17}}, {}),
-    )
-    result = AblationResult(table_of("6"), "x", ("AP",), (0, 1), rows, ())
-    text = markdown(result)
-    assert result.differences(rows[1], "AP") == pytest.approx([4.0, 2.0])
-    assert "+3.0 [+2.0, +4.0]" in text
-    assert "+1.0" in text  # the paper's own difference
-    assert "18.0 (8.0)" in text
-    # One seed only: compared with the same seed of the baseline, and said so.
-    assert result.difference_cell(rows[2], "AP") == "-3.0"
-    assert "1 of 2" in text
-    assert (
-        comma_separated(result)
-        .splitlines()[1]
-        .startswith("6,baseline,baseline,0,done,10.0000,30.5")
-    )
-
-
-def test_every_table_is_of_known_rows_and_its_settings_load():
-    base = load_experiment("lvis_r50_36e").config
-    known = row_overrides(base)
-    used = set()
-    for name in TABLE_NAMES:
-        table = table_of(name)
-        assert table.baseline in {row.run for row in table.rows}
-        used |= {row.run for row in table.rows}
-    assert used == set(known)
-    for run, overrides in known.items():
-        config = load_experiment("lvis_r50_36e", set_words(overrides)).config
-        assert config.kd.start_epoch == base.kd.start_epoch, run
-        assert (config == base) == (run in ("both", "layers_last")), run
-    control = load_experiment("lvis_r50_36e", set_words(known["extra_queries"])).config.kd
-    assert (control.hybrid_queries, control.hybrid_repeats) == (base.kd.regions_per_image, 1)
-    eight = {row.run for name in "567" for row in table_of(name).rows} - {"both_iou"}
-    assert len(eight) == 8
-    with pytest.raises(UsageError, match="no table '8'"):
-        table_of("8")
-
-
-def test_the_papers_numbers_are_the_papers():
-    rows = {row.run: row.paper for name in "567" for row in table_of(name).rows}
-    keys = ("APr", "APc", "APf", "AP")
-    assert [rows["both"][key] for key in keys] == [20.4, 30.9, 37.6, 31.7]
-    assert [rows["both_no_auxiliary"][key] for key in keys] == [19.7, 27.3, 35.6, 29.2]
-    assert [rows["skd_l1"][key] for key in keys] == [18.9, 30.8, 37.3, 31.4]
-    assert rows["both_iou"] == {}
-
-
-def test_an_experiment_without_distillation_is_no_base():
-    for setting in ("kd.regions_per_image=0", "kd.skd.weight=0", "kd.rkd.weight=0"):
-        with pytest.raises(UsageError, match="no base for an ablation"):
-            row_overrides(load_experiment("trial", [setting]).config)
-
-
-def test_an_experiment_file_may_tune_rows(tmp_path):
-    path = tmp_path / "mine.toml"
-    words = 'extends = "trial"\nname = "trial"\n[ablate.skd_l1.kd.skd]\nweight = 0.3\n'
-    path.write_text(words)
-    resolved = load_experiment(str(path))
-    assert resolved.rows == {"skd_l1": {"kd.skd.weight": 0.3}}
-    assert resolved.config == load_experiment("trial").config
-    path.write_text('extends = "trial"\nablate = 3\n')
-    with pytest.raises(ConfigError, match="ablate"):
-        load_experiment(str(path))

@@ -1,11 +1,13 @@
 """Weights that do not fit a trunk are refused by the settings that do not fit each other."""
 
 import pytest
+import torch
+import torchvision
 from safetensors.torch import save_file
 
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.experiment_file import load_experiment
-from dkdetr.student.backbone import slim_resnet
+from dkdetr.student.backbone import resnet50, slim_resnet
 from dkdetr.student.build import build_student
 
 
@@ -25,6 +27,22 @@ def test_weights_of_another_width_are_refused_by_both_settings(tmp_path):
     with pytest.raises(CorruptArtefactError, match="1 tensors of other shapes") as raised:
         slim_resnet(weights=str(path), width=8, **options)
     assert len(str(raised.value)) < 250
+
+
+def test_a_file_of_another_resnet_is_refused_in_one_line(tmp_path):
+    """ResNet-50's names, another's shapes: PyTorch would list every tensor."""
+    state = torchvision.models.wide_resnet50_2(weights=None).state_dict()
+    torch.save(state, tmp_path / "wide.pth")
+    with pytest.raises(
+        CorruptArtefactError, match=r"is no ResNet-50: .* of other shapes"
+    ) as raised:
+        resnet50(
+            weights=str(tmp_path / "wide.pth"),
+            norm="frozen",
+            frozen_stages=1,
+            used_stages=(3, 4, 5),
+        )
+    assert len(str(raised.value)) < 300
 
 
 @pytest.mark.parametrize(

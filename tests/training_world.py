@@ -1,5 +1,6 @@
 """A world in which a whole training run takes a second: generated pictures, cache and student."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cache.spec import PART_NAMES
 from cache.writer import create_or_resume
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.splits import Split, load_split
+from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import Checkpoint, open_checkpoint
 from dkdetr.engine.train import TrainRequest
 from dkdetr.experiment_file import config_from_dict
@@ -33,8 +35,13 @@ class TrainingWorld:
         return TrainRequest(self.cache, config, folder, self.root, "cpu", **more)
 
 
-def make_world(root: Path, num_images: int = 13) -> TrainingWorld:
-    """Writes pictures, annotations (the last picture has no base box) and a sealed cache."""
+def make_world(
+    root: Path, num_images: int = 13, change: Callable[[Vocabulary], Vocabulary] = lambda v: v
+) -> TrainingWorld:
+    """Writes pictures, annotations (the last picture has no base box) and a sealed cache.
+
+    `change` may put another vocabulary into the cache.
+    """
     name = write_world(root, coco_document(num_images))
     split = load_split(name, root)
     plan = make_plan(
@@ -48,7 +55,7 @@ def make_world(root: Path, num_images: int = 13) -> TrainingWorld:
             ids = set(plan.shard_image_ids(shard))
             images = [image for image in split.images if image.image_id in ids]
             writer.commit_shard(shard, [_rows(split, image) for image in images], quarantined={})
-        vocabulary = vocabulary_of(split)
+        vocabulary = change(vocabulary_of(split))
         writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         writer.seal()
     return TrainingWorld(root, name, path)
@@ -114,7 +121,7 @@ def _rows(split: Split, image: Any) -> ImageRows:
         image_size_hw=(image.height, image.width),
         boxes_xyxy=boxes.astype(np.float32),
         objectness=np.sort(random.uniform(0, 1, REGIONS).astype(np.float32))[::-1].copy(),
-        max_base_iou=np.zeros(REGIONS, np.float32),
+        max_base_iou=random.uniform(0, 0.7, REGIONS).astype(np.float32),
         region_embeddings=_unit(random, REGIONS, DIM),
         image_embedding=_unit(random, DIM),
         gt_boxes_xyxy=truth.boxes_xyxy,

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 import cli
+from cache.neighbors import NeighborSettings
 from dkdetr.errors import UsageError
+from pipeline.request import CacheRequest
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -30,6 +33,17 @@ def run(*words: str):
 def test_there_are_commands():
     names = {name for name, _ in commands()}
     assert {"train", "cache export", "data prepare", "config check", "fetch"} <= names
+
+
+def test_the_defaults_of_stage_one_are_the_requests_and_those_that_pages_name():
+    request = CacheRequest(split="lvis_train", out=Path("cache/lvis"))
+    options = {each.name: each.default for each in dict(commands())["cache-teacher"].params}
+    shared = options.keys() & vars(request).keys() - {"split", "out", "overrides"}
+    assert len(shared) >= 14
+    assert {name: options[name] for name in shared} == {n: getattr(request, n) for n in shared}
+    assert (request.keep, request.max_bad, request.prompts) == (300, 0.001, "vild63")
+    assert request.teacher == "ViT-B-32-quickgelu:openai"
+    assert (NeighborSettings().per_image, NeighborSettings().k) == (50, 16)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in commands()])

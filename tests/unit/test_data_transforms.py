@@ -23,6 +23,17 @@ def drawn(seed, boxes, original_hw=(90, 120), **changes) -> ViewGeometry:
     return draw_geometry(original_hw, boxes, **(SETTINGS | changes), generator=generator)
 
 
+def test_red_comes_first_and_is_normalised_as_imagenets():
+    """Pretrained weights want RGB and these numbers; no other test would see them turned round."""
+    assert PIXEL_MEAN == (123.675, 116.28, 103.53)
+    assert PIXEL_STD == (58.395, 57.12, 57.375)
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    pixels, _ = render_view(red, evaluation_geometry((8, 8), image_size=8), image_size=8)
+    expected = [(255 - 123.675) / 58.395, -116.28 / 57.12, -103.53 / 57.375]
+    assert pixels.mean(dim=(1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_boxes_move_as_computed_by_hand():
     geometry = ViewGeometry((100, 200), (50, 100), 10, 20, (40, 60), flip=False)
     box = torch.tensor([[60.0, 30.0, 100.0, 80.0]])

@@ -180,7 +180,10 @@ def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, pla
     planned(plan_of(tmp_path, seeds=(0,), seconds=3600.0))
 
     def stop_when_alive():
+        deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("seed0/*/alive"))) < 2:  # a burn-in and a row
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,7 +1,10 @@
 """Parameter groups and the learning rate, against method A.1 and values worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from step_options import option_config, step_under, training_batch
 from torch import nn
 
 from dkdetr.config import OptimConfig
@@ -23,6 +26,7 @@ class _Toy(nn.Module):
         self.neck = nn.GroupNorm(2, 4)
         self.linear = nn.Linear(4, 4)
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.kd_calibration = nn.Linear(1, 1)
         self.kd_content = nn.Parameter(self.linear.weight[0].detach().clone(), requires_grad=False)
 
 
@@ -46,7 +50,8 @@ def test_the_backbone_is_slow_and_its_norms_decay() -> None:
 def test_norms_elsewhere_do_not_decay_and_biases_do() -> None:
     toy = _Toy()
     groups = _by_name(toy, OptimConfig())
-    assert _ids(groups["norm"]["params"]) == _ids([*toy.norm.parameters(), *toy.neck.parameters()])
+    still = [*toy.norm.parameters(), *toy.neck.parameters(), *toy.kd_calibration.parameters()]
+    assert _ids(groups["norm"]["params"]) == _ids(still)
     assert groups["norm"]["weight_decay"] == 0.0
     assert id(toy.linear.bias) in _ids(groups["rest"]["params"])
     assert groups["rest"]["weight_decay"] == 0.05
@@ -115,3 +120,19 @@ def test_a_saved_state_does_not_say_how_it_is_computed() -> None:
 def test_a_gpu_updates_many_parameters_at_once() -> None:
     groups = make_optimizer(_Toy().cuda(), OptimConfig()).param_groups
     assert all(group["fused"] for group in groups)
+
+
+def test_a_step_goes_by_the_schedule_and_clips() -> None:
+    config = option_config("cached")
+    config = replace(config, optim=replace(config.optim, betas=(0.8, 0.99)))
+    step = step_under(config)
+    result = step.step([training_batch(config)], epoch=56, iteration=0)
+    # Behind the drop (0.1), at the first step of the warm-up (0.001).
+    assert result.learning_rate == pytest.approx(1e-3 * 1e-4)
+    for group in step.step.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-3 * group["lr_scale"] * 1e-4)
+        assert group["betas"] == (0.8, 0.99)
+    gradients = [each.grad for each in step.student.parameters() if each.grad is not None]
+    clipped = torch.stack([each.norm() for each in gradients]).norm()
+    assert result.statistics["grad_norm"] > 0.2  # as it was
+    assert clipped == pytest.approx(0.1, rel=1e-3)

@@ -182,6 +182,10 @@ def test_bare_words_and_other_teachers(detector: DKDETR):
     spoken = detector.resolve(["zebra", " crossing "])
     assert spoken.names == ("zebra", "crossing")
     assert spoken.category_ids == (1, 2)
+    # By the sentences that the student learned from, not by those taken where none are known.
+    assert spoken.prompts == ("a {}.",)
+    expected = FakeText().encode_texts(["a zebra.", "a crossing."])
+    np.testing.assert_allclose(spoken.embeddings, expected, atol=1e-6)
     found = detector.predict(picture(3), ["zebra"], threshold=0.0)[0]
     assert set(found.names) == {"zebra"}
     with pytest.raises(MismatchError, match="embedded by other"):

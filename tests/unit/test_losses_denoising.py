@@ -50,6 +50,19 @@ def test_noise_keeps_its_bounds_and_follows_its_generator(seed: int):
     assert not torch.equal(queries.boxes_cxcywh[:, :2], queries.boxes_cxcywh[:, 2:4])
 
 
+def test_noise_is_as_great_as_asked_for():
+    queries = made((40, 40), box=0.4, label=0.5)
+    # Half the labels are drawn anew, and a fifth of those hits the old one.
+    changed = (queries.labels != queries.wanted_labels)[queries.valid].float().mean()
+    assert changed == pytest.approx(0.5 * (NUM_CLASSES - 1) / NUM_CLASSES, abs=0.06)
+    wanted = queries.wanted_boxes_cxcywh
+    inside = queries.valid & (cxcywh_to_xyxy(queries.boxes_cxcywh) % 1 > 0).all(dim=-1)
+    shift = (queries.boxes_cxcywh - wanted).abs() / wanted[..., 2:].repeat(1, 1, 2)
+    greatest = shift[inside].amax(dim=0)
+    assert (greatest[:2] > 0.17).all()  # centres by up to 0.2 of a side, sides by up to 0.4
+    assert (greatest[2:] > 0.35).all()
+
+
 def test_an_empty_batch_has_places_without_objects():
     queries = made((0, 0))
     assert queries.valid.shape == (2, 3)

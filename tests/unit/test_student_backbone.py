@@ -4,6 +4,8 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from tiny_student import tiny_config
+from torch import nn
 
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.experiment_file import load_experiment
@@ -56,6 +58,30 @@ def test_the_other_trunk_s_weights_are_refused_by_both_settings(arch, weights, k
     said = f"arch = {arch} has no weights = {weights}: set student.backbone.weights={known}"
     with pytest.raises(UsageError, match=said):
         build_student(config, text_dim=8)
+
+
+def test_dropout_and_frozen_stages_are_the_settings():
+    student = build_student(tiny_config(dropout=0.3, backbone={"frozen_stages": 1}), text_dim=16)
+    drops = [each.p for each in student.modules() if isinstance(each, nn.Dropout)]
+    assert set(drops) == {0.3}
+    attentions = [each for each in student.modules() if isinstance(each, nn.MultiheadAttention)]
+    assert {each.dropout for each in attentions} == {0.3}
+    backbone = student.trunk.backbone
+    assert not any(each.requires_grad for each in backbone.stem.parameters())
+    frozen, moving = backbone.stages[0].parameters(), backbone.stages[1].parameters()
+    assert not any(each.requires_grad for each in frozen)
+    assert all(each.requires_grad for each in moving)
+
+
+def test_a_resnet_s_frozen_stages_are_the_settings():
+    settings = [
+        "student.backbone.arch=resnet50", "student.backbone.width=64",
+        "student.backbone.weights=random", "student.backbone.frozen_stages=2",
+    ]  # fmt: skip
+    backbone = build_student(load_experiment("trial", settings).config, text_dim=8).trunk.backbone
+    moves = [any(p.requires_grad for p in each.parameters()) for each in backbone.stages]
+    assert not any(each.requires_grad for each in backbone.stem.parameters())
+    assert moves == [False, False, True]  # C2 and C3, of the three that are used
 
 
 def test_a_mistyped_word_is_told_the_words():

@@ -45,6 +45,28 @@ def test_mask_by_hand():
     assert blocked[1] == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
+def test_kd_queries_have_their_anchors_positions_and_the_learned_content():
+    """Method B.2: the position half of the projection, never its content half."""
+    student, regions = tiny_student(), teacher_regions((4, 4))
+    own = student._detection_group(boxes_inside(2, 12), number=0)
+    group = student._kd_group(own, regions)
+    content, positions = student.encode_anchors(regions.boxes_cxcywh)
+    assert not torch.allclose(content, positions)
+    assert torch.equal(group.positions, positions)
+    assert student.kd_content is not None
+    assert torch.equal(group.content, student.kd_content.expand_as(group.content))
+
+
+def test_queries_at_the_students_anchors_have_the_detection_queries_positions():
+    config = tiny_config()
+    config = replace(config, kd=replace(config.kd, alignment="iou"))
+    student = tiny_student(config)
+    own = student._detection_group(boxes_inside(2, 12), number=0)
+    group = student._kd_group(own, teacher_regions((4, 4)))
+    assert torch.equal(group.positions, own.positions)
+    assert not torch.allclose(group.content, own.content)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_noise_for_kd_contents_and_anchors_leaves_detections_bit_identical(training: bool):
     student = tiny_student().train(training)

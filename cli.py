@@ -15,10 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
+
+from dkdetr.defaults import DEFAULT_PORT, DEFAULT_PROMPTS, DEFAULT_TEACHER, DEFAULT_THRESHOLD
 
 _FIRST = ("predict", "cache-teacher", "train", "eval", "doctor")
 _EXIT_CODES = """\b
@@ -183,10 +185,10 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], A
                 code = _exit_code(error)
                 if kwargs.get("verbose"):
                     traceback.print_exc()
-                kind = type(error).__name__
-                if kind == _LOST_ANOTHER:
+                kinds = {kind.__name__ for kind in type(error).__mro__}
+                if _LOST_ANOTHER in kinds:
                     _say(str(error))
-                elif kind != _REPORTED_BY_ANOTHER:
+                elif _REPORTED_BY_ANOTHER not in kinds:
                     _say(f"error [{code}]: {_sentence(error, code)}")
                     _report_error(_sentence(error, code), code, kwargs.get("json_out"))
                 raise typer.Exit(code) from None
@@ -264,7 +266,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def _sentence(error: Exception, code: int) -> str:
-    if code == 6:
+    if code == 6 and not hasattr(error, "exit_code"):  # the cache's own says it all
         return f"the disk is full: {error}; what was finished stands, the same command resumes"
     if code == 9:
         return (
@@ -338,9 +340,9 @@ def serve_command(
     pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
     threshold: Annotated[
         float, typer.Option(min=0.01, max=0.99, help="Least score to begin with")
-    ] = 0.3,
+    ] = DEFAULT_THRESHOLD,
     host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8537,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = DEFAULT_PORT,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
     json_out: Json = None,
@@ -364,7 +366,7 @@ def serve_command(
 
 
 def _server(
-    host: str = "127.0.0.1", port: int = 8537, opened: Callable[[str], None] | None = None
+    host: str = "127.0.0.1", port: int = DEFAULT_PORT, opened: Callable[[str], None] | None = None
 ) -> Callable[[Any], None]:
     """Returns what serves a page's parts, before anything long is begun without the extra."""
     from dkdetr.errors import UsageError
@@ -389,7 +391,7 @@ def cache_teacher_command(
     ] = None,
     teacher: Annotated[
         str, typer.Option(help="MODEL:PRETRAINED, MODEL:/path, MODEL:random or pictograms")
-    ] = "ViT-B-32-quickgelu:openai",
+    ] = DEFAULT_TEACHER,
     proposals: Annotated[
         str,
         typer.Option(
@@ -428,7 +430,7 @@ def cache_teacher_command(
     ] = "auto",
     prompts: Annotated[
         str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
-    ] = "vild63",
+    ] = DEFAULT_PROMPTS,
     workers: Annotated[int, typer.Option(help="Processes of a local Dask cluster; 0: here")] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Join a Dask scheduler: HOST:PORT")] = None,
     max_bad: Annotated[
@@ -454,10 +456,14 @@ def cache_teacher_command(
     Several GPUs for `fit`: torchrun --nproc-per-node N --no-python -- dkdetr cache-teacher ...
     trains on all of them, and goes on with one; --workers N then embeds on all.
     """
+    from cache.plan import Storage
     from pipeline.build import run_stage_one
     from pipeline.calibrate import price_cache
     from pipeline.crops import parse_crop_rule
-    from pipeline.request import CacheRequest, default_out, executor_of, prompts_of
+    from pipeline.decoding import DecoderChoice
+    from pipeline.executor import Executor
+    from pipeline.request import CacheRequest, default_out, prompts_of
+    from pipeline.teacher import EncoderChoice
 
     prompts, templates = prompts_of(prompts)
     request = CacheRequest(
@@ -467,13 +473,13 @@ def cache_teacher_command(
         teacher=teacher,
         proposals=proposals,
         keep=keep,
-        storage=_one_of("--storage", storage, ("fp16", "int8")),
+        storage=_one_of("--storage", storage, get_args(Storage)),
         crops=parse_crop_rule(crop_mode, crop_scales, crop_combine, views),
-        encoder=_one_of("--encoder", encoder, ("auto", "open_clip", "fused", "compiled")),
-        decoder=_one_of("--decoder", decoder, ("auto", "pillow", "torchvision")),
+        encoder=_one_of("--encoder", encoder, get_args(EncoderChoice)),
+        decoder=_one_of("--decoder", decoder, get_args(DecoderChoice)),
         prompts=prompts,
         templates=templates,
-        executor=executor_of(workers, scheduler),
+        executor=Executor(workers=workers, scheduler=scheduler),
         device=device,
         experiment=experiment,
         overrides=tuple(overrides or ()),
@@ -563,8 +569,10 @@ def cache_diff(
     """Say in what two caches differ: what they were made of, field by field, and their rows."""
     from cache.diff import diff_caches
     from cache.store import open_cache
+    from dkdetr.progress import progress_of
 
-    found = diff_caches(open_cache(first), open_cache(second))
+    with progress_of("diff") as advance:
+        found = diff_caches(open_cache(first), open_cache(second), on_image=advance)
     _tell(found.lines(), json_out)
     _report(found.as_json(), json_out)
 
@@ -610,7 +618,7 @@ def cache_import(
     gt: Annotated[bool, typer.Option(help="Take ground-truth embeddings over")] = True,
     teacher: Annotated[
         str, typer.Option(help="What embedded it, by its maker's word")
-    ] = "ViT-B-32-quickgelu:openai",
+    ] = DEFAULT_TEACHER,
     keep: Annotated[int, typer.Option(help="Regions kept of an image")] = 300,
     storage: Annotated[str, typer.Option(help="fp16 or int8")] = "fp16",
     data_root: DataRoot = Path("data"),
@@ -618,10 +626,12 @@ def cache_import(
     verbose: Verbose = False,
 ) -> None:
     """Take over another project's embeddings; the cache is marked as imported."""
+    from cache.plan import Storage
+    from pipeline.foreign_caches import ForeignFormat
     from pipeline.import_cache import ImportRequest, import_cache
 
     request = ImportRequest(
-        layout=_one_of("layout", layout, ("detpro", "oadp", "hdovd")),
+        layout=_one_of("layout", layout, get_args(ForeignFormat)),
         source=source,
         split=split,
         out=out,
@@ -632,7 +642,7 @@ def cache_import(
         use_gt=gt,
         teacher=teacher,
         keep=keep,
-        storage=_one_of("--storage", storage, ("fp16", "int8")),
+        storage=_one_of("--storage", storage, get_args(Storage)),
         data_root=data_root,
         command=shlex.join(sys.argv[1:]),
     )
@@ -659,12 +669,13 @@ def cache_neighbors(
         typer.Option(help="Use an approximate index from this many regions on; default: 1000000"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu or gpu (needs faiss-gpu); default: auto")
+        str | None, typer.Option(help="auto, cpu or cuda (needs faiss-gpu); default: auto")
     ] = None,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Build the neighbour lists, or show those of one image or one region (--image, --box)."""
+    from cache.nearest import SearchDevice
     from pipeline.region_views import neighbors_command
 
     named: dict[str, int | str | None] = {
@@ -673,7 +684,7 @@ def cache_neighbors(
         "exact_below": exact_below,
     }
     if device is not None:
-        named["device"] = _one_of("--device", device, ("auto", "cpu", "gpu"))
+        named["device"] = _one_of("--device", device, get_args(SearchDevice))
     settings = {name: value for name, value in named.items() if value is not None}
     result = neighbors_command(path, image, box, settings, rebuild=rebuild)
     _tell(result.lines(), json_out)
@@ -741,20 +752,25 @@ def train_command(
     """
     with _prepared():
         from cache.location import cache_path
-        from dkdetr.engine.start import StartOptions, start_training
+        from dkdetr.engine.smoke import smoke as smoke_train
+        from dkdetr.engine.start import settings_and_folder
+        from dkdetr.engine.train import TrainRequest, train
 
         settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-        options = StartOptions(
+        config, folder = settings_and_folder(cache_path(cache), experiment, settings, run)
+        request = TrainRequest(
+            cache_path(cache),
+            config,
+            folder,
+            data_root,
+            device,
+            build_teacher=_load_cache_teacher,
             start_from=start_from,
             until_epoch=until,
-            smoke=smoke,
             deterministic=deterministic,
             watch=_watch(tensorboard, track, pictures_every, profile),
-            build_teacher=_load_cache_teacher,
         )
-        summary = start_training(
-            cache_path(cache), experiment, settings, run, data_root, device, options
-        )
+        summary = smoke_train(request) if smoke else train(request)
     if not smoke:  # which has spoken, and left no run to score
         _say(
             f"trained to iteration {summary.iterations}; checkpoint {summary.checkpoint}\n"
@@ -833,6 +849,7 @@ def eval_command(
     Several GPUs: torchrun --nproc-per-node N --no-python -- dkdetr eval ...
     """
     from dkdetr.engine.evaluate_run import EvalRequest, evaluate_predictions, evaluate_run
+    from dkdetr.evaluation.detection_metrics import Evaluator
 
     official = evaluator if evaluator != "fast" else None
     of_runs: dict[str, Any] = {
@@ -863,7 +880,7 @@ def eval_command(
         vocab,
         data_root,
         device,
-        _one_of("--evaluator", evaluator, ("fast", "official")),
+        _one_of("--evaluator", evaluator, get_args(Evaluator)),
         clean_names=clean_names,
         averaged=ema,
         precision=_precision(precision),
@@ -932,7 +949,7 @@ def predict_command(
         str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')
     ] = None,
     vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
-    threshold: Annotated[float, typer.Option(help="Least score")] = 0.3,
+    threshold: Annotated[float, typer.Option(help="Least score")] = DEFAULT_THRESHOLD,
     class_thresholds: Annotated[
         list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
     ] = None,
@@ -1003,7 +1020,9 @@ def _require_another_answer(json_out: str | None, sources: Sequence[Path]) -> No
 
 
 def _precision(word: str | None) -> Any:
-    return word and _one_of("--precision", word, ("auto", "fp32", "tf32", "fp16", "bf16"))
+    from dkdetr.config import Precision
+
+    return word and _one_of("--precision", word, get_args(Precision))
 
 
 def _scores_by_name(pairs: Sequence[str]) -> dict[str, float]:
@@ -1203,17 +1222,18 @@ def convert_command(
 ) -> None:
     """Take over weights of DK-DETR (opera), Deformable DETR, transformers, or a ResNet-50."""
     from dkdetr.inference.conversion import convert_file
+    from dkdetr.inference.convert import Protocol
 
     report = convert_file(
         source,
         out,
         experiment,
         overrides or (),
-        protocol=_one_of("--protocol", protocol, ("lvis", "ovcoco", "coco")),
+        protocol=_one_of("--protocol", protocol, get_args(Protocol)),
         vocabulary_path=vocab,
     )
     _tell([*report.lines(), f"written: {out}"], json_out)
-    _report(report.to_json(), json_out)
+    _report(report.as_json(), json_out)
 
 
 @_command(app, "fetch")
@@ -1224,9 +1244,7 @@ def fetch_command(
     from_bundle: Annotated[
         Path | None, typer.Option(help="Put what this tar holds where the libraries look")
     ] = None,
-    teacher: Annotated[
-        str, typer.Option(help="As for cache-teacher")
-    ] = "ViT-B-32-quickgelu:openai",
+    teacher: Annotated[str, typer.Option(help="As for cache-teacher")] = DEFAULT_TEACHER,
     experiment: Annotated[
         str, typer.Option(help="Whose backbone: a shipped name or a TOML file")
     ] = "lvis_r50_70e",
@@ -1288,10 +1306,10 @@ def vocab_build(
     out: Annotated[Path, typer.Option("--out", "-o", help="The vocabulary file to write")],
     teacher: Annotated[
         str, typer.Option(help="Whose text tower: as for cache-teacher")
-    ] = "ViT-B-32-quickgelu:openai",
+    ] = DEFAULT_TEACHER,
     prompts: Annotated[
         str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
-    ] = "vild63",
+    ] = DEFAULT_PROMPTS,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,

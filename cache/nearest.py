@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cache.spec import CacheError
 
-Device = Literal["auto", "cpu", "gpu"]
+SearchDevice = Literal["auto", "cpu", "cuda"]
 Floats = NDArray[np.float32]
 Halves = NDArray[np.float16]
 
@@ -41,7 +41,7 @@ class ExactSearch:
 
     name = "exact"
 
-    def __init__(self, vectors: Halves, device: Device = "auto") -> None:
+    def __init__(self, vectors: Halves, device: SearchDevice = "auto") -> None:
         self._faiss, self._resources = _load_faiss(device)
         self._vectors = vectors
 
@@ -75,7 +75,7 @@ class InvertedFile:
     lists, and the quantiser would spend its levels on the cone's axis.
     """
 
-    def __init__(self, vectors: Halves, *, lists: int = 0, device: Device = "auto") -> None:
+    def __init__(self, vectors: Halves, *, lists: int = 0, device: SearchDevice = "auto") -> None:
         faiss, resources = _load_faiss(device)
         num_vectors, dim = len(vectors), int(vectors.shape[1])
         self.lists = lists or number_of_lists(num_vectors)
@@ -123,13 +123,13 @@ def number_of_lists(num_vectors: int) -> int:
     return 1 << min(16, max(0, round(float(np.log2(max(num_vectors, 1) / _VECTORS_PER_LIST)))))
 
 
-def faiss_version(device: Device) -> str:
+def faiss_version(device: SearchDevice) -> str:
     """Returns the version of faiss and where it searches, as recorded with the lists."""
     faiss, resources = _load_faiss(device)
     return f"faiss {faiss.__version__} on {'cpu' if resources is None else 'gpu'}"
 
 
-def _load_faiss(device: Device) -> tuple[Any, Any]:
+def _load_faiss(device: SearchDevice) -> tuple[Any, Any]:
     """Returns faiss and GPU resources; None for these on a CPU."""
     try:
         import faiss
@@ -140,7 +140,7 @@ def _load_faiss(device: Device) -> tuple[Any, Any]:
         ) from None
     library: Any = faiss
     has_gpu = hasattr(library, "StandardGpuResources") and library.get_num_gpus() > 0
-    if device == "gpu" and not has_gpu:
+    if device == "cuda" and not has_gpu:
         raise CacheError(
             "no GPU for faiss: it needs the wheel faiss-gpu (pip install 'dkdetr[gpu]' in an "
             "environment without faiss-cpu) and a GPU; next: the same command with --device cpu"

@@ -17,11 +17,11 @@ from cache.image_graph import image_graph
 from cache.lock import Lease
 from cache.nearest import (
     MAX_DEPTH,
-    Device,
     ExactSearch,
     Floats,
     Halves,
     InvertedFile,
+    SearchDevice,
     Searcher,
     faiss_version,
 )
@@ -57,7 +57,7 @@ class NeighborSettings:
     """Lists of the inverted file are probed until a sample finds this share of its true ones."""
     related_images: int = 64
     """The most related images kept of an image."""
-    device: Device = field(default="auto", compare=False)
+    device: SearchDevice = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
         if min(self.per_image, self.k, self.related_images) < 1 or self.k > MAX_DEPTH // 4:

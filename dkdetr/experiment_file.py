@@ -134,7 +134,7 @@ def refuse_late_start(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"setting 'kd.start_epoch': {kd.start_epoch} lies behind the last of "
             f"optim.epochs = {epochs}: nothing would be distilled; give a lower one or a share of "
-            "the run (\"57%\"), or switch distillation off with kd.regions_per_image=0 (and "
+            'the run ("57%"), or switch distillation off with kd.regions_per_image=0 (and '
             "kd.hybrid_queries=0)"
         )
 

@@ -7,7 +7,7 @@ and one at the end, so that a log of a week stays readable.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -63,6 +63,20 @@ def progress(title: str, total: int, *, done: int = 0, quiet: bool = False) -> I
             yield lambda now, note: bar.update(task, completed=now, note=note)
     else:
         yield from _plain_lines(title, total, done)
+
+
+@contextmanager
+def progress_of(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `advance(done, total)`, for work whose total is known once it has begun."""
+    with ExitStack() as bars:
+        shown: list[Advance] = []
+
+        def advance(done: int, total: int) -> None:
+            if not shown:
+                shown.append(bars.enter_context(progress(title, total)))
+            shown[0](done, "")
+
+        yield advance
 
 
 def _plain_lines(title: str, total: int, done: int) -> Iterator[Advance]:

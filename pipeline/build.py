@@ -19,7 +19,7 @@ from cache.writer import CacheWriter, create_or_resume
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import build_vocabulary
 from dkdetr.engine.allocator import keep_freed_memory
-from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.distributed import is_first_rank, pick_device
 from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.errors import DataError
 from dkdetr.progress import progress
@@ -29,7 +29,6 @@ from pipeline.decoding import DecoderChoice, choose_decoder, decoder_name
 from pipeline.executor import run_shards
 from pipeline.fingerprint import cache_parts, cache_provenance
 from pipeline.fit import fit_proposals
-from pipeline.fit_ranks import is_first_rank
 from pipeline.leaks import remarks
 from pipeline.neighbor_stage import add_neighbors
 from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words

@@ -29,6 +29,7 @@ from dkdetr.data.vocabulary import from_metadata
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.evaluate_run import EvalRequest, Scored, evaluate_run
 from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.train import TrainRequest, train
 from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.pictures import choose_images
@@ -215,7 +216,7 @@ def _watch(waiting: Sequence[Future[Scored]], folders: Sequence[Path], total: in
     """Shows how far the slower row is, from the rows' own diaries, until both are done."""
     with progress("train both", total) as advance:
         while not all(each.done() for each in waiting):
-            last = [read_metrics(folder / "metrics.jsonl")[-1:] for folder in folders]
+            last = [read_metrics(RunFolder(folder).metrics)[-1:] for folder in folders]
             done = min(int(rows[0]["iteration"]) if rows else 0 for rows in last)
             totals = [rows[0].get("total") if rows else None for rows in last]
             losses = ["-" if total is None else f"{total:.1f}" for total in totals]

@@ -105,6 +105,7 @@ class FileProposals:
             saw_novel_boxes=stated,
             category_ids=tuple(self._category_ids.tolist()),
             num_classes=self._num_classes,
+            reason="it is stated to have seen them (novel=seen)" if stated else "",
         )
 
     @property

@@ -23,12 +23,12 @@ from cache.layout import CACHE_FILE
 from cache.lock import Lease
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.splits import Split
-from dkdetr.engine.distributed import Ranks
+from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import MismatchError
 from dkdetr.experiment_file import HASHED_AS, load_experiment
-from pipeline.fit_ranks import FirstRankError, join_fit_ranks, share_from_first
+from pipeline.fit_ranks import PATIENCE_S, FirstRankError, share_from_first
 from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.proposal_network import load_network, save_network
 from pipeline.proposal_sources import NETWORK_FILE
@@ -91,7 +91,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
     """
     path = request.out / NETWORK_FILE
     plan = fit_plan(request, split)
-    with join_fit_ranks(request.device) as ranks:
+    with join_ranks(request.device, timeout_s=PATIENCE_S) as ranks:
         if not ranks.is_first:
             order = share_from_first(ranks, None)
             if order["do"] == "fail":

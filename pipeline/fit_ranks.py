@@ -1,40 +1,26 @@
 """The processes of one torchrun that train a proposal network together."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 
-from dkdetr.engine.distributed import Ranks, join_ranks
-from dkdetr.errors import DkdetrError
+from dkdetr.engine.distributed import Ranks
+from dkdetr.errors import PeerFailedError
 
-# The first rank hashes and decodes every picture while the others wait. A rank that dies is
-# noticed by torchrun, which ends them all, whatever this says.
-_PATIENCE_S = 6 * 3600.0
+PATIENCE_S = 6 * 3600.0
+"""The first rank hashes and decodes every picture while the others wait. A rank that dies is
+noticed by torchrun, which ends them all, whatever this says."""
 
 
-class FirstRankError(DkdetrError):
+class FirstRankError(PeerFailedError):
     """The first rank stopped before the training, and says why itself."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("the first rank stopped; its own message says why")
         self.exit_code = exit_code
-
-
-def is_first_rank() -> bool:
-    """Returns True unless torchrun has started this process beside a first one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def join_fit_ranks(device: str) -> Iterator[Ranks]:
-    """Yields this process's place; see `join_ranks`."""
-    with join_ranks(device, timeout_s=_PATIENCE_S) as ranks:
-        yield ranks
 
 
 def share_from_first(ranks: Ranks, message: Mapping[str, Any] | None) -> dict[str, Any]:

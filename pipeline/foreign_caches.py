@@ -24,7 +24,6 @@ from dkdetr.progress import progress
 from pipeline.foreign_tensors import load_pth, unit_rows
 
 ForeignFormat = Literal["detpro", "oadp", "hdovd"]
-FORMATS = ("detpro", "oadp", "hdovd")
 NEEDS_BOXES = ("detpro", "hdovd")
 _MAX_MEMBER_BYTES = 1 << 28
 _THREADS = 8

@@ -19,6 +19,7 @@ from cache.store import open_cache
 from cache.writer import create_or_resume
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.splits import Split, load_split
+from dkdetr.defaults import DEFAULT_TEACHER
 from dkdetr.errors import DataError, UsageError
 from dkdetr.progress import progress
 from pipeline.file_proposals import parse_file_options, read_boxes
@@ -58,7 +59,7 @@ class ImportRequest:
     """Embeddings of whole images, one .pth each (OADP's `globals`)."""
     use_gt: bool = True
     """Whether ground-truth embeddings are taken over where there are any."""
-    teacher: str = "ViT-B-32-quickgelu:openai"
+    teacher: str = DEFAULT_TEACHER
     """What embedded it all, by its maker's word; nothing here can check it."""
     keep: int = 300
     storage: Literal["fp16", "int8"] = "fp16"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from cache.exported import is_export
-from cache.layout import PLAN_FILE, load_plan
 from cache.location import CachePath
 from cache.neighbor_lists import load_parameters
 from cache.spec import CorruptCacheError, UnsealedCacheError
@@ -14,7 +13,7 @@ from cache.store import CacheInfo, open_cache
 from cache.verify import VerifyReport, verify_cache
 from dkdetr.data.splits import load_split
 from dkdetr.errors import DkdetrError
-from dkdetr.progress import progress
+from dkdetr.progress import progress_of
 from pipeline.recall import Recall, cache_recall
 from pipeline.zero_shot import ZeroShot, accuracy_by_mode, cached_accuracy, parse_modes
 
@@ -121,10 +120,7 @@ class CheckedCache:
             f"{report.num_quarantined} images set aside"
         ]
         text += [f"problem: {line}" for line in report.problems]
-        for recall in self.recall:
-            if recall.shares:
-                shares = ", ".join(f"{share:.1%} at {n}" for n, share in recall.shares.items())
-                text.append(f"recall of {recall.group} objects ({recall.num_objects:,}): {shares}")
+        text += [f"recall of {recall.line()}" for recall in self.recall if recall.shares]
         text += [each.line() for each in self.zero_shot]
         if self.no_recall:
             text.append(f"no recall: {self.no_recall}")
@@ -132,7 +128,7 @@ class CheckedCache:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the result as plain data."""
-        recall = {each.group: dict(each.shares) for each in self.recall}
+        recall = {each.group: each.as_json() for each in self.recall}
         zero_shot = {each.mode: vars(each) for each in self.zero_shot}
         report = {**vars(self.report), "recall": recall, "zero_shot": zero_shot}
         return {**report, "no_recall": self.no_recall}
@@ -188,9 +184,8 @@ def verify_and_report(
     """
     modes = parse_modes(crop_modes)
     mends = f"dkdetr cache {'export CACHE' if is_export(path) else 'repair'} {path}"
-    num_shards = load_plan(path).num_shards if (path / PLAN_FILE).is_file() else 0
-    with progress("verify", num_shards) as advance:
-        report = verify_cache(path, on_shard=lambda done, _total: advance(done, ""))
+    with progress_of("verify") as advance:
+        report = verify_cache(path, on_shard=advance)
     if report.problems or not report.sealed:
         return CheckedCache(report, (), (), "the cache is not whole", mends)
     reader = open_cache(path)

@@ -9,6 +9,7 @@ own words; no novel box is looked at.
 from dataclasses import dataclass
 from typing import Any
 
+from dkdetr.data.prompts import readable_name
 from dkdetr.data.splits import Split
 from dkdetr.errors import DataError
 from pipeline.proposals import Seen
@@ -28,8 +29,8 @@ class LeakCheck:
 
     @property
     def leaks(self) -> bool:
-        """True if it has certainly seen novel boxes or names."""
-        return bool(self.uses_novel_names or self.saw_novel_boxes)
+        """True if it has certainly seen boxes or names that are novel here; with a reason."""
+        return bool(self.reason and (self.uses_novel_names or self.saw_novel_boxes))
 
     def provenance(self) -> dict[str, Any]:
         """Returns what the cache keeps of it."""
@@ -70,15 +71,15 @@ def remarks(found: LeakCheck, split: Split) -> tuple[str, ...]:
 
 
 def _compare(seen: Seen, split: Split) -> LeakCheck:
-    novel = {_plain(each.name): each for each in split.categories if not each.is_base}
+    novel = {readable_name(each.name): each for each in split.categories if not each.is_base}
     if not novel:
         return LeakCheck(seen, seen.uses_novel_names, seen.saw_novel_boxes, "")
-    learned = sorted({_plain(name) for name in seen.names} & set(novel))
+    learned = sorted({readable_name(name) for name in seen.names} & set(novel))
     if learned:
         shown = ", ".join(learned[:_SHOWN])
         return LeakCheck(seen, True, True, f"it learned the boxes of {len(learned)}: {shown}")
     if seen.uses_novel_names or seen.saw_novel_boxes:
-        reason = "it is stated to have seen them (novel=seen)"
+        reason = seen.reason
         return LeakCheck(seen, seen.uses_novel_names, seen.saw_novel_boxes, reason)
     num_base = len(split.categories) - len(novel)
     labelled = [each.name for each in novel.values() if each.category_id in seen.category_ids]
@@ -96,10 +97,6 @@ def _compare(seen: Seen, split: Split) -> LeakCheck:
         )
         return LeakCheck(seen, None, None, reason)
     return LeakCheck(seen, seen.uses_novel_names, seen.saw_novel_boxes, "")
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").split())
 
 
 def _word(flag: bool | None) -> bool | str:

@@ -14,11 +14,12 @@ from dkdetr.data.vocabulary import (
     save_vocabulary,
 )
 from dkdetr.data.vocabulary_check import VocabularyDescription, describe_vocabulary
+from dkdetr.defaults import DEFAULT_PROMPTS
 from dkdetr.encoders import TextEncoder
 from dkdetr.engine.distributed import pick_device
-from dkdetr.engine.run_folder import newest_run
+from dkdetr.engine.run_folder import require_newest_run
 from dkdetr.engine.subject import load_subject
-from dkdetr.errors import DataError, UsageError
+from dkdetr.errors import UsageError
 from dkdetr.inference.predict import DKDETR, words_vocabulary
 from pipeline.teacher import load_teacher
 from pipeline.text_bank import Background, import_vocabulary
@@ -50,9 +51,7 @@ def load_detector(
     """
     if words is not None and vocabulary_path is not None:
         raise UsageError("give words (-c) or a vocabulary (--vocab), not both")
-    place = model or newest_run(Path("runs"))
-    if place is None:
-        raise DataError("no run below 'runs/'; name a student with --model")
+    place = model or require_newest_run("name a student with --model")
     given = load_vocabulary(vocabulary_path) if vocabulary_path else None
     subject = load_subject(place, given)
     chosen = pick_device(device)
@@ -76,7 +75,7 @@ def load_detector(
     prompts = subject.vocabulary.prompts
     if words.startswith("@"):
         spoken = embed_entries(
-            read_entries(words[1:]), prompts or read_templates("vild63"), encoder
+            read_entries(words[1:]), prompts or read_templates(DEFAULT_PROMPTS), encoder
         )
     else:
         spoken = words_vocabulary(words.split(","), encoder, prompts)

@@ -42,6 +42,7 @@ class NetworkProposals:
         source: `fit` or `student`, for the fingerprint.
         names: of the categories whose boxes it has learned from.
         details: what else is known of its training, for the cache's provenance.
+        saw_boxes_of: the mark of a run whose first weights had seen more than base boxes.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class NetworkProposals:
         source: str,
         names: tuple[str, ...],
         details: Mapping[str, Any],
+        saw_boxes_of: str | None = None,
     ) -> None:
         self._trunk = trunk.eval()
         self._image_size = image_size
@@ -70,14 +72,17 @@ class NetworkProposals:
                 "resampling": "matrix products, float16",
                 "precision": str(computing_type("auto", self._device)).removeprefix("torch."),
             }
-        # It has seen base boxes alone; pipeline.leaks compares whose base with whose novel.
+        # It was trained on base boxes alone, and pipeline.leaks compares whose base with whose
+        # novel; what it began from may have seen more.
+        leaks = saw_boxes_of is not None
         self.seen = Seen(
             source=source,
             detector=f"sha256:{weights}",
-            uses_novel_names=False,
-            saw_novel_boxes=False,
+            uses_novel_names=leaks,
+            saw_novel_boxes=leaks,
             names=names,
             details=details,
+            reason=f"it began from weights that had seen {saw_boxes_of}" if leaks else "",
         )
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ import torch
 
 from dkdetr.data.splits import Split
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError, UsageError
 from pipeline.file_proposals import FileOptions, FileProposals, pack_file, parse_file_options
 from pipeline.proposal_network import NetworkProposals, load_network
@@ -84,6 +85,7 @@ def _network_file(given: Path) -> Path:
 def open_source(prepared: str, device: torch.device, *, batch_size: int) -> ProposalSource:
     """Returns the source that a prepared form names, ready to propose on `device`."""
     kind, _, path = prepared.partition(":")
+    saw_boxes_of = None
     if kind == "packed":
         return FileProposals(Path(path))
     if kind == "network":
@@ -101,6 +103,8 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
             "experiment": checkpoint.config.name,
             "iterations": checkpoint.progress.iteration,
         }
+        run = RunFolder(Path(path).parent.parent)
+        saw_boxes_of = run.read_provenance().get("saw_boxes_of")
     return NetworkProposals(
         trunk.to(device),
         image_size=image_size,
@@ -108,4 +112,5 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
         source=source,
         names=names,
         details=details,
+        saw_boxes_of=saw_boxes_of,
     )

@@ -57,6 +57,8 @@ class Seen:
     num_classes: int = 0
     """Of a list by class; else 0."""
     details: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    """Why novel boxes are known to have been seen, in words."""
 
 
 class ProposalSource(Protocol):

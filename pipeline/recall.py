@@ -27,6 +27,16 @@ class Recall:
     num_objects: int
     shares: dict[int, float]
 
+    def line(self) -> str:
+        """Returns the recall as a person reads it."""
+        shares = ", ".join(f"{share:.1%} at {n}" for n, share in self.shares.items())
+        return f"{self.group} objects ({self.num_objects:,}): {shares}"
+
+    def as_json(self) -> dict[str, float]:
+        """Returns the number of objects, and each share by its budget, as plain data."""
+        shares = {str(budget): share for budget, share in self.shares.items()}
+        return {"num_objects": self.num_objects, **shares}
+
 
 def proposal_recall(
     split: Split,

@@ -8,6 +8,7 @@ from typing import Any
 from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, load_plan, load_provenance
 from cache.spec import CacheError, CorruptCacheError
+from dkdetr.progress import progress_of
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor
 from pipeline.import_cache import ImportRequest, import_cache, recorded_import
@@ -66,7 +67,8 @@ def repair_cache(
             what else is damaged was taken out for the cache's own command to make.
         CacheError, DkdetrError: as `cache_teacher`.
     """
-    damage = find_damage(path, shards=shards or None)
+    with progress_of("look for damage") as advance:
+        damage = find_damage(path, shards=shards or None, on_shard=advance)
     if not damage.any:
         return RepairSummary(path, (), damage.old_root or "", same_bytes=True)
     say(f"damaged: {', '.join(damage.lines())}")

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from cache.plan import Storage
 from dkdetr.data.prompts import read_templates, templates_of_sets
+from dkdetr.defaults import DEFAULT_PROMPTS, DEFAULT_TEACHER
 from dkdetr.errors import UsageError
 from pipeline.crops import CropRule
 from pipeline.decoding import DecoderChoice
@@ -23,8 +25,6 @@ from pipeline.recall import Recall
 from pipeline.teacher import EncoderChoice, Precision
 from pipeline.teacher_model import usual_batch
 
-DEFAULT_TEACHER = "ViT-B-32-quickgelu:openai"
-
 
 @dataclass(frozen=True, kw_only=True)
 class CacheRequest:
@@ -38,9 +38,9 @@ class CacheRequest:
     proposals: str = "fit"
     keep: int = 300
     """Proposals kept of an image."""
-    storage: Literal["fp16", "int8"] = "fp16"
+    storage: Storage = "fp16"
     crops: CropRule = field(default_factory=CropRule)
-    prompts: str = "vild63"
+    prompts: str = DEFAULT_PROMPTS
     """Sets by name, joined by commas; `file` where `templates` were read from one."""
     templates: tuple[str, ...] = ()
     """Of a file: kept here, so that a repair does not need it. Empty: those of the sets."""
@@ -153,10 +153,7 @@ class CacheSummary:
             f"{gigabytes(self.bytes_on_disk)}, {self.seconds:.0f} s{resumed}",
             f"teacher    {self.teacher}{mark}",
         ]
-        for recall in self.recall:
-            if recall.shares:
-                shares = ", ".join(f"{share:.1%} at {n}" for n, share in recall.shares.items())
-                text.append(f"recall     {recall.group} objects ({recall.num_objects:,}): {shares}")
+        text += [f"recall     {recall.line()}" for recall in self.recall if recall.shares]
         text += [f"set aside  image {number}: {why}" for number, why in self.quarantined.items()]
         return text + [f"note       {note}" for note in self.notes]
 
@@ -166,13 +163,7 @@ class CacheSummary:
             **{key: value for key, value in vars(self).items() if key != "recall"},
             "path": str(self.path),
             "quarantined": {str(number): why for number, why in self.quarantined.items()},
-            "recall": {
-                recall.group: {
-                    "num_objects": recall.num_objects,
-                    **{str(budget): share for budget, share in recall.shares.items()},
-                }
-                for recall in self.recall
-            },
+            "recall": {recall.group: recall.as_json() for recall in self.recall},
         }
 
 
@@ -190,11 +181,6 @@ class ProposalsReady:
     def as_json(self) -> dict[str, Any]:
         """Returns the same as plain data."""
         return {"network": str(self.network)} if self.is_first else {}
-
-
-def executor_of(workers: int, scheduler: str | None) -> Executor:
-    """Returns where `--workers` and `--scheduler` put the work."""
-    return Executor(workers=workers, scheduler=scheduler)
 
 
 def prompts_of(word: str) -> tuple[str, tuple[str, ...]]:

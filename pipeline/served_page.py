@@ -9,14 +9,15 @@ import torch
 
 from cache.spec import CacheError
 from dkdetr.data.vocabulary import load_vocabulary
+from dkdetr.defaults import DEFAULT_THRESHOLD
 from dkdetr.encoders import TextEncoder
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.metric_log import read_metrics
-from dkdetr.engine.run_folder import RunFolder, newest_run
+from dkdetr.engine.run_folder import RUNS, RunFolder, newest_run
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, DkdetrError
 from dkdetr.inference.picture_sources import PICTURE_SUFFIXES
-from dkdetr.inference.predict import DEFAULT_THRESHOLD, DKDETR
+from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.serve import ServedParts
 from pipeline.browse import CacheBrowser
 from pipeline.teacher import load_teacher
@@ -60,7 +61,7 @@ def open_page(request: PageRequest) -> ServedParts:
         CacheError: a cache that cannot be shown.
         MismatchError: words of another teacher than the student's.
     """
-    newest = newest_run(Path("runs"))
+    newest = newest_run(RUNS)
     runs = tuple(request.runs) or ((newest,) if newest is not None else ())
     if not runs and request.cache is None:
         raise DataError("nothing to show: name a run (dkdetr serve RUN) or a cache (--cache PATH)")

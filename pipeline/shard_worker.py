@@ -96,7 +96,6 @@ class ShardReport:
     """What became of a shard: counts, which images could not be used, and the time."""
 
     num_images: int
-    num_regions: int
     quarantined: tuple[tuple[int, str], ...]
     times: ShardTimes
 
@@ -254,7 +253,6 @@ def commit(job: ShardJob, made: MadeShard, plan: Plan) -> ShardReport:
     )  # fmt: skip
     return ShardReport(
         num_images=manifest.num_images,
-        num_regions=manifest.num_regions,
         quarantined=tuple(sorted((int(key), why) for key, why in manifest.quarantined.items())),
         times=made.times,
     )

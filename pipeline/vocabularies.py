@@ -9,8 +9,6 @@ from dkdetr.data.vocabulary import Vocabulary, build_vocabulary
 from pipeline.teacher import load_teacher
 from pipeline.teacher_model import Teacher
 
-DEFAULT_PROMPTS = "vild63"
-
 
 def build_split_vocabulary(
     split: Split, teacher_spec: str, templates: tuple[str, ...], *, device: str = "cpu"

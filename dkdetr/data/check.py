@@ -11,6 +11,7 @@ import numpy as np
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import check_file_name
 from dkdetr.data.problems import Problem, Problems
+from dkdetr.data.prompts import readable_name
 from dkdetr.data.splits import Split, load_split
 from dkdetr.errors import DataError
 
@@ -182,9 +183,9 @@ def _note_oddities(split: Split, odd: Problems) -> None:
     odd.add("/images", "file_name shared by images", [f for f, n in files.items() if n > 1])
     plain: dict[str, list[str]] = {}
     for each in split.categories:
-        plain.setdefault(" ".join(each.name.lower().split()), []).append(each.name)
+        plain.setdefault(readable_name(each.name), []).append(each.name)
     clashes = [" = ".join(map(repr, names)) for names in plain.values() if len(names) > 1]
-    odd.add("/categories", "names that differ in case or spaces only", clashes)
+    odd.add("/categories", "names that read the same", clashes)
     table = split.box_table
     image_of = table.image_of_row()
     columns = np.column_stack((image_of, table.category_ids, table.boxes_xyxy))

@@ -37,6 +37,7 @@ from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.jobs import STOPPED, Job, Jobs, Outcome
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.row_places import places_for
+from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DkdetrError, PreemptedError
 from dkdetr.progress import progress
 
@@ -260,7 +261,7 @@ def _write(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationSumma
 
 def _steps_done(run: PlannedRun, plan: AblationPlan) -> int:
     """Returns a run's own steps so far, by its diary; a shared burn-in's are not its own."""
-    last = read_metrics(run.folder / "metrics.jsonl")[-1:]
+    last = read_metrics(RunFolder(run.folder).metrics)[-1:]
     if not last:
         return 0
     shared = 0

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dkdetr.data.split_sources import Protocol
+from dkdetr.evaluation.protocols import GROUP_KEYS
 
 GroupScores = Mapping[str, Mapping[str, float]]
 """AP in [0, 1] by column of the table (`APr`, `AP50_novel`) and category id."""
 
 _SCORE: Mapping[Protocol, str] = {"lvis": "AP", "ovcoco": "AP50"}
-_COLUMN_OF = {
-    "rare": "APr", "common": "APc", "frequent": "APf",
-    "novel": "AP50_novel", "base": "AP50_base",
-}  # fmt: skip
 
 
 def read_group_scores(path: Path, protocol: Protocol) -> dict[str, dict[str, float]]:
@@ -30,10 +27,11 @@ def read_group_scores(path: Path, protocol: Protocol) -> dict[str, dict[str, flo
     """
     if protocol not in _SCORE:
         return {}
+    column_of = {group: column for column, group in GROUP_KEYS[protocol].items()}
     scores: dict[str, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            value, column = line[_SCORE[protocol]], _COLUMN_OF.get(line["group"])
+            value, column = line[_SCORE[protocol]], column_of.get(line["group"])
             if value and column is not None:
                 scores.setdefault(column, {})[line["category_id"]] = round(float(value), 5)
     return scores

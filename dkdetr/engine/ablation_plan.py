@@ -20,7 +20,7 @@ from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.row_places import places_for
-from dkdetr.engine.run_folder import portable_name
+from dkdetr.engine.run_folder import RUNS, RunFolder, portable_name
 from dkdetr.engine.start import ablated_experiment
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import (
@@ -150,7 +150,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         raise UsageError("--seeds wants 1 or more")
     seeds = tuple(base.seed + number for number in range(request.seeds))
     names = _folder_names(experiment, request.overrides, own, [row.run for row in table.rows])
-    out = request.out or Path("runs") / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
+    out = request.out or RUNS / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
     steps = _steps_per_epoch(request, base, info.split)
     maker = _RunMaker(request, experiment, out, split, base, steps, num_rows=len(wanted))
@@ -204,7 +204,7 @@ def seconds_per_step(run: PlannedRun) -> float | None:
     """Returns what a step of this run took, by its diary; None if it has not been timed."""
     rates = [
         float(record["images_per_s"])
-        for record in read_metrics(run.folder / "metrics.jsonl")
+        for record in read_metrics(RunFolder(run.folder).metrics)
         if float(record.get("images_per_s", 0)) > 0
     ]
     return run.batch_size / statistics.median(rates) if rates else None

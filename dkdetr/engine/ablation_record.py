@@ -41,7 +41,7 @@ def record_row(plan: AblationPlan, run: PlannedRun) -> None:
         "steps": run.steps,
         "seconds_per_step": seconds_per_step(run),
         "commands": [f"dkdetr {shlex.join(words)}" for words in run.commands],
-        "log": in_brief(read_metrics(run.folder / "metrics.jsonl"), _KEPT_LINES),
+        "log": in_brief(read_metrics(RunFolder(run.folder).metrics), _KEPT_LINES),
     }
     write_text(run.folder / ROW_FILE, json.dumps(record, indent=2) + "\n")
 

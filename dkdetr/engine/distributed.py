@@ -97,6 +97,20 @@ class _AllGather(torch.autograd.Function):
         return total[first : first + ctx.num_rows], None, None
 
 
+def num_ranks() -> int:
+    """Returns how many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Returns True unless torchrun has started this process beside a first one."""
+    return _own_rank() == 0
+
+
+def _own_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
     """Yields this process's place; starts and ends the process group where there are several.
@@ -108,8 +122,7 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
     Raises:
         PeerLostError: another rank died or did not answer in time.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    world_size, rank = num_ranks(), _own_rank()
     chosen = pick_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -124,9 +137,9 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
         if not _is_lost_peer(error):
             raise
         raise PeerLostError(
-            "lost another rank: it died, or did not answer for compute.rank_timeout_s = "
-            f"{timeout_s:g} s; this rank ends too. What was saved stands, the same command goes on "
-            f"({str(error).splitlines()[0]})"
+            f"lost another rank: it died, or did not answer for {timeout_s:g} s (of a training, "
+            "compute.rank_timeout_s); this rank ends too. What was saved stands, the same command "
+            f"goes on ({str(error).splitlines()[0]})"
         ) from None
     finally:
         # After an error the others may be gone, and nobody waits for a good-bye.

@@ -1,6 +1,5 @@
 """Scores a run: finds its checkpoint, the split and the vocabulary that fits it."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,11 +10,11 @@ from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
-from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.distributed import Ranks, join_ranks, num_ranks
 from dkdetr.engine.interruption import end_on_sigterm
-from dkdetr.engine.run_folder import RunFolder, newest_run, split_folder_name
+from dkdetr.engine.run_folder import RunFolder, require_newest_run, split_folder_name
 from dkdetr.engine.subject import Subject, load_subject
-from dkdetr.errors import DataError, MismatchError, UsageError
+from dkdetr.errors import MismatchError, UsageError
 from dkdetr.evaluation.compiled import ready_for_inference
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
@@ -41,7 +40,6 @@ class EvalRequest:
     data_root: Path
     device: str = "auto"
     evaluator: Evaluator = "fast"
-    runs: Path = Path("runs")
     clean_names: bool = False
     """Builds the vocabulary of names put right (`dkdetr.data.clean_names`)."""
     precision: Precision | None = None
@@ -101,11 +99,7 @@ def evaluate_run(
 def _evaluate(
     request: EvalRequest, build_vocabulary: VocabularyBuilder | None, ranks: Ranks
 ) -> Scored | None:
-    run = request.run or newest_run(request.runs)
-    if run is None:
-        raise DataError(
-            f"no run below '{request.runs}/'; name one, or train: dkdetr train --cache CACHE"
-        )
+    run = request.run or require_newest_run("name one, or train: dkdetr train --cache CACHE")
     given = load_vocabulary(request.vocabulary) if request.vocabulary else None
     subject = load_subject(run, given, averaged=request.averaged)
     split = load_split(request.split or validation_split(subject.train_split), request.data_root)
@@ -163,7 +157,7 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
         UsageError: no split is named, or there are several ranks.
         PreemptedError: SIGTERM came.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_ranks() > 1:
         raise UsageError("scoring a file takes one process: start it without torchrun")
     if request.split is None:
         raise UsageError("--predictions wants --split: a results file does not name its split")

@@ -1,6 +1,5 @@
 """A training's start from a student file instead of from fresh weights."""
 
-import json
 from pathlib import Path
 
 from dkdetr.data.prompts import readable_name
@@ -77,9 +76,8 @@ def boxes_seen_before(file: StudentFile | None, burn_in: Path | None, split: Spl
     """
     seen = None if file is None else boxes_seen(file, split)
     if seen is None and burn_in is not None:
-        described = RunFolder(find_checkpoint(burn_in).parent.parent).provenance
-        if described.is_file():  # a checkpoint alone may have been brought from elsewhere
-            seen = json.loads(described.read_text(encoding="utf-8")).get("saw_boxes_of")
+        run = RunFolder(find_checkpoint(burn_in).parent.parent)
+        seen = run.read_provenance().get("saw_boxes_of")
     return seen
 
 

@@ -52,13 +52,13 @@ def report_runs(request: ReportRequest) -> Path:
         if not path.exists():
             raise DataError(f"no run folder or results file '{path}'")
     first = request.runs[0]
-    name = request.split or validation_split(_provenance(first).get("split"))
+    machine = RunFolder(first).read_provenance()
+    name = request.split or validation_split(machine.get("split"))
     split = load_split(name, request.data_root)
     truth = ground_truth_of(split)
     runs = [_read(path, title, truth) for path, title in _titled(request.runs)]
     out = request.out or (first / "report.html" if len(request.runs) == 1 and first.is_dir()
                           else Path("report.html"))  # fmt: skip
-    machine = _provenance(first)
     write_report(
         out,
         title=", ".join(run.name for run in runs),
@@ -130,8 +130,3 @@ def _results_of(run: Path, split: str) -> tuple[Path, bool]:
             if json.loads(metrics.read_text(encoding="utf-8")).get("split") == split:
                 return folder / "results.json", averaged
     raise DataError(f"'{run}' was not scored on {split}; next: dkdetr eval {run} --split {split}")
-
-
-def _provenance(run: Path) -> dict[str, Any]:
-    path = RunFolder(run).provenance
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -15,8 +15,11 @@ import torch
 
 from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig
-from dkdetr.errors import CorruptArtefactError, MismatchError
+from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
 from dkdetr.experiment_file import config_from_dict, deciding_settings, dump_toml
+
+RUNS = Path("runs")
+"""Where runs lie if nothing else is said."""
 
 _AVERAGED = "-ema"
 _UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
@@ -52,6 +55,13 @@ class RunFolder:
     def provenance(self) -> Path:
         """Versions, device, cache and command of the first start."""
         return self.path / "run.json"
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Returns what `provenance` holds; nothing if it is not there: a checkpoint may have been
+        brought from elsewhere alone."""
+        if not self.provenance.is_file():
+            return {}
+        return json.loads(self.provenance.read_text(encoding="utf-8"))
 
     def evaluation(self, split: str, *, averaged: bool = False) -> Path:
         """Returns where what was measured on a split lies; apart, of the average of the weights."""
@@ -111,6 +121,14 @@ def newest_run(runs: Path) -> Path | None:
     return markers[-1].parent.parent if markers else None
 
 
+def require_newest_run(hint: str) -> Path:
+    """Returns the newest run below `runs/`; raises DataError with a hint if there is none."""
+    run = newest_run(RUNS)
+    if run is None:
+        raise DataError(f"no run below '{RUNS}/'; {hint}")
+    return run
+
+
 def _refuse_other_settings(run: RunFolder, config: ExperimentConfig) -> None:
     try:
         there = tomllib.loads(run.config.read_text(encoding="utf-8"))
@@ -130,7 +148,7 @@ def _refuse_other_settings(run: RunFolder, config: ExperimentConfig) -> None:
 
 
 def _refuse_other_cache(run: RunFolder, provenance: dict[str, Any]) -> None:
-    before = json.loads(run.provenance.read_text(encoding="utf-8"))
+    before = run.read_provenance()
     for key in ("cache_fingerprint", "vocabulary_hash"):
         if before.get(key) != provenance.get(key):
             raise MismatchError(

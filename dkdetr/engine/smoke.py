@@ -1,6 +1,5 @@
 """`train --smoke`: every phase of a run on 8 images, so that a mistake shows in a minute."""
 
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from dkdetr.config import ExperimentConfig, RelationalKDConfig
 from dkdetr.engine.checkpoint import load_latest
+from dkdetr.engine.distributed import is_first_rank, num_ranks
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.train import TrainRequest, TrainSummary, train
 from dkdetr.errors import UsageError
@@ -24,10 +24,9 @@ def smoke(request: TrainRequest) -> TrainSummary:
     Raises:
         UsageError: more ranks than images.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    config = _shortened(request.config, ranks)
+    config = _shortened(request.config, num_ranks())
     folder = Path(f"{request.run}-smoke")
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_first_rank()
     if first:
         shutil.rmtree(folder, ignore_errors=True)
     small = replace(request, config=config, run=folder, image_limit=_IMAGES, until_epoch=None)

@@ -101,7 +101,6 @@ class StepTimes:
 
     parts: tuple[PartTime, ...]
     whole_ms: float
-    num_steps: int
 
     def table(self) -> str:
         """Returns the parts as lines of text."""
@@ -152,7 +151,7 @@ def step_times(events: Iterable[Any]) -> StepTimes:
         for name in (*PARTS, REST)
         if clock[name] or gpu[name]
     ]
-    return StepTimes(tuple(parts), whole / 1000 / count, len(steps))
+    return StepTimes(tuple(parts), whole / 1000 / count)
 
 
 def _part(event: Any) -> str:

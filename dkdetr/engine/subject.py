@@ -1,6 +1,5 @@
 """What is scored or shared: a run, one of its checkpoints, or a student file."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ def load_subject(
         config=checkpoint.config,
         vocabulary=checkpoint.vocabulary,
         train_split=checkpoint.cache_split,
-        provenance=_run_provenance(run),
+        provenance=RunFolder(run).read_provenance(),
         folder=run,
     )
 
@@ -80,8 +79,3 @@ def _from_file(path: Path, vocabulary: Vocabulary | None) -> Subject:
         provenance=file.provenance,
         folder=path.with_suffix(""),
     )
-
-
-def _run_provenance(run: Path) -> dict[str, Any]:
-    path = RunFolder(run).provenance
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dkdetr.evaluation.ground_truth import GroundTruth
-from dkdetr.evaluation.protocols import group_of
+from dkdetr.evaluation.precision import RECALL_THRESHOLDS
+from dkdetr.evaluation.protocols import group_of, in_group_order
 from dkdetr.evaluation.verdicts import Judged, Verdict
 
-RECALLS = np.linspace(0.0, 1.0, 101)
 ERROR_KINDS = {
     "classification": "lies on an object of another name",
     "localisation": "near an object of its name, IoU .1 to .5",
@@ -35,7 +35,7 @@ _MENDABLE = ("classification", "localisation")
 
 @dataclass(frozen=True, eq=False)
 class GroupCurve:
-    """A group's precision at each of `RECALLS`, NaN without objects; its mean is AP50."""
+    """A group's precision at each of `RECALL_THRESHOLDS`, NaN without objects; its mean is AP50."""
 
     group: str
     precision: np.ndarray
@@ -73,6 +73,7 @@ def group_curves(truth: GroundTruth, judged: Judged) -> list[GroupCurve]:
     """Returns a curve for `all` and one for each group of the protocol."""
     members = _members(truth)
     precision = _precision_by_category(_columns(truth, judged))
+    undefined = np.full(len(RECALL_THRESHOLDS), np.nan)
     curves = []
     for group, ids in members.items():
         inside = judged.counted & np.isin(truth.category_ids, ids)
@@ -81,7 +82,7 @@ def group_curves(truth: GroundTruth, judged: Judged) -> list[GroupCurve]:
         curves.append(
             GroupCurve(
                 group=group,
-                precision=np.mean(rows, axis=0) if rows else np.full(len(RECALLS), np.nan),
+                precision=np.mean(rows, axis=0) if rows else undefined,
                 num_objects=count,
                 recall=float((judged.finder[inside] >= 0).mean()) if count else float("nan"),
                 reached=float(judged.reached[inside].mean()) if count else float("nan"),
@@ -124,12 +125,9 @@ def error_kinds(truth: GroundTruth, judged: Judged) -> list[ErrorKind]:
 
 def _members(truth: GroundTruth) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {"all": [c.category_id for c in truth.categories]}
-    order = ("rare", "novel", "common", "base", "frequent")
     named = [(group_of(truth.protocol, c), c.category_id) for c in truth.categories]
-    for group in order:
-        ids = [number for own, number in named if own == group]
-        if ids:
-            groups[group] = ids
+    for group in in_group_order(own for own, _ in named if own):
+        groups[group] = [number for own, number in named if own == group]
     return groups
 
 
@@ -187,7 +185,7 @@ def _ap_by_group(columns: _Columns, members: Mapping[str, Sequence[int]]) -> dic
 
 
 def _precision_by_category(columns: _Columns) -> dict[int, np.ndarray]:
-    """Returns the interpolated precision at `RECALLS` of each category that has objects."""
+    """Returns the interpolated precision at `RECALL_THRESHOLDS` of each category with objects."""
     order = np.lexsort((-columns.scores, columns.category_ids))
     names, right = columns.category_ids[order], columns.is_right[order]
     table = {}
@@ -202,7 +200,7 @@ def _interpolated(is_right: np.ndarray, num_objects: int) -> np.ndarray:
     recall = hits / num_objects
     precision = hits / np.maximum(np.arange(1, len(hits) + 1), 1)
     falling = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(recall, RECALLS, side="left")
+    places = np.searchsorted(recall, RECALL_THRESHOLDS, side="left")
     padded = np.append(falling, 0.0)
     return padded[np.minimum(places, len(falling))]
 

@@ -46,7 +46,7 @@ def precision_table(
     """
     if truth.protocol == "lvis":
         results = keep_best_per_image(results, MAX_DETECTIONS_PER_IMAGE)
-    results = results.take(_is_known(truth, results))
+    results = results.take(is_known(truth, results))
     geometry = geometry_of(truth, results, iou_type)
     boxes = np.arange(len(truth.image_ids))
     detections = np.arange(len(results))
@@ -60,7 +60,7 @@ def precision_table(
     keys, box_keys = problem.keys(results), problem.keys(truth)
     detections = detections[np.lexsort((-results.scores[detections], keys[detections]))]
     if truth.protocol != "lvis":
-        detections = detections[_rank_in_run(keys[detections]) < MAX_DETECTIONS_PER_CLASS]
+        detections = detections[rank_in_run(keys[detections]) < MAX_DETECTIONS_PER_CLASS]
     boxes = boxes[np.argsort(box_keys[boxes], kind="stable")]
     edges = np.arange(len(truth.categories) + 1) * len(truth.images)
     starts = np.searchsorted(keys[detections], edges)
@@ -84,16 +84,17 @@ def keep_best_per_image(results: Results, limit: int) -> Results:
     As the official LVIS tool cuts: over all categories together, before anything else is asked.
     """
     order = np.lexsort((-results.scores, results.image_ids))
-    kept = order[_rank_in_run(results.image_ids[order]) < limit]
+    kept = order[rank_in_run(results.image_ids[order]) < limit]
     return results if len(kept) == len(results) else results.take(np.sort(kept))
 
 
-def _rank_in_run(values: np.ndarray) -> np.ndarray:
+def rank_in_run(values: np.ndarray) -> np.ndarray:
     """Returns the place of each value in its run of equals; values ascend."""
     return np.arange(len(values)) - np.searchsorted(values, values, side="left")
 
 
-def _is_known(truth: GroundTruth, results: Results) -> np.ndarray:
+def is_known(truth: GroundTruth, results: Results) -> np.ndarray:
+    """Returns which detections are of the split's categories."""
     known = [category.category_id for category in truth.categories]
     return np.isin(results.category_ids, known)
 

@@ -1,6 +1,6 @@
 """What the benchmarks average: their groups, their keys and their limits (method D)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dkdetr.data.annotations import Category
 from dkdetr.data.split_sources import Protocol
@@ -15,6 +15,7 @@ MASK_PREFIX = "segm."
 VOC_KEYS: tuple[str, ...] = ("AP50", "AP75")
 OVERALL_KEYS: tuple[str, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
+_GROUP_ORDER = ("rare", "novel", "common", "base", "frequent")
 _FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
@@ -27,6 +28,12 @@ def group_of(protocol: Protocol, category: Category) -> str:
     return ""
 
 
+def in_group_order(groups: Iterable[str]) -> list[str]:
+    """Returns the different groups, those of interest first; unknown ones last, by name."""
+    places = {group: place for place, group in enumerate(_GROUP_ORDER)}
+    return sorted(set(groups), key=lambda group: (places.get(group, len(places)), group))
+
+
 GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
     "lvis": {"APr": "rare", "APc": "common", "APf": "frequent"},
     "coco": {},
@@ -34,11 +41,6 @@ GROUP_KEYS: Mapping[Protocol, Mapping[str, str]] = {
     "voc": {},
 }
 """By protocol: the key of each group's number; AP50 where the key says so, else AP."""
-
-
-def metric_keys(protocol: Protocol) -> tuple[str, ...]:
-    """Returns the keys of a protocol's box metrics, in the order tables show them."""
-    return VOC_KEYS if protocol == "voc" else (*OVERALL_KEYS, *GROUP_KEYS[protocol])
 
 
 _MEANINGS = {

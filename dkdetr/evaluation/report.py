@@ -28,7 +28,7 @@ from dkdetr.evaluation.pictures import (
     annotated_boxes,
     detected_boxes,
 )
-from dkdetr.evaluation.protocols import GROUP_KEYS, metric_meaning
+from dkdetr.evaluation.protocols import GROUP_KEYS, in_group_order, metric_meaning
 from dkdetr.evaluation.report_analysis import (
     EXAMPLE_RULE,
     analyse,
@@ -194,10 +194,7 @@ def _bar_rows(runs: Sequence[RunForReport]) -> list[dict[str, Any]]:
 
 def _category_groups(runs: Sequence[RunForReport]) -> list[dict[str, Any]]:
     lines = list(zip(*(run.metrics.per_category for run in runs), strict=True))
-    order = {"rare": 0, "novel": 0, "common": 1, "base": 1, "frequent": 2}
-    groups = sorted(
-        {line[0].group for line in lines}, key=lambda group: (order.get(group, 3), group)
-    )
+    groups = in_group_order(line[0].group for line in lines)
     return [
         {
             "name": group or "all",

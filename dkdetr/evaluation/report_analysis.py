@@ -12,7 +12,6 @@ from dkdetr.data.splits import Split
 from dkdetr.evaluation.charts import Chart, Line, line_chart
 from dkdetr.evaluation.curves import (
     ERROR_KINDS,
-    RECALLS,
     ErrorKind,
     GroupCurve,
     error_kinds,
@@ -20,6 +19,7 @@ from dkdetr.evaluation.curves import (
 )
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.inline_pictures import data_uri
+from dkdetr.evaluation.precision import RECALL_THRESHOLDS
 from dkdetr.evaluation.results import Results
 from dkdetr.evaluation.verdicts import Judged, Verdict, judge
 
@@ -60,10 +60,9 @@ def precision_charts(analyses: Sequence[Analysis]) -> list[Chart]:
     for place, curve in enumerate(analyses[0].curves):
         if not curve.num_objects:
             continue
+        recalls = RECALL_THRESHOLDS.tolist()
         lines = [
-            Line(
-                run, list(zip(RECALLS.tolist(), each.curves[place].precision.tolist(), strict=True))
-            )
+            Line(run, list(zip(recalls, each.curves[place].precision.tolist(), strict=True)))
             for run, each in enumerate(analyses, start=1)
         ]
         title = f"{curve.group}: precision over recall, IoU .50"

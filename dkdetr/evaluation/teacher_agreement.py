@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from scipy.special import log_softmax
 from scipy.stats import rankdata
 
+from dkdetr.evaluation.protocols import in_group_order
+
 NO_OBJECT = "no object"
 TEMPERATURE = 0.2
 """The paper's for RKD; the same for every run, so that runs can be compared."""
@@ -99,8 +101,7 @@ def agreement_by_group(
         rows = np.flatnonzero(image == number)
         measured[rows] = _measure_image(student[rows], teacher[rows], temperature)
     named = np.array(groups, dtype=object)
-    order = ("rare", "novel", "common", "base", "frequent")
-    there = sorted(set(groups), key=lambda g: (order.index(g) if g in order else len(order), g))
+    there = in_group_order(groups)
     picks = [("all", np.ones(len(student), dtype=bool)), *((g, named == g) for g in there)]
     return tuple(
         GroupAgreement(group, int(rows.sum()), *_means(measured[rows])) for group, rows in picks

@@ -2,7 +2,7 @@
 
 The metrics come from the evaluators; this asks *why*: which detections found something, which
 are false and of what kind, what was missed. The kinds are TIDE's (arXiv 2008.08115), at its two
-thresholds; `average_precision` of these verdicts is the evaluators' AP50 (a test).
+thresholds; `curves` of these verdicts is the evaluators' AP50 (a test).
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dkdetr.boxes import pairwise_intersection, pairwise_iou
+from dkdetr.evaluation.fast import is_known, keep_best_per_image, rank_in_run
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.protocols import MAX_DETECTIONS_PER_CLASS, MAX_DETECTIONS_PER_IMAGE
 from dkdetr.evaluation.results import Results
@@ -66,7 +67,7 @@ def judge(truth: GroundTruth, results: Results) -> Judged:
     names of which not every instance is marked, and what lies in a crowd.
     """
     results = _within_limits(truth, results)
-    rank = _places_in_group(results.image_ids)
+    rank = rank_in_run(results.image_ids)
     # LVIS's official tool does not look at iscrowd, and loads no object without area.
     counted = truth.areas > 0 if truth.protocol == "lvis" else ~truth.is_crowd
     judged = Judged(
@@ -102,11 +103,9 @@ def _within_limits(truth: GroundTruth, results: Results) -> Results:
     results = results.take(order)
     if truth.protocol == "lvis":
         # The official tool cuts before it filters.
-        results = results.take(_places_in_group(results.image_ids) < MAX_DETECTIONS_PER_IMAGE)
+        results = keep_best_per_image(results, MAX_DETECTIONS_PER_IMAGE)
         results = results.take(results.boxes_xywh[:, 2:].prod(axis=1) > 0)
-    results = results.take(
-        np.isin(results.category_ids, [each.category_id for each in truth.categories])
-    )
+    results = results.take(is_known(truth, results))
     if truth.protocol != "lvis":
         results = results.take(_places_of_pairs(results) < MAX_DETECTIONS_PER_CLASS)
     return results
@@ -197,14 +196,6 @@ def _rows_by_image(image_ids: np.ndarray) -> dict[int, np.ndarray]:
     return dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=False))
 
 
-def _places_in_group(sorted_ids: np.ndarray) -> np.ndarray:
-    """Returns 0, 1, 2, ... within each run of equal ids."""
-    if not len(sorted_ids):
-        return np.zeros(0, dtype=np.int64)
-    _, starts, inverse = np.unique(sorted_ids, return_index=True, return_inverse=True)
-    return np.arange(len(sorted_ids)) - starts[inverse]
-
-
 def _places_of_pairs(results: Results) -> np.ndarray:
     """Returns each detection's place among those of its image and name; rows are best first."""
     order = np.lexsort((np.arange(len(results)), results.category_ids, results.image_ids))
@@ -212,5 +203,5 @@ def _places_of_pairs(results: Results) -> np.ndarray:
     places = np.empty(len(order), dtype=np.int64)
     if len(order):
         _, inverse = np.unique(pairs, axis=0, return_inverse=True)
-        places[order] = _places_in_group(inverse.reshape(-1))
+        places[order] = rank_in_run(inverse.reshape(-1))
     return places

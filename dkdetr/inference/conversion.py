@@ -54,9 +54,9 @@ class FileConversion:
         lines += [f"keeps its start: {part} ({count} tensors)" for part, count in parts.items()]
         return lines + [f"warning: {warning}" for warning in report.warnings]
 
-    def to_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Returns every tensor's fate as a plain table."""
-        return self.report.to_json() | {"settings": dict(self.settings)}
+        return self.report.as_json() | {"settings": dict(self.settings)}
 
 
 def convert_file(

@@ -48,7 +48,7 @@ class ConversionReport:
     saw_boxes_of: str | None
     """What a detector was trained on; None for a mere backbone."""
 
-    def to_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Returns the report as a plain table."""
         return asdict(self)
 

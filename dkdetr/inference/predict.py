@@ -16,6 +16,7 @@ from dkdetr.data.annotations import Category
 from dkdetr.data.picture_input import Picture, decoded_batch, image_batch, rgb_pixels
 from dkdetr.data.prompts import prompt_set, readable_name
 from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
+from dkdetr.defaults import DEFAULT_PROMPTS, DEFAULT_THRESHOLD
 from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.evaluation.compiled import NAMES_MULTIPLE
@@ -28,7 +29,6 @@ from dkdetr.structures import DecodedImages, ImageBatch
 from dkdetr.student.detector import DKDETR as Student
 from dkdetr.student_file import build_from_file, load_student_file
 
-DEFAULT_THRESHOLD = 0.3
 LookedFor = Vocabulary | Path | str | Sequence[str]
 """A vocabulary, the path of its file, or a list of words."""
 
@@ -243,7 +243,7 @@ def words_vocabulary(
         Category(category_id=number, name=name, frequency="", is_base=True)
         for number, name in enumerate(names, start=1)
     ]
-    return build_vocabulary(categories, templates or prompt_set("vild63").templates, encoder)
+    return build_vocabulary(categories, templates or prompt_set(DEFAULT_PROMPTS).templates, encoder)
 
 
 def _least_scores(

@@ -22,8 +22,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cache.spec import CacheError
+from dkdetr.defaults import DEFAULT_THRESHOLD
 from dkdetr.errors import DkdetrError, UsageError
-from dkdetr.inference.predict import DEFAULT_THRESHOLD, DKDETR
+from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.serve_curves import curves_page
 from dkdetr.inference.serve_finder import (
     MAX_NAMES,
@@ -33,7 +34,6 @@ from dkdetr.inference.serve_finder import (
 )
 from dkdetr.inference.serve_guard import DOCUMENT_POLICY, Guard, allowed_hosts
 
-DEFAULT_PORT = 8537
 _UPLOAD_SECONDS = 60
 _MAX_REQUESTS_AT_ONCE = 24
 _MAX_HEADER_BYTES = 64 * 1024

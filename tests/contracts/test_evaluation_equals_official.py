@@ -18,7 +18,7 @@ from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
 from dkdetr.evaluation.mask_column import encode_segmentation, join_masks
 from dkdetr.evaluation.official import import_lvis, numpy_float_alias
-from dkdetr.evaluation.protocols import metric_keys
+from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS
 from dkdetr.evaluation.results import Results
 from tests.contracts.evaluation_problems import random_detections, random_problem, with_masks
 
@@ -64,8 +64,9 @@ def test_masks_of_random_sets(protocol, seed):
     )
     truth, results = with_masks(truth, results, keep_boxes=seed % 2 == 1)
     ours = score(truth, results)
-    masks = [f"segm.{key}" for key in metric_keys(protocol)]
-    assert list(ours.values) == [*(metric_keys(protocol) if results.has_boxes else ()), *masks]
+    keys = (*OVERALL_KEYS, *GROUP_KEYS[protocol])
+    masks = [f"segm.{key}" for key in keys]
+    assert list(ours.values) == [*(keys if results.has_boxes else ()), *masks]
     assert ours.values["segm.AP"] not in (0, 1)
     assert_same(ours, score(truth, results, evaluator="official"))
 

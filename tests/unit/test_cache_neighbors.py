@@ -208,7 +208,7 @@ def test_a_gpu_is_used_where_faiss_has_one(clustered, monkeypatch):
     assert library.calls == []
     monkeypatch.setitem(sys.modules, "faiss", FakeGPU(gpus=0))
     with pytest.raises(CacheError, match="no GPU for faiss"):
-        build_neighbors(clustered, NeighborSettings(**settings, device="gpu"))
+        build_neighbors(clustered, NeighborSettings(**settings, device="cuda"))
     assert load_parameters(clustered)["library"].endswith("on cpu")
 
 

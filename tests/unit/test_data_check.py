@@ -101,7 +101,7 @@ def test_every_kind_of_fault_is_told_at_once(tmp_path):
     assert f"looked for under {tmp_path / 'images'}" in missing.why
     assert report.summary is not None
     assert report.summary.num_images == 29
-    assert [each.why for each in report.oddities] == ["names that differ in case or spaces only"]
+    assert [each.why for each in report.oddities] == ["names that read the same"]
     with pytest.raises(DataError, match="faults of 8 kinds"):
         report.raise_problems()
     json.dumps(report.as_json())

@@ -1,6 +1,7 @@
 """What a training that starts from a student file says of boxes that file has seen."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dkdetr.engine.train import train
 from dkdetr.errors import DataError
 from dkdetr.student.build import build_student
 from dkdetr.student_file import StudentFile, save_student_file
+from pipeline.leaks import check_leaks
+from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
 from tests.training_world import DIM, make_world, settings
 from tests.unit.data_world import vocabulary_of
 
@@ -88,3 +91,8 @@ def test_the_run_keeps_the_mark(world, split, tmp_path: Path, monkeypatch, capsy
     train(world.request("after", CONFIG, start_from=burn_in, until_iteration=2))
     described = json.loads((world.root / "runs" / "after" / "run.json").read_text())
     assert described["saw_boxes_of"] == SEEN
+    spec = parse_proposals(f"student:{burn_in}")
+    prepared = prepare_source(spec, world.cache, split)
+    proposals = open_source(prepared, torch.device("cpu"), batch_size=1)
+    with pytest.raises(DataError, match=f"began from weights that had seen {re.escape(SEEN)}"):
+        check_leaks(proposals.seen, split)

@@ -290,7 +290,7 @@ def _seen(**facts: object) -> Seen:
 
 LEAKS = {
     "learned": _seen(names=("Person", "UMBRELLA")),
-    "stated": _seen(saw_novel_boxes=True),
+    "stated": _seen(saw_novel_boxes=True, reason="it says so"),
     "labelled": _seen(category_ids=(1, 3)),
     "classes": _seen(num_classes=4),
 }
@@ -308,6 +308,8 @@ def test_what_has_seen_novel_categories_is_refused_for_ovcoco_and_marked_for_lvi
     assert found.leaks
     assert found.provenance()["saw_novel_boxes"] is True
     assert remarks(found, lvis)[0].startswith("LEAK")
+    all_base = replace(split, categories=tuple(replace(c, is_base=True) for c in split.categories))
+    assert not check_leaks(LEAKS[name], all_base).leaks  # nothing is novel there
 
 
 def test_what_is_known_clean_passes_and_what_is_unknown_is_said(split: Split) -> None:

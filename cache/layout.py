@@ -49,10 +49,11 @@ class Head:
         """Returns the head; raises FileNotFoundError, CorruptCacheError, StaleCacheError."""
         table = load_checked_json(path / CACHE_FILE)
         if table.get("schema") != SCHEMA:
+            command = made_by(path, "dkdetr cache-teacher --split SPLIT")
             raise StaleCacheError(
                 f"{path} has schema {table.get('schema')}, and this version reads schema {SCHEMA} "
                 "(ground truth without padding): nothing of it can be taken over. "
-                f"next: delete it and run again, or with another --out: {_made_by(path)}"
+                f"next: delete it and run again, or with another --out: {command}"
             )
         head = cls(**table)
         if fingerprint(head.parts) != head.fingerprint:
@@ -89,13 +90,13 @@ class Seal:
         fault_point("seal.after_complete")
 
 
-def _made_by(path: CachePath) -> str:
-    """Returns the command that made a cache, as its provenance tells."""
+def made_by(path: CachePath, otherwise: str) -> str:
+    """Returns the command that made a cache, as its provenance tells, or another."""
     try:
-        command = str(load_provenance(path).get("command") or "")
+        command = load_provenance(path).get("command")
     except (FileNotFoundError, CorruptCacheError):
-        command = ""
-    return f"dkdetr {command}" if command else "dkdetr cache-teacher --split SPLIT"
+        command = None
+    return f"dkdetr {command}" if command else otherwise
 
 
 def merkle_root(leaves: Mapping[str, str]) -> str:

@@ -21,13 +21,14 @@ from cache.layout import (
     load_provenance,
     load_text_files,
     load_text_manifest,
+    made_by,
 )
 from cache.location import CachePath, cache_path, total_size
 from cache.manifest import MANIFEST_FOLDER, ShardManifest, manifest_file
 from cache.neighbor_lists import NeighborLists, load_neighbors
 from cache.regions import RegionRows
 from cache.rows import ImageRows, flipped_problem, norm_problem
-from cache.spec import CacheError, CorruptCacheError, UnsealedCacheError
+from cache.spec import CorruptCacheError, UnsealedCacheError
 from cache.zarr_rows import RowSource, ZarrRows
 
 _CHECKED_LATER = (f"{MANIFEST_FOLDER}/", f"{DATA_FOLDER}/")
@@ -232,7 +233,7 @@ def why_unsealed(path: CachePath) -> str:
     present = [shard for shard in range(plan.num_shards) if _is_committed(path, shard)]
     missing = plan.num_shards - len(present)
     again = f"dkdetr cache-teacher --split {_part_name(head.parts['split'])} --out {path}"
-    command = _command(path) or again
+    command = made_by(path, again)
     return (
         f"the cache {path} is not finished: {missing} of {plan.num_shards} shards are missing"
         + ("" if missing else ", but it was never sealed")
@@ -245,14 +246,6 @@ def _is_committed(path: CachePath, shard: int) -> bool:
         return not ShardManifest.load(path, shard).problems(path, quick=True)
     except (FileNotFoundError, CorruptCacheError):
         return False
-
-
-def _command(path: CachePath) -> str | None:
-    try:
-        command = load_provenance(path).get("command")
-    except (FileNotFoundError, CacheError):
-        return None
-    return f"dkdetr {command}" if command else None
 
 
 def _load_quarantine(path: CachePath) -> dict[int, str]:

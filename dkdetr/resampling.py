@@ -12,7 +12,7 @@ from torch import Tensor
 
 Interpolation = Literal["bicubic", "bilinear"]
 
-_SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
+SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
 
 def axis_weights(
@@ -44,7 +44,7 @@ def axis_weights(
     centre = first + (place.float().unsqueeze(2) + 0.5) * step
     pixel = torch.arange(length, device=begin.device).view(1, 1, -1) + 0.5
     distance = ((pixel - centre) / step.clamp(min=1)).abs()
-    inside = (pixel > first) & (pixel < last) & (distance < _SUPPORT[interpolation])
+    inside = (pixel > first) & (pixel < last) & (distance < SUPPORT[interpolation])
     raw = torch.where(inside & seen.unsqueeze(2), _kernel(distance, interpolation), 0)
     return raw / raw.sum(dim=2, keepdim=True).where(seen.unsqueeze(2), 1)
 

@@ -4,26 +4,24 @@ Nothing in it is fetched from anywhere: pictures are inlined, there are no scrip
 escaped wherever they come from.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from cache.neighbor_lists import load_parameters
 from cache.store import open_cache
 from dkdetr.atomic_file import write_bytes
 from dkdetr.data.annotations import ImageInfo
-from dkdetr.data.image_files import UnreadableImageError, read_image
+from dkdetr.data.image_files import UnreadableImageError
 from dkdetr.data.splits import Split, load_split
 from dkdetr.errors import UsageError
+from dkdetr.evaluation.inline_pictures import data_uri
+from dkdetr.evaluation.page_templates import page_environment
 from dkdetr.progress import progress
 from pipeline.region_views import RegionView, RegionViews
 
@@ -130,12 +128,7 @@ class CacheBrowser:
                 pictures.append(_picture(self._views, self._crops, image_id))
                 advance(done, "")
         regions = [region for picture in pictures for region in picture["regions"]]
-        environment = Environment(
-            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        template = environment.from_string(
-            (files("pipeline") / "browse.html").read_text(encoding="utf-8")
-        )
+        template = page_environment({"browse.html": "pipeline"}).get_template("browse.html")
         html = template.render(
             info=self._views.info,
             how=load_parameters(self._path),
@@ -209,14 +202,14 @@ class _Crops:
 
     def __init__(self, split: Split) -> None:
         self._split = split
-        self._info = {image.image_id: image for image in split.images}
         self._read = lru_cache(maxsize=_PICTURES_KEPT)(self._decode)
 
     def info(self, image_id: int) -> ImageInfo:
         """Returns what the annotations say of an image."""
-        if image_id not in self._info:
-            raise UsageError(f"{self._split.name} has no image {image_id}")
-        return self._info[image_id]
+        try:
+            return self._split.image_of(image_id)
+        except KeyError:
+            raise UsageError(f"{self._split.name} has no image {image_id}") from None
 
     def whole(self, image_id: int) -> str:
         """Returns the whole picture as a data URI, or '' where it cannot be read."""
@@ -236,7 +229,7 @@ class _Crops:
     def _decode(self, image_id: int) -> Image.Image | None:
         info = self.info(image_id)
         try:
-            pixels = read_image(self._split.image_path(info), expected_hw=(info.height, info.width))
+            pixels = self._split.read(info)
         except UnreadableImageError:
             return None
         return Image.fromarray(pixels)
@@ -246,11 +239,4 @@ def _data_uri(picture: Image.Image, longest_side: int) -> str:
     """Returns a picture, no larger than that, as a data URI: JPEG, or PNG where that is small."""
     picture = picture.copy()
     picture.thumbnail((longest_side, longest_side))
-    buffer = io.BytesIO()
-    if max(picture.size) <= 64:
-        picture.save(buffer, "PNG")
-        kind = "png"
-    else:
-        picture.save(buffer, "JPEG", quality=85)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(picture, png_up_to=64)

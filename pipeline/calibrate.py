@@ -159,10 +159,9 @@ def _time_shards(
     rule, kept = teacher.resolve(request.crops), ProposalRule(keep=request.keep)
     started = time.monotonic()
     pending: list[PendingImage] = []
-    image_of = {image.image_id: image for image in split.images}
     for picture, raw in zip(pictures, found, strict=True):
         height, width = picture.pixels.shape[:2]
-        image = image_of[picture.image_id]
+        image = split.image_of(picture.image_id)
         proposals = apply_rule(raw, kept, height=height, width=width)
         pending.append(PendingImage(image, proposals, split.base_boxes(picture.image_id)))
     crops = list(crops_of(pictures, pending, teacher, rule))
@@ -180,7 +179,6 @@ def _time_shards(
 
 def _sample(split: Split, plan: Plan, decoder: Decoder) -> list[_Read]:
     """Returns the first readable images of the first shard and of one in the middle."""
-    image_of = {image.image_id: image for image in split.images}
     found: list[_Read] = []
     for shard in sorted({0, plan.num_shards // 2}):
         wanted = len(found) + _IMAGES_A_SHARD
@@ -188,7 +186,7 @@ def _sample(split: Split, plan: Plan, decoder: Decoder) -> list[_Read]:
             if len(found) == wanted:
                 break
             try:
-                found.append((image_id, read_or_leave(split, image_of[image_id], decoder)))
+                found.append((image_id, read_or_leave(split, split.image_of(image_id), decoder)))
             except (UnreadableImageError, OSError):
                 continue
     return found

@@ -14,12 +14,12 @@ import triton
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from dkdetr.resampling import SUPPORT
 from dkdetr.triton_trial import on
 from pipeline import crop_kernels as kernels
 from pipeline.window_fit import Look, fit_windows
 
 _PART_BYTES = 1 << 29
-_SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _table(
 
 def _reach(scale: np.ndarray, look: Look) -> np.ndarray:
     """Returns how far an output pixel's weights reach to either side, in input pixels."""
-    return _SUPPORT[look.interpolation] * np.maximum(scale, 1.0)
+    return SUPPORT[look.interpolation] * np.maximum(scale, 1.0)
 
 
 def _rows_read(

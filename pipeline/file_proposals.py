@@ -9,7 +9,6 @@ another one's boxes, and nothing fails. So the order is stated by the user, and 
 lie outside of their picture are what a wrong order looks like.
 """
 
-import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ import torch
 import xxhash
 
 from dkdetr.atomic_file import atomic_file
+from dkdetr.data.annotation_file import parse_annotation_file
 from dkdetr.data.splits import Split
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from pipeline.pickled_lists import Nested, read_pickled_lists
@@ -30,7 +30,6 @@ from pipeline.proposals import RawProposals, Seen, SourceImage
 
 _SHOWN = 20
 _SLACK = 2.0  # pixels that a detector's box may stick out of its picture
-_POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]0-9eE+\-.,\s]*\]')
 _PICKLES = {".pkl", ".pickle"}
 _ORDERS = ("image_id", "annotations")
 _IDS = range(-(1 << 63), 1 << 63)
@@ -323,9 +322,7 @@ def _owners(count: int, order: str, in_file: np.ndarray, split: Split, where: st
 
 
 def _ids_in_annotation_order(split: Split) -> np.ndarray:
-    # Most of LVIS's 1.1 GB are polygons, which nobody needs here.
-    text = _POLYGONS.sub(b'"segmentation":null', split.annotations_path.read_bytes())
-    document = orjson.loads(text)
+    document = parse_annotation_file(split.annotations_path)
     return np.array([record["id"] for record in document["images"]], dtype=np.int64)
 
 

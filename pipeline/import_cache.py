@@ -140,14 +140,13 @@ def import_cache(
     )
     parts = {**source.parts(), "batch_layout": dict(plan.batch_layout)}
     parts["text"] = {"imported": vocabulary.hash}
-    image_of = {image.image_id: image for image in split.images}
     with create_or_resume(
         request.out, parts=parts, plan=plan, provenance=_provenance(request)
     ) as writer:
         missing = writer.missing_shards()
         with progress("importing", len(missing)) as advance:
             for done, shard in enumerate(missing, start=1):
-                images = [image_of[image_id] for image_id in plan.shard_image_ids(shard)]
+                images = [split.image_of(image_id) for image_id in plan.shard_image_ids(shard)]
                 absent = {
                     i.image_id: "not in the imported cache" for i in images if i not in source
                 }

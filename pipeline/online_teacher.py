@@ -8,9 +8,8 @@ from jaxtyping import Float
 
 from cache.location import CachePath
 from cache.store import open_cache
-from dkdetr.errors import MismatchError
 from pipeline.crops import CropRule, rule_from_parts
-from pipeline.teacher import load_teacher
+from pipeline.recorded_teacher import load_recorded_teacher
 from pipeline.teacher_model import Teacher
 
 
@@ -34,24 +33,7 @@ class OnlineTeacher:
 
 
 def teacher_of_cache(path: CachePath, device: Any) -> OnlineTeacher:
-    """Returns the teacher that made a cache, loaded from where it was then.
-
-    Raises:
-        MismatchError: the cache does not say which it was, or other weights lie there now.
-        DkdetrError: see `load_teacher`.
-    """
+    """Returns the teacher that made a cache; raises what `load_recorded_teacher` does."""
     info = open_cache(path).info
-    spec = info.provenance.get("teacher_spec")
-    if not isinstance(spec, str):
-        raise MismatchError(
-            f"the cache {path} does not say which teacher made it; kd.alignment=online cannot "
-            "load it: use cached"
-        )
-    teacher = load_teacher(spec, device)
-    recorded = info.parts["teacher"]["weights_sha256"]
-    if teacher.parts()["weights_sha256"] != recorded:
-        raise MismatchError(
-            f"the teacher '{spec}' has other weights now than when {path} was made: its "
-            "embeddings and the cache's text would not fit"
-        )
+    teacher = load_recorded_teacher(info, device)
     return OnlineTeacher(teacher, rule_from_parts(info.parts["crops"]))

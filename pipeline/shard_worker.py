@@ -208,8 +208,7 @@ def worker_device(device: str, worker_number: int) -> torch.device:
 def embed_images(job: ShardJob, shard: int, tools: ShardTools) -> MadeShard:
     """Returns what a shard's images give; nothing is written yet."""
     plan, teacher, rule = tools.plan, tools.teacher, job.crop_rule
-    image_of = {image.image_id: image for image in tools.split.images}
-    images = [image_of[image_id] for image_id in plan.shard_image_ids(shard)]
+    images = [tools.split.image_of(image_id) for image_id in plan.shard_image_ids(shard)]
     pending: deque[PendingImage] = deque()
     quarantined: dict[int, str] = {}
     started, encoder = time.monotonic(), BusyClock(teacher.device)

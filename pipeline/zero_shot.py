@@ -12,12 +12,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cache.store import CacheReader
-from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import pick_device
-from dkdetr.errors import MismatchError, UsageError
+from dkdetr.errors import UsageError
 from pipeline.crops import CropMode, rule_from_parts
-from pipeline.teacher import load_teacher
+from pipeline.recorded_teacher import load_recorded_teacher
 
 _MAX_OBJECTS = 1000
 _MAX_IMAGES = 2000
@@ -78,20 +77,9 @@ def accuracy_by_mode(
         MismatchError: the teacher that is found is not the cache's.
     """
     info = reader.info
-    spec = info.provenance.get("teacher_spec")
-    if not isinstance(spec, str):
-        raise MismatchError(
-            f"the cache {info.path} does not say which teacher made it, so --crop-modes has "
-            "nothing to look with"
-        )
-    teacher = load_teacher(spec, pick_device(device), precision=info.parts["teacher"]["precision"])
-    if teacher.identity != info.teacher:
-        raise MismatchError(
-            f"the teacher '{spec}' is {teacher.identity}, the cache's {info.teacher}"
-        )
+    teacher = load_recorded_teacher(info, pick_device(device))
     names = _Names(reader)
     cached = rule_from_parts(info.parts["crops"])
-    image_of = {image.image_id: image for image in split.images}
     vectors: dict[CropMode, list[np.ndarray]] = {mode: [] for mode in modes}
     labels: list[np.ndarray] = []
     count = 0
@@ -99,8 +87,7 @@ def accuracy_by_mode(
         base = split.base_boxes(image_id)
         if not len(base.category_ids):
             continue
-        image = image_of[image_id]
-        pixels = read_image(split.image_path(image), expected_hw=(image.height, image.width))
+        pixels = split.read(split.image_of(image_id))
         for mode in modes:
             rule = replace(cached, mode=mode)
             vectors[mode].append(teacher.encode_regions(pixels, base.boxes_xyxy, rule))

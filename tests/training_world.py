@@ -5,23 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cache.plan import make_plan
-from cache.rows import ImageRows
 from cache.spec import PART_NAMES
 from cache.writer import create_or_resume
 from dkdetr.config import ExperimentConfig
-from dkdetr.data.splits import Split, load_split
+from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import Checkpoint, open_checkpoint
 from dkdetr.engine.train import TrainRequest
 from dkdetr.experiment_file import config_from_dict
+from tests.unit.data_cache import DIM, cached_rows
 from tests.unit.data_world import coco_document, vocabulary_of, write_world
-
-DIM = 8
-REGIONS = 12
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def make_world(
     split = load_split(name, root)
     plan = make_plan(
         [image.image_id for image in split.images],
-        max_regions=REGIONS, embed_dim=DIM, max_gt=8, storage="fp16", batch_layout={},
+        max_regions=12, embed_dim=DIM, max_gt=8, storage="fp16", batch_layout={},
     )  # fmt: skip
     parts = {part: {} for part in PART_NAMES} | {"split": {"name": name}}
     path = root / "cache"
@@ -54,7 +50,9 @@ def make_world(
         for shard in writer.missing_shards():
             ids = set(plan.shard_image_ids(shard))
             images = [image for image in split.images if image.image_id in ids]
-            writer.commit_shard(shard, [_rows(split, image) for image in images], quarantined={})
+            writer.commit_shard(
+                shard, [cached_rows(split, image) for image in images], quarantined={}
+            )
         vocabulary = change(vocabulary_of(split))
         writer.write_text(vocabulary.metadata(), vocabulary.embeddings)
         writer.seal()
@@ -109,30 +107,6 @@ def difference(one: Checkpoint, two: Checkpoint) -> str:
             if not torch.equal(value, theirs[index][name]):
                 return f"optimizer {index} {name}"
     return "" if one.step == two.step else "step"
-
-
-def _rows(split: Split, image: Any) -> ImageRows:
-    random = np.random.default_rng(image.image_id)
-    truth = split.base_boxes(image.image_id)
-    corners = random.uniform(0, 25, (REGIONS, 2))
-    boxes = np.concatenate((corners, corners + random.uniform(8, 20, (REGIONS, 2))), axis=1)
-    return ImageRows(
-        image_id=image.image_id,
-        image_size_hw=(image.height, image.width),
-        boxes_xyxy=boxes.astype(np.float32),
-        objectness=np.sort(random.uniform(0, 1, REGIONS).astype(np.float32))[::-1].copy(),
-        max_base_iou=random.uniform(0, 0.7, REGIONS).astype(np.float32),
-        region_embeddings=_unit(random, REGIONS, DIM),
-        image_embedding=_unit(random, DIM),
-        gt_boxes_xyxy=truth.boxes_xyxy,
-        gt_category_ids=truth.category_ids,
-        gt_embeddings=_unit(random, len(truth.category_ids), DIM),
-    )
-
-
-def _unit(random: np.random.Generator, *shape: int) -> np.ndarray:
-    vectors = random.normal(size=shape)
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+from jaxtyping import UInt8
 
 from dkdetr.data.annotations import (
     Annotations,
@@ -25,7 +26,7 @@ from dkdetr.data.category_groups import (
     lvis_categories,
     ovcoco_categories,
 )
-from dkdetr.data.image_files import FolderLayout, ImageFolder, check_file_name
+from dkdetr.data.image_files import FolderLayout, ImageFolder, check_file_name, read_image
 from dkdetr.data.problems import Problems
 from dkdetr.data.split_sources import (
     KINDS,
@@ -77,6 +78,14 @@ class Split:
     def image_path(self, image: ImageInfo) -> Path:
         """Returns the path of an image's file; raises DataError if its name leaves the root."""
         return self.folder.path(image.file_name)
+
+    def image_of(self, image_id: int) -> ImageInfo:
+        """Returns what the annotations say of an image; raises KeyError."""
+        return self.images[self._index_of[image_id]]
+
+    def read(self, image: ImageInfo) -> UInt8[np.ndarray, "height width 3"]:
+        """Returns an image's pixels; raises as `read_image`."""
+        return read_image(self.image_path(image), expected_hw=(image.height, image.width))
 
     @cached_property
     def _index_of(self) -> dict[int, int]:

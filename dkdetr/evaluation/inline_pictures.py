@@ -5,12 +5,10 @@ import io
 
 from PIL import Image
 
-_SMALL_ENOUGH_FOR_PNG = 256
 
-
-def data_uri(picture: Image.Image, *, always_jpeg: bool = True) -> str:
-    """Returns the picture as a data address: JPEG, or PNG if it is small and that is wanted."""
-    small = not always_jpeg and max(picture.size) <= _SMALL_ENOUGH_FOR_PNG
+def data_uri(picture: Image.Image, *, png_up_to: int = 0) -> str:
+    """Returns the picture as a data address: JPEG, or PNG if no side is longer than that."""
+    small = max(picture.size) <= png_up_to
     encoded = io.BytesIO()
     if small:
         picture.save(encoded, "PNG", optimize=True)

@@ -7,11 +7,9 @@ escaped wherever they come from.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 from PIL import Image
 
 from dkdetr.atomic_file import write_bytes
@@ -21,6 +19,7 @@ from dkdetr.evaluation.detection_metrics import Metrics
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.inline_pictures import data_uri
 from dkdetr.evaluation.labels import place_labels
+from dkdetr.evaluation.page_templates import page_environment
 from dkdetr.evaluation.pictures import (
     DRAWING_RULE,
     ChosenImages,
@@ -42,6 +41,8 @@ from dkdetr.evaluation.table import format_percent
 from dkdetr.evaluation.teacher_agreement import TeacherAgreement
 
 _LONGEST_SIDE = 800
+
+_TEMPLATES = ("report.html", "report_analysis.html", "charts.html")
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,7 @@ def write_report(
     """
     assert runs, "a report needs a run"
     assert all(run.metrics.split == truth.name for run in runs)
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(_template),
-    )
+    environment = page_environment(dict.fromkeys(_TEMPLATES, "dkdetr.evaluation"))
     environment.filters["percent"] = format_percent
     environment.filters["difference"] = _format_difference
     environment.filters["decimals"] = _format_decimals
@@ -136,10 +131,6 @@ def _format_difference(values: Sequence[float]) -> str:
 
 def _format_decimals(value: float, places: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:.{places}f}"
-
-
-def _template(name: str) -> str:
-    return (files("dkdetr.evaluation") / name).read_text(encoding="utf-8")
 
 
 def _setting_rows(runs: Sequence[RunForReport]) -> list[dict[str, Any]]:
@@ -262,4 +253,4 @@ def _totals(pictures: Sequence[dict[str, Any]], runs: Sequence[RunForReport]) ->
 def _picture_uri(path: Path, size_hw: tuple[int, int]) -> str:
     picture = Image.fromarray(read_image(path, expected_hw=size_hw))
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    return data_uri(picture, always_jpeg=False)
+    return data_uri(picture, png_up_to=256)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split
 from dkdetr.evaluation.charts import Chart, Line, line_chart
 from dkdetr.evaluation.curves import (
@@ -170,13 +169,11 @@ class _Cutter:
 
     def __init__(self, split: Split) -> None:
         self._split = split
-        self._images = {image.image_id: image for image in split.images}
 
     def cut(self, image_id: int, box_xywh: np.ndarray) -> dict[str, Any]:
         """Returns the picture as data, and the box in it in hundredths of its sides."""
-        image = self._images[image_id]
-        path = self._split.image_path(image)
-        whole = Image.fromarray(read_image(path, expected_hw=(image.height, image.width)))
+        image = self._split.image_of(image_id)
+        whole = Image.fromarray(self._split.read(image))
         x, y, width, height = box_xywh.tolist()
         # Square, so that crops of all shapes stand in one row.
         side = min(max(width, height, 8.0) * (1 + 2 * _MARGIN), max(image.width, image.height))

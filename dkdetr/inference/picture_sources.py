@@ -15,7 +15,14 @@ from dkdetr.data.picture_input import rgb_pixels
 from dkdetr.errors import DataError, UsageError
 from dkdetr.read_ahead import done_ahead
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+PICTURE_TYPES = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".bmp": "image/bmp",
+}
+PICTURE_SUFFIXES = frozenset(PICTURE_TYPES)
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".gif"})
 
 _DECODERS = min(8, cores_at_hand())

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from cache.spec import CacheError
 from dkdetr.defaults import DEFAULT_THRESHOLD
 from dkdetr.errors import DkdetrError, UsageError
+from dkdetr.inference.picture_sources import PICTURE_TYPES
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.serve_curves import curves_page
 from dkdetr.inference.serve_finder import (
@@ -37,14 +38,7 @@ from dkdetr.inference.serve_guard import DOCUMENT_POLICY, Guard, allowed_hosts
 _UPLOAD_SECONDS = 60
 _MAX_REQUESTS_AT_ONCE = 24
 _MAX_HEADER_BYTES = 64 * 1024
-_PICTURE_TYPES = {
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".png": "image/png",
-    ".webp": "image/webp",
-    ".bmp": "image/bmp",
-}
-_UPLOAD_TYPES = frozenset({*_PICTURE_TYPES.values(), "application/octet-stream"})
+_UPLOAD_TYPES = frozenset({*PICTURE_TYPES.values(), "application/octet-stream"})
 History = Sequence[Mapping[str, Any]]
 
 
@@ -236,7 +230,7 @@ class _Page:
         if not path.is_file():
             return _error(404, f"'{path.name}' is gone")
         content = await to_thread.run_sync(path.read_bytes)
-        return Response(content, media_type=_PICTURE_TYPES[path.suffix.lower()])
+        return Response(content, media_type=PICTURE_TYPES[path.suffix.lower()])
 
     async def cache(self, request: Request) -> Response:
         """Regions of the cache, their neighbours and the teacher's names."""

@@ -1,11 +1,9 @@
 """The curves of runs as one document, drawn anew from their diaries each time it is asked for."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-
+from dkdetr.evaluation.page_templates import page_environment
 from dkdetr.evaluation.report_analysis import loss_charts
 
 _ROOMS = {"serve_curves.html": "dkdetr.inference", "charts.html": "dkdetr.evaluation"}
@@ -13,15 +11,7 @@ _ROOMS = {"serve_curves.html": "dkdetr.inference", "charts.html": "dkdetr.evalua
 
 def curves_page(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Returns the HTML document of the losses of runs, by the runs' names."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(
-            lambda name: (files(_ROOMS[name]) / name).read_text(encoding="utf-8")
-        ),
-    )
+    environment = page_environment(_ROOMS)
     runs = [
         {"name": name, "step": int(history[-1]["iteration"]) if history else 0}
         for name, history in histories.items()

@@ -31,7 +31,6 @@ from torchvision.ops import nms, roi_align
 
 from cache.location import cache_path
 from cache.store import CacheReader, open_cache
-from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split, load_split
 from dkdetr.losses.detection import focal_loss
 from dkdetr.losses.relational_kd import batch_relational_loss, lay_end_to_end, relational_loss
@@ -99,7 +98,7 @@ def gather(reader: CacheReader, train: Split, val: Split, num_images: int) -> Ma
         for done, image in enumerate(images, start=1):
             is_train = done <= num_images
             split = train if is_train else val
-            pixels = read_image(split.image_path(image), expected_hw=(image.height, image.width))
+            pixels = split.read(image)
             true = split.base_boxes(image.image_id) if is_train else split.all_boxes(image.image_id)
             labels = torch.tensor([label_of[int(c)] for c in true.category_ids], dtype=torch.int64)
             boxes = torch.tensor(true.boxes_xyxy, dtype=torch.float32).reshape(-1, 4)

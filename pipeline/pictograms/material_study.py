@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from cache.store import CacheReader, open_cache
-from dkdetr.data.image_files import read_image
 from dkdetr.data.splits import Split, load_split
 from pipeline.crops import rule_from_parts
 from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
 from pipeline.proposals import ProposalRule, SourceImage, apply_rule
 from pipeline.recall import proposal_recall
-from pipeline.teacher import load_teacher
+from pipeline.recorded_teacher import load_recorded_teacher
 
 _BATCH = 16
 _GROUPS = {True: "base", False: "novel"}
@@ -47,8 +46,7 @@ def source_recall(split: Split, source: str, cache: Path) -> dict[str, Any]:
 
 def teacher_accuracy(split: Split, reader: CacheReader) -> dict[str, Any]:
     """Returns the shares of true boxes that the cache's teacher names rightly among all names."""
-    spec = str(reader.info.provenance["teacher_spec"])
-    teacher = load_teacher(spec, "cpu", precision=reader.info.parts["teacher"]["precision"])
+    teacher = load_recorded_teacher(reader.info, torch.device("cpu"))
     rule = rule_from_parts(reader.info.parts["crops"])
     metadata, text = reader.text()
     label_of = {int(number): row for row, number in enumerate(metadata["category_ids"])}
@@ -74,10 +72,7 @@ def teacher_accuracy(split: Split, reader: CacheReader) -> dict[str, Any]:
 
 def _read(split: Split, start: int) -> Sequence[SourceImage]:
     return [
-        SourceImage(
-            image.image_id,
-            read_image(split.image_path(image), expected_hw=(image.height, image.width)),
-        )
+        SourceImage(image.image_id, split.read(image))
         for image in split.images[start : start + _BATCH]
     ]
 

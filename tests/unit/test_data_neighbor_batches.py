@@ -29,8 +29,9 @@ from dkdetr.data.samplers import (
 )
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import ConfigError, load_experiment
+from tests.unit.data_cache import write_cache
 from tests.unit.data_world import vocabulary_of
-from tests.unit.test_data_loader import assert_same, config, run, world, write_cache
+from tests.unit.test_data_loader import assert_same, config, run, world
 
 __all__ = ["world"]
 

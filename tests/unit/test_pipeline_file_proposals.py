@@ -5,6 +5,7 @@ import json
 import os
 import pickle  # noqa: TID251  what our reader reads is written, and attacked, with the real one
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 

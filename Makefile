@@ -57,7 +57,7 @@ bench: $(INSTALLED)
 BENCH_PYTHON ?= $(BIN)/python
 ONLY ?=
 bench-gpu:
-	$(BENCH_PYTHON) -m tests.benchmarks --device cuda $(if $(ONLY),--only $(ONLY))
+	$(BENCH_PYTHON) -m tests.benchmarks --device cuda $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

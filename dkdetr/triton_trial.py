@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dkdetr.device_failures import DEVICE_FAILURES
+
 LEAST_CAPABILITY = (7, 0)
 """The oldest GPUs that Triton compiles for: Volta."""
 
@@ -25,7 +27,7 @@ def problem_of(device: torch.device, trial: Callable[[], str | None]) -> str | N
             give, if anything is.
 
     Raises:
-        torch.OutOfMemoryError: which says nothing of the kernels.
+        DEVICE_FAILURES: which say nothing of the kernels, or leave nothing to go on with.
     """
     try:
         from triton.errors import TritonError
@@ -35,7 +37,7 @@ def problem_of(device: torch.device, trial: Callable[[], str | None]) -> str | N
         return f"the kernels want compute capability {LEAST_CAPABILITY} or newer"
     try:
         return trial()
-    except torch.OutOfMemoryError:
+    except DEVICE_FAILURES:
         raise
     except ImportError as error:
         return f"triton cannot be imported ({error})"

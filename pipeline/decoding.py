@@ -1,8 +1,9 @@
 """How stage 1 decodes pictures: Pillow in threads, or torchvision a batch at a time on a device.
 
 On a GPU torchvision's decoder is nvJPEG. Its pixels differ from Pillow's by a few grey levels
-(another inverse transform, another chroma filter), so the decoder stands in the cache's
-fingerprint. Whatever is no plain, whole JPEG goes to Pillow, whose verdict on bad files stands.
+(another inverse transform), by more at edges of colour where chroma is halved (Pillow interpolates
+it), so the decoder stands in the cache's fingerprint. Whatever is no plain, whole JPEG goes to
+Pillow, whose verdict on bad files stands.
 """
 
 import functools
@@ -27,16 +28,12 @@ from dkdetr.data.image_files import (
     UnreadableImageError,
     decode_image,
 )
+from dkdetr.device_failures import DEVICE_FAILURES
 from dkdetr.errors import UsageError
 
 Decoder = Literal["pillow", "torchvision"]
 DecoderChoice = Literal["auto", "pillow", "torchvision"]
 _END_OF_IMAGE = b"\xff\xd9"
-_DEVICE_FAILURES = (
-    torch.OutOfMemoryError,
-    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),  # since 2.8
-)
-"""What says nothing of a picture, though both are RuntimeErrors."""
 
 
 def choose_decoder(choice: DecoderChoice, device: torch.device) -> Decoder:
@@ -94,7 +91,8 @@ def suits_a_device(data: bytes, expected_hw: tuple[int, int]) -> bool:
         return False
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            return image.mode in {"L", "RGB"} and (image.height, image.width) == expected_hw
+            colours = image.mode in {"L", "RGB"} and image.info.get("adobe_transform") != 0
+            return colours and (image.height, image.width) == expected_hw
     except DECODER_ERRORS:
         return False
 
@@ -128,7 +126,7 @@ def _decoded(data: list[Tensor], device: torch.device) -> list[Tensor | None]:
         if device.type == "cuda":
             return _decoded_beside(data, device)
         return list(decode_jpeg(data, mode=ImageReadMode.RGB, device=device))
-    except _DEVICE_FAILURES:
+    except DEVICE_FAILURES:
         raise
     except RuntimeError:
         if len(data) == 1:

@@ -108,6 +108,7 @@ class NetworkTraining:
             world_size=self._ranks.world_size,
             start_epoch=epoch,
             start_batch=batch,
+            pin_memory=self._ranks.device.type == "cuda",
         )
         try:
             self._train(wrap_for_ranks(self.trunk, self._ranks), loader)

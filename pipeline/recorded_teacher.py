@@ -19,7 +19,7 @@ def load_recorded_teacher(info: CacheInfo, device: torch.device) -> Teacher:
     if not isinstance(spec, str):
         raise MismatchError(f"the cache {info.path} does not say which teacher made it")
     recorded = info.parts["teacher"]
-    teacher = load_teacher(spec, device, precision=recorded["precision"])
+    teacher = load_teacher(spec, device, precision=recorded["precision"], encoder="auto")
     if teacher.parts()["weights_sha256"] != recorded["weights_sha256"]:
         raise MismatchError(
             f"the teacher '{spec}' is {teacher.identity} now, that of {info.path} was "

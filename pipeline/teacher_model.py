@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Encoder = Literal["open_clip", "fused", "compiled"]
 """Whose code computes the image tower: open_clip's, ours, or ours through torch.compile."""
 _ENCODERS = {"fused": "fused ViT", "compiled": "fused ViT, torch.compile"}
-_TEXT_BATCH, _REGION_BATCH = 256, 64
+_TEXT_BATCH = 256
 _TOKENIZER_PROBE = "A photo of the RED umbrella's handle, 2 o'clock!"
 
 
@@ -99,12 +99,11 @@ class Teacher:
         if encoder != "open_clip":
             tower = FusedTower(cast("Any", model).visual, _DTYPES[precision])
             self._tower = FromCrops(tower, self._scale, self._shift)
-        self._region_batch = _REGION_BATCH
+        self._region_batch = usual_batch(device)
         if encoder == "compiled":
             # One program a batch size, none of any size, which would be slower: so regions, the
-            # canary's with them, come in the batches that a cache is made in.
+            # canary's with them, come in whole batches (`_region_features`).
             self._tower = torch.compile(self._tower, dynamic=False)
-            self._region_batch = usual_batch(device)
 
     @property
     def identity(self) -> str:

@@ -80,6 +80,7 @@ class BatchStream(Generic[Batch]):
         make_batch: makes a batch of a sampler's list of keys; goes to the loader processes.
         keys: the lists of keys, in order.
         workers: loader processes; 0 loads here.
+        pin_memory: whether batches come in memory that a GPU copies from while it computes.
         should_stop: asked while no batch is ready; True ends the stream.
         patience_s: after so long without a batch the loader processes must say where they are.
     """
@@ -90,6 +91,7 @@ class BatchStream(Generic[Batch]):
         keys: KeyLists,
         *,
         workers: int,
+        pin_memory: bool = False,
         should_stop: Callable[[], bool] | None = None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
@@ -105,7 +107,7 @@ class BatchStream(Generic[Batch]):
             multiprocessing_context=_forkserver() if self._workers else None,
             worker_init_fn=_prepare_worker if self._workers else None,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             timeout=_POLL_S if self._workers else 0,
             # Its own: DataLoader draws a seed, and the run's global state must not notice.
             generator=torch.Generator(),

@@ -62,13 +62,15 @@ def make_training_loader(
     start_epoch: int = 0,
     start_batch: int = 0,
     image_limit: int | None = None,
+    pin_memory: bool = False,
     should_stop: Callable[[], bool] | None = None,
 ) -> BatchStream[LoadedBatch]:
     """Returns one rank's micro-batches from (start_epoch, start_batch) to the end of the run.
 
     Each batch comes as `compute.micro_batches` parts; without them it is one part, the whole
-    share of the rank. `image_limit` keeps the first images only; `should_stop` is asked while
-    no batch is ready, and ends the stream early.
+    share of the rank. `image_limit` keeps the first images only; `pin_memory` is for a GPU, which
+    then copies while it computes; `should_stop` is asked while no batch is ready, and ends the
+    stream early.
 
     A sample is a function of the seed, its epoch and its place in the epoch's order: neither the
     number of ranks nor that of loader processes changes it (with `kd.rkd.neighbor_fraction` the
@@ -126,6 +128,7 @@ def make_training_loader(
         make_batch,
         MicroBatches(sampler, parts),
         workers=workers,
+        pin_memory=pin_memory,
         should_stop=should_stop,
     )
 
@@ -162,12 +165,14 @@ def make_evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     leave_views: bool = False,
+    pin_memory: bool = False,
 ) -> BatchStream[ImageBatch] | BatchStream[DecodedImages]:
     """Returns every image of the split exactly once over all ranks, in batches, in id order.
 
     Rank r takes the batches r, r + world_size, ...; the last batch may be smaller, and a rank may
     have none. A batch is the same whatever the number of ranks: so is what a student says of it.
-    With `leave_views` the images are only decoded, and `render_images` makes their views.
+    With `leave_views` the images are only decoded, and `render_images` makes their views;
+    `pin_memory` as above.
 
     Raises:
         DataError: images are missing, or while iterating: one is unreadable.
@@ -180,8 +185,8 @@ def make_evaluation_loader(
     make_batch = EvaluationBatches(split.folder, split.images, image_size=config.data.image_size)
     workers = loader_processes(config.data.workers)
     if leave_views:
-        return BatchStream(make_batch.decoded, batches, workers=workers)
-    return BatchStream(make_batch, batches, workers=workers)
+        return BatchStream(make_batch.decoded, batches, workers=workers, pin_memory=pin_memory)
+    return BatchStream(make_batch, batches, workers=workers, pin_memory=pin_memory)
 
 
 def _usable_images(

@@ -152,6 +152,7 @@ class _Run:
             start_epoch=self.state.progress.epoch,
             start_batch=self.state.progress.batch,
             image_limit=limit,
+            pin_memory=ranks.device.type == "cuda",
             # Several ranks stop together, after a step.
             should_stop=(lambda: stop.is_set) if ranks.world_size == 1 else None,
         )

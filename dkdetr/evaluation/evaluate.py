@@ -90,6 +90,7 @@ def evaluate_student(
         world_size=shard.world_size,
         # On a CPU there is nothing to gain, and scores stay those of the loader's views.
         leave_views=config.data.augment != "loader" and device.type == "cuda",
+        pin_memory=device.type == "cuda",
     )
     found = detect(
         student,

@@ -2,20 +2,36 @@
 
 Shape letters as in `attention_reference`; in a program q counts its queries, p points, c channels.
 A tile [q, p, c] is laid over the threads so that a thread holds 16 bytes of neighbouring channels;
-the points of a level lie side by side, the levels are unrolled. Levels' sizes are plain numbers: a
-kernel serves pictures of every size. `level_sum_kernel` goes the other way round, a program does a
-square of a coarse map's cells.
+the points of a level lie side by side, the levels are unrolled. Levels' sizes are plain numbers,
+coded (`coded_sizes`): a kernel serves pictures of every size. `level_sum_kernel` goes the other way
+round, a program does a square of a coarse map's cells.
 
 The file is imported by `attention_op` alone, when a kernel is first wanted. `no_type_check`: Triton
 reads these functions as text, so the tests' shape checks must not wrap them.
 """
 
+from collections.abc import Iterable
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-_SIZES = ("num_tokens", "num_queries", "heights", "widths", "starts")
+_SIZES = ("num_tokens", "num_queries")
+
+
+def coded_sizes(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Returns the numbers as kernels take them in a tuple: all odd and above 1.
+
+    Of a tuple's numbers Triton tells apart 1, those that 16 divides, and others, whatever
+    `do_not_specialize` says, and would compile a kernel for each pattern of levels.
+    """
+    return tuple(2 * number + 3 for number in numbers)
+
+
+@triton.jit
+@no_type_check
+def _decoded(number):
+    return number // 2 - 1
 
 
 @triton.jit
@@ -127,7 +143,8 @@ def forward_kernel(
     maps = value_ptr + (image * num_tokens * H + head) * C
     gathered = tl.zeros((BLOCK_Q, BLOCK_P, BLOCK_C), dtype=EXACT)
     for level in tl.static_range(L):
-        height, width, start = heights[level], widths[level], starts[level]
+        height, width = _decoded(heights[level]), _decoded(widths[level])
+        start = _decoded(starts[level])
         place = row[:, None] * (L * P) + level * P + p[None, :]
         weight = _weight(logits_ptr, place, asked, highest[:, None], scale[:, None], EXACT)
         left, right_share, top, bottom_share, _, _ = _samples(
@@ -181,7 +198,8 @@ def backward_kernel(
     weights, by_weights = (), ()
     mean = tl.zeros((BLOCK_Q,), dtype=EXACT)
     for level in tl.static_range(L):
-        height, width, start = heights[level], widths[level], starts[level]
+        height, width = _decoded(heights[level]), _decoded(widths[level])
+        start = _decoded(starts[level])
         place = row[:, None] * (L * P) + level * P + p[None, :]
         weight = _weight(logits_ptr, place, asked, highest[:, None], scale[:, None], EXACT)
         left, right_share, top, bottom_share, step_x, step_y = _samples(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dkdetr.student.attention_kernels import (
     backward_kernel,
+    coded_sizes,
     forward_kernel,
     level_sum_kernel,
 )
@@ -180,7 +181,7 @@ def _exact_type(inputs: Sequence[Tensor]) -> torch.dtype:
 
 
 def trial_queries(device: torch.device) -> set[int]:
-    """Returns numbers of queries that together run every kernel there is for maps of one cell."""
+    """Returns numbers of queries of which one is few and one as many as an encoder has."""
     return {MOST_QUERIES, max(MOST_QUERIES, _tile_for(device).summed_queries)}
 
 
@@ -220,7 +221,7 @@ def _launch(
     *starts, num_tokens = _starts(sizes)
     assert len(heights) == L, f"{len(heights)} levels, offsets for {L}"
     assert num_tokens == T, f"levels of {heights} x {widths} are not {T} tokens"
-    assert T * H * C < 2**31, f"{T} tokens of {H * C} channels are more than the kernel counts"
+    assert T * H * C < 2**30, f"{T} tokens of {H * C} channels are more than the kernel counts"
     exact = _exact_type(given)
     tile = _tile_for(value.device)
     block_p, block_c = triton.next_power_of_2(P), triton.next_power_of_2(C)
@@ -234,7 +235,7 @@ def _launch(
     with on(value.device):
         kernel[(triton.cdiv(Q, block_q), H, B)](
             *given, *written,
-            T, Q, heights, widths, tuple(starts),
+            T, Q, coded_sizes(heights), coded_sizes(widths), coded_sizes(starts),
             H=H, C=C, L=L, P=P, R=reference.shape[3],
             BLOCK_Q=block_q, BLOCK_P=block_p, BLOCK_C=block_c,
             EXACT=tl.float64 if exact is torch.float64 else tl.float32,

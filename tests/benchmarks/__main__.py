@@ -74,7 +74,7 @@ BENCHMARKS = (
     Benchmark(
         "cache_fill", "The cache stage by part",
         cpu="--teacher pictograms --images 32 --boxes 16 --repeats 1",
-        gpu="--images 528 --boxes 300 --workers 8 --repeats 1 --decoder torchvision "
+        gpu="--images 528 --boxes 300 --workers 8 --repeats 1 --decoder auto "
         "--encoder compiled",
         peers=recorded.CACHE,
     ),

@@ -196,16 +196,24 @@ def squares_met(inputs: Inputs, shapes: Shapes, level: int) -> float:
 
 
 def milliseconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """The median time of a call, after one to warm up; on a GPU ten are started at a time."""
-    calls, times = 10 if device.type == "cuda" else 1, list[float]()
-    for _ in range(repeats + 1):
+    """The median time of a call, after some to warm up.
+
+    On a GPU up to ten are started at a time, and slow ones are repeated less often.
+    """
+    calls, times = 1, list[float]()
+    for number in itertools.count():
+        if device.type == "cuda" and number == 2:
+            calls = max(1, min(10, int(0.05 / times[1])))
+            repeats = repeats if times[1] < 0.02 else max(3, repeats // 4)
+        if number > repeats + 1:
+            break
         start = time.perf_counter()
         for _ in range(calls):
             function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / calls)
-    return 1000 * sorted(times[1:])[repeats // 2]
+    return 1000 * sorted(times[2:])[repeats // 2]
 
 
 def kernel_milliseconds(function: Callable[[], object], device: torch.device) -> str:

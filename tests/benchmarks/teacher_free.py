@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     device = pick_device(options.device)
-    teacher = load_teacher(options.teacher, device)
+    teacher = load_teacher(options.teacher, device, encoder="auto")
     overrides = ["student.backbone.weights=random", "student.backbone.norm=batch", *options.set]
     config = load_experiment(options.experiment, overrides).config
     config = replace(config, kd=replace(config.kd, start_epoch=0, regions_per_image=SELECTED))

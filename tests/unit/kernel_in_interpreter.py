@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkdetr.errors import UsageError
-from dkdetr.student import attention_op
+from dkdetr.student import attention_backend, attention_op
 from dkdetr.student.attention_backend import picks_triton, use_backend
 from dkdetr.student.attention_op import triton_attention
 from dkdetr.student.attention_reference import SpatialShapes, plain_attention
@@ -22,6 +22,8 @@ from dkdetr.student.deformable_attention import (
     deformable_attention,
 )
 from tests.attention_cases import CASES, SUMMED, Case, check, draw, sum_levels
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("summed", SUMMED)
@@ -249,3 +251,15 @@ def test_deterministic_algorithms_go_by_gathering():
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(found, deformable_attention(*tensors, backend="torch"))
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_the_trial_accepts_plain_numbers_alone(coordinates: int, monkeypatch: pytest.MonkeyPatch):
+    def trial() -> str | None:
+        return attention_backend._try_out(CPU, torch.float32, (2, 4, 2, 2), 64, coordinates)
+
+    assert trial() is None
+    monkeypatch.setattr(
+        attention_backend, "plain_attention", lambda *given: 1.02 * plain_attention(*given)
+    )
+    assert trial() == "the kernels give other numbers than plain PyTorch"

@@ -174,11 +174,27 @@ def test_jpegs_decode_alike(device: str, tmp_path: Path):
     for number, (height, width) in enumerate(((48, 64), (61, 35))):
         small = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         path = tmp_path / f"{number}.jpg"
-        Image.fromarray(small).resize((width, height)).save(path, quality=95)
+        # Whole chroma: at edges of colour nvJPEG repeats halved chroma where Pillow interpolates.
+        Image.fromarray(small).resize((width, height)).save(path, quality=95, subsampling=0)
         encoded.append(EncodedImage(path.read_bytes(), path, (height, width)))
     for image, pixels in zip(encoded, decode_on_device(encoded, torch.device(device)), strict=True):
         wanted = np.asarray(Image.open(image.path)).astype(int)
         assert np.abs(torch.as_tensor(pixels).cpu().numpy().astype(int) - wanted).mean() < 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_photographs_with_halved_chroma_decode_nearly_alike(device: str, tmp_path: Path):
+    from PIL import Image
+
+    down, across = np.mgrid[:120, :160]
+    smooth = np.stack((across, down * 2, 255 - across), axis=-1).clip(0, 255).astype(np.uint8)
+    path = tmp_path / "smooth.jpg"
+    Image.fromarray(smooth).save(path, quality=95, subsampling=2)
+    (pixels,) = decode_on_device(
+        [EncodedImage(path.read_bytes(), path, (120, 160))], torch.device(device)
+    )
+    wanted = np.asarray(Image.open(path)).astype(int)
+    assert np.abs(torch.as_tensor(pixels).cpu().numpy().astype(int) - wanted).mean() < 3
 
 
 @pytest.mark.parametrize("device", DEVICES)

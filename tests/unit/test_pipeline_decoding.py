@@ -66,6 +66,9 @@ def test_what_is_no_plain_whole_jpeg_of_its_size_is_not_for_a_device():
     assert not suits_a_device(encoded()[:-200], (43, 67))
     assert not suits_a_device(b"", (43, 67))
     assert suits_a_device(encoded() + b"\0\0\0", (43, 67))  # padded files are common
+    rgb = encoded(keep_rgb=True)  # Adobe's marker says that colours were not transformed
+    assert Image.open(io.BytesIO(rgb)).info["adobe_transform"] == 0
+    assert not suits_a_device(rgb, (43, 67))
 
 
 @pytest.mark.parametrize("taken_for", ["error", "ignore"])

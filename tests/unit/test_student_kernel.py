@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dkdetr.device_failures import DEVICE_FAILURES
 from dkdetr.errors import UsageError
 from dkdetr.student import attention_backend
 from dkdetr.student.attention_backend import picks_triton, use_backend
@@ -96,6 +97,19 @@ def test_a_kernel_that_fails_is_dropped_once_and_loudly(
         picks_triton("triton", CUDA, torch.float32, DIMS)
 
 
+def test_a_device_that_fails_is_no_reason_to_go_by_torch(monkeypatch: pytest.MonkeyPatch):
+    """Out of memory, or after an illegal access: plain PyTorch would fail next."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    for kind in DEVICE_FAILURES:
+
+        def trial(kind: type[Exception] = kind) -> None:
+            raise kind("an illegal memory access")
+
+        with pytest.raises(kind, match="illegal"):
+            problem_of(CUDA, trial)
+
+
 def test_what_is_wrong_with_the_trial_itself_is_no_reason_to_go_by_torch(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -135,8 +149,12 @@ def compiled_for(
     dims: tuple[int, ...],
     coordinates: int,
     monkeypatch: pytest.MonkeyPatch,
+    sizes: list[int] | None = None,
 ) -> list[Any]:
-    """The three kernels as a call compiles them on such a GPU: forward, backward, level sum."""
+    """The three kernels as a call compiles them on such a GPU: forward, backward, level sum.
+
+    `sizes`: of levels of 64 tokens each on average; None: 8 by 8.
+    """
     from triton.runtime.driver import driver
 
     from dkdetr.student import attention_op
@@ -161,7 +179,7 @@ def compiled_for(
             kernels.append(run(*args, warmup=True, **more))
 
         monkeypatch.setattr(kernel, "run", compile_only)
-    inputs, sizes = [value, reference, offsets, logits], [8, 8] * L
+    inputs, sizes = [value, reference, offsets, logits], sizes or [8, 8] * L
     block_s = 1 << (L * P - 1).bit_length()
     attention_op._launch(
         attention_op.forward_kernel, inputs, [out, softmax], sizes, BLOCK_S=block_s
@@ -194,6 +212,17 @@ def test_compiles_for_gpus_that_are_not_here(
     assert re.search(r"ld\.global[^;]*\.v4\.b32", forward.asm["ptx"])
     assert re.search(ADDITIONS[capability], backward.asm["ptx"])
     assert re.search(PRODUCTS[capability], level_sum.asm["ptx"])
+
+
+def test_one_kernel_serves_pictures_of_every_size(monkeypatch: pytest.MonkeyPatch):
+    """Triton tells 1 and what 16 divides from other numbers: nothing of it reaches a kernel."""
+    pytest.importorskip("triton")
+    dims, first = (2, 8, 2, 2), None
+    for sizes in ([8, 8, 8, 8], [16, 7, 4, 4], [64, 1, 1, 64], [112, 1, 16, 1]):
+        with monkeypatch.context() as patch:
+            found = compiled_for(90, torch.bfloat16, dims, 2, patch, sizes)
+        first = first or found
+        assert all(one is other for one, other in zip(first, found, strict=True)), sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])

@@ -1454,9 +1454,10 @@ def config_check(
 
     Exit 2 names what is wrong.
     """
-    from dkdetr.experiment_file import config_hash, load_experiment
+    from dkdetr.experiment_file import config_hash, load_experiment, refuse_late_start
 
     resolved = load_experiment(experiment, overrides or ())
+    refuse_late_start(resolved.config)
     if resolved.rows:
         from dkdetr.engine.ablation_plan import check_row_tables
 

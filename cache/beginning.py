@@ -60,14 +60,16 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
         raise stale_cache(path, diff_parts(found.parts, head.parts))
     try:
         planned = load_plan(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, CorruptCacheError) as error:
+        missing = isinstance(error, FileNotFoundError)
         # Taken out by `cache repair`: the seal's root says whether it comes back, or, where there
         # was no seal, all rows went with it.
-        if (path / REPAIR_NOTE).is_file() or not committed_shards(path):
+        rows = committed_shards(path) or (path / COMPLETE_FILE).exists()
+        if missing and ((path / REPAIR_NOTE).is_file() or not rows):
             return
         raise CorruptCacheError(
-            f"{path / PLAN_FILE} is missing: nothing says any more which row holds which image. "
-            f"next: dkdetr cache repair {path}"
+            f"{path / PLAN_FILE} {'is missing' if missing else 'has changed'}: nothing says any more "
+            f"which row holds which image. next: dkdetr cache repair {path}"
         ) from None
     wanted = json.loads(json.dumps(plan.to_dict()))
     if planned.to_dict() != wanted:

@@ -77,7 +77,6 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
     _count_shares(merged)
     config = config_from_dict(merged)
     _refuse_late_drops(config.optim, given=drops)
-    refuse_late_start(config)
     return ResolvedConfig(config=config, origins=origins, rows=rows)
 
 
@@ -128,14 +127,17 @@ def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def refuse_late_start(config: ExperimentConfig) -> None:
-    """Raises ConfigError if the run ends before its distillation would begin."""
+    """Raises ConfigError if a training ends before its distillation would begin.
+
+    For what trains and what checks; others may well read such settings.
+    """
     kd, epochs = config.kd, config.optim.epochs
     if kd.has_start and kd.start_epoch >= epochs:
         raise ConfigError(
             f"setting 'kd.start_epoch': {kd.start_epoch} lies behind the last of "
-            f"optim.epochs = {epochs}: nothing would be distilled; give a lower one or a share of "
-            'the run ("57%"), or switch distillation off with kd.regions_per_image=0 (and '
-            "kd.hybrid_queries=0)"
+            f"optim.epochs = {epochs}: nothing would be distilled; give a lower one, or a share of "
+            "the run (of a very short run a share may come to its end, but for 0%), or switch "
+            "distillation off with kd.regions_per_image=0 (and kd.hybrid_queries=0)"
         )
 
 

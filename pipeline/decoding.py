@@ -91,8 +91,9 @@ def suits_a_device(data: bytes, expected_hw: tuple[int, int]) -> bool:
         return False
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            colours = image.mode in {"L", "RGB"} and image.info.get("adobe_transform") != 0
-            return colours and (image.height, image.width) == expected_hw
+            is_rgb = image.mode == "RGB" and image.info.get("adobe_transform") == 0
+            fits = (image.height, image.width) == expected_hw
+            return fits and image.mode in {"L", "RGB"} and not is_rgb
     except DECODER_ERRORS:
         return False
 

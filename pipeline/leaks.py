@@ -79,7 +79,7 @@ def _compare(seen: Seen, split: Split) -> LeakCheck:
         shown = ", ".join(learned[:_SHOWN])
         return LeakCheck(seen, True, True, f"it learned the boxes of {len(learned)}: {shown}")
     if seen.uses_novel_names or seen.saw_novel_boxes:
-        reason = seen.reason
+        reason = seen.reason or "it says that it has seen them"
         return LeakCheck(seen, seen.uses_novel_names, seen.saw_novel_boxes, reason)
     num_base = len(split.categories) - len(novel)
     labelled = [each.name for each in novel.values() if each.category_id in seen.category_ids]

@@ -17,10 +17,13 @@ def load_recorded_teacher(info: CacheInfo, device: torch.device) -> Teacher:
     """
     spec = info.provenance.get("teacher_spec")
     if not isinstance(spec, str):
-        raise MismatchError(f"the cache {info.path} does not say which teacher made it")
-    recorded = info.parts["teacher"]
-    teacher = load_teacher(spec, device, precision=recorded["precision"], encoder="auto")
-    if teacher.parts()["weights_sha256"] != recorded["weights_sha256"]:
+        raise MismatchError(
+            f"the cache {info.path} does not say which teacher made it, which kd.alignment=online "
+            "and --crop-modes look with; next: kd.alignment=cached, and no --crop-modes"
+        )
+    precision = info.parts["teacher"]["precision"]
+    teacher = load_teacher(spec, device, precision=precision, encoder="auto")
+    if teacher.identity != info.teacher:
         raise MismatchError(
             f"the teacher '{spec}' is {teacher.identity} now, that of {info.path} was "
             f"{info.teacher}: its embeddings would not fit the cache's"

@@ -1,12 +1,13 @@
 """Repairs a cache: finds what is damaged by its hashes, and has stage 1 make exactly that again."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cache.damage import Damage, find_damage, finish_repair, uncommit
-from cache.layout import PROVENANCE_FILE, load_plan, load_provenance
+from cache.layout import PROVENANCE_FILE, Head, load_plan, load_provenance
 from cache.spec import CacheError, CorruptCacheError
 from dkdetr.progress import progress_of
 from pipeline.build import cache_teacher
@@ -115,9 +116,11 @@ def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:
     if "imported" in provenance:
         return recorded_import(record, path)
     request = recorded_request(record, path)
-    try:
-        # `auto` is settled by the device; the cache knows what it was settled to.
-        crop_batch = load_plan(path).batch_layout.get("crop_batch")
-    except (FileNotFoundError, CacheError):
-        return request
-    return replace(request, crop_batch=crop_batch)
+    # `auto` is settled by the device; the cache knows what it was settled to.
+    for batch_layout in (
+        lambda: load_plan(path).batch_layout,
+        lambda: Head.load(path).parts["batch_layout"],
+    ):
+        with contextlib.suppress(FileNotFoundError, CacheError):
+            return replace(request, crop_batch=batch_layout().get("crop_batch"))
+    return request

@@ -221,6 +221,7 @@ def _launch(
     *starts, num_tokens = _starts(sizes)
     assert len(heights) == L, f"{len(heights)} levels, offsets for {L}"
     assert num_tokens == T, f"levels of {heights} x {widths} are not {T} tokens"
+    # Numbers are int32, and coded sizes are twice as large.
     assert T * H * C < 2**30, f"{T} tokens of {H * C} channels are more than the kernel counts"
     exact = _exact_type(given)
     tile = _tile_for(value.device)

@@ -226,8 +226,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:
         raise CorruptArtefactError(f"'{path}' does not hold backbone weights: {error}") from error
-    state: dict[str, Tensor] = loaded.get("state_dict", loaded)
-    return {key.removeprefix("backbone."): value for key, value in state.items()}
+    state: dict[str, Any] = loaded.get("state_dict", loaded)
+    return {
+        key.removeprefix("backbone."): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _shipped_pictogram_weights() -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cache.export import export_cache
-from cache.layout import load_provenance
+from cache.layout import load_provenance, write_provenance
 from cache.neighbors import NeighborSettings
 from cache.spec import CorruptCacheError, StaleCacheError
 from cache.store import open_cache
@@ -100,6 +100,22 @@ def test_what_was_never_sealed_is_finished_by_repair(cache):
     summary = repair_cache(cache)
     assert summary.repaired == ("shard 000002", "COMPLETE.json", "text/manifest.json")
     assert "no seal to compare" in summary.lines()[-1]
+    assert committed_bytes(cache) == before
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_what_was_never_sealed_and_lost_its_plan_is_made_anew_by_repair(cache, request_, harm):
+    """In the batches that its head remembers: the device would settle others."""
+    before = committed_bytes(cache)
+    (cache / "COMPLETE.json").unlink()
+    _flip(cache / "plan.json") if harm == "flip" else (cache / "plan.json").unlink()
+    provenance = load_provenance(cache)
+    provenance["request"]["crop_batch"] = None
+    write_provenance(cache, provenance)
+    with pytest.raises(CorruptCacheError, match="next: dkdetr cache repair"):
+        cache_teacher(replace(request_, storage="int8"))
+    summary = repair_cache(cache)
+    assert len(summary.repaired) == 3 + 2  # every shard, the plan, the seal
     assert committed_bytes(cache) == before
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import cli
+import dkdetr.engine.smoke
 import dkdetr.engine.start  # noqa: F401  imported here, so that no trial waits for it
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.step import TrainingStep

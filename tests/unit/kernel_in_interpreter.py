@@ -255,11 +255,34 @@ def test_deterministic_algorithms_go_by_gathering():
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_the_trial_accepts_plain_numbers_alone(coordinates: int, monkeypatch: pytest.MonkeyPatch):
+    """Fine maps are added to and coarse ones summed; one wrong tensor of the four is noticed."""
+    sum_levels(monkeypatch, 256)
+    summed: list[int] = []
+    sum_level = attention_op._sum_level
+    monkeypatch.setattr(
+        attention_op,
+        "_sum_level",
+        lambda level, *rest: summed.append(level) or sum_level(level, *rest),
+    )
+
     def trial() -> str | None:
         return attention_backend._try_out(CPU, torch.float32, (2, 4, 2, 2), 64, coordinates)
 
     assert trial() is None
-    monkeypatch.setattr(
-        attention_backend, "plain_attention", lambda *given: 1.02 * plain_attention(*given)
-    )
-    assert trial() == "the kernels give other numbers than plain PyTorch"
+    assert summed == [1]
+    spoilt = "the kernels give other numbers than plain PyTorch"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            attention_backend, "plain_attention",
+            lambda *given: plain_attention(*given) + 0.02 * plain_attention(*given).detach(),
+        )  # fmt: skip
+        assert trial() == spoilt
+    gradients = torch.autograd.grad
+    for wrong in range(3):
+
+        def one_is_wrong(*given: Any, wrong: int = wrong) -> list[Tensor]:
+            return [1.02 * g if n == wrong else g for n, g in enumerate(gradients(*given))]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", one_is_wrong)
+            assert trial() == spoilt

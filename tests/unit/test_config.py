@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
+from typer.testing import CliRunner
 
+import cli
 from dkdetr.engine.optim import learning_rate_factor
 from dkdetr.experiment_file import (
     ConfigError,
@@ -17,6 +19,7 @@ from dkdetr.experiment_file import (
     dump_toml,
     flatten,
     load_experiment,
+    refuse_late_start,
     shipped_experiments,
 )
 from dkdetr.setting_ranges import RANGES
@@ -104,7 +107,6 @@ def test_later_sources_win_and_are_named(tmp_path) -> None:
             "optim.epochs=50 optim.lr_drop_epochs=[55]",
             "55 lies behind the last of optim.epochs = 50",
         ),
-        ("kd.start_epoch=100%", "'kd.start_epoch': 70 lies behind the last of optim.epochs = 70"),
         ("optim.lr_drop_epochs=[60, 70]", "70 lies behind the last of optim.epochs = 70"),
     ],
 )
@@ -112,6 +114,21 @@ def test_a_wrong_setting_is_named_by_its_path(override: str, complaint: str) -> 
     with pytest.raises(ConfigError, match=re.escape(complaint)) as raised:
         load_experiment("lvis_r50_70e", re.split(" (?=optim)", override))
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["kd.start_epoch=100%"], ["optim.epochs=1", "optim.lr_drop_epochs=[]"]]
+)
+def test_distillation_behind_the_end_is_for_those_to_refuse_who_train(words: list[str]) -> None:
+    config = load_experiment("lvis_r50_70e", words).config
+    with pytest.raises(ConfigError, match=r"'kd.start_epoch': \d+ lies behind the last of optim"):
+        refuse_late_start(config)
+    checked = CliRunner().invoke(
+        cli.app, ["config", "check", "lvis_r50_70e", *(f"--set={word}" for word in words)]
+    )
+    assert checked.exit_code == 2
+    off = replace(config, kd=replace(config.kd, regions_per_image=0))
+    refuse_late_start(off)
 
 
 @pytest.mark.parametrize(

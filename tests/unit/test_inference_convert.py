@@ -211,7 +211,7 @@ def test_opera_round_trip(tmp_path: Path, without_bias: DKDETR):
     assert {key: why.split(";")[0].split(",")[0] for key, why in report.ignored.items()} == {
         "text_encoder.text_feat": "a text bank",
     }
-    assert report.to_json()["layout"] == "opera"
+    assert report.as_json()["layout"] == "opera"
 
 
 def test_opera_into_a_neck_with_biases_gives_zero_biases(tmp_path: Path, without_bias: DKDETR):

@@ -3,7 +3,7 @@
 import pytest
 
 from dkdetr import progress as progress_module
-from dkdetr.progress import progress
+from dkdetr.progress import progress, progress_of
 
 
 @pytest.fixture
@@ -31,3 +31,15 @@ def test_a_run_that_fell_back_behind_its_start_tells_no_time(clock, capsys):
         clock[0] = 30.0
         advance(880, "")
         assert capsys.readouterr().err == "work: 880/1000 in 30s\n"
+
+
+def test_a_total_may_come_with_the_first_unit(clock, capsys):
+    with progress_of("verify"):
+        pass
+    assert capsys.readouterr().err == ""  # nothing was begun
+    with progress_of("verify") as advance:
+        advance(1, 4)
+        clock[0] = 30.0
+        advance(2, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["verify: 2/4 in 30s, about 30s left", "verify: 2/4 in 30s, about 30s left"]

@@ -67,9 +67,10 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
         rows = committed_shards(path) or (path / COMPLETE_FILE).exists()
         if missing and ((path / REPAIR_NOTE).is_file() or not rows):
             return
+        state = "is missing" if missing else "has changed"
         raise CorruptCacheError(
-            f"{path / PLAN_FILE} {'is missing' if missing else 'has changed'}: nothing says any more "
-            f"which row holds which image. next: dkdetr cache repair {path}"
+            f"{path / PLAN_FILE} {state}: nothing says any more which row holds which image. "
+            f"next: dkdetr cache repair {path}"
         ) from None
     wanted = json.loads(json.dumps(plan.to_dict()))
     if planned.to_dict() != wanted:

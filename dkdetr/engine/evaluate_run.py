@@ -18,7 +18,7 @@ from dkdetr.errors import MismatchError, UsageError
 from dkdetr.evaluation.compiled import ready_for_inference
 from dkdetr.evaluation.detection_metrics import Evaluator
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
-from dkdetr.evaluation.gather import Shard
+from dkdetr.evaluation.gather import RankShare
 from dkdetr.evaluation.table import print_metrics
 
 VocabularyBuilder = Callable[[Split, str, tuple[str, ...]], Vocabulary]
@@ -129,7 +129,7 @@ def _evaluate(
         device=ranks.device,
         out_dir=RunFolder(subject.folder).evaluation(split.name, averaged=request.averaged),
         evaluator=request.evaluator,
-        shard=Shard(ranks.rank, ranks.world_size),
+        share=RankShare(ranks.rank, ranks.world_size),
     )
     if evaluation is None:
         return None

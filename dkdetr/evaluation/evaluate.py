@@ -23,7 +23,7 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
-from dkdetr.evaluation.gather import Shard, gather_results
+from dkdetr.evaluation.gather import RankShare, gather_results
 from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.mask_column import join_masks
 from dkdetr.evaluation.results import Results, read_results
@@ -31,7 +31,7 @@ from dkdetr.evaluation.results_writer import ResultsWriter
 from dkdetr.progress import progress
 
 _NUM_NAMED = 5
-_ALONE = Shard()
+_ALONE = RankShare()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def evaluate_student(
     device: torch.device,
     out_dir: Path,
     evaluator: Evaluator = "fast",
-    shard: Shard = _ALONE,
+    share: RankShare = _ALONE,
 ) -> Evaluation | None:
     """Returns the student's metrics on a split; leaves three files in `out_dir`.
 
@@ -71,7 +71,7 @@ def evaluate_student(
         device: where the student is.
         out_dir: made if it is not there.
         evaluator: see `score`.
-        shard: this process among those of a process group.
+        share: this process among those of a process group.
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.
@@ -86,8 +86,8 @@ def evaluate_student(
     loader = make_evaluation_loader(
         split,
         config,
-        rank=shard.rank,
-        world_size=shard.world_size,
+        rank=share.rank,
+        world_size=share.world_size,
         # On a CPU there is nothing to gain, and scores stay those of the loader's views.
         leave_views=config.data.augment != "loader" and device.type == "cuda",
         pin_memory=device.type == "cuda",
@@ -103,12 +103,12 @@ def evaluate_student(
     )
     results_path = out_dir / "results.json"
     masks_path = out_dir / "results_segm.json" if with_masks else None
-    title, num_images = f"detecting on {split.name}", len(split.images) // shard.world_size
+    title, num_images = f"detecting on {split.name}", len(split.images) // share.world_size
     with contextlib.ExitStack() as open_files:
-        advance = open_files.enter_context(progress(title, num_images, quiet=not shard.is_first))
+        advance = open_files.enter_context(progress(title, num_images, quiet=not share.is_first))
         paths = [results_path, *([masks_path] if masks_path else [])]
         writers = [
-            open_files.enter_context(ResultsWriter(path, commits=shard.is_first)) for path in paths
+            open_files.enter_context(ResultsWriter(path, commits=share.is_first)) for path in paths
         ]
         writer, mask_writer = writers[0], writers[1] if with_masks else None
         for image_id, detections in found:
@@ -119,8 +119,8 @@ def evaluate_student(
                 mask_writer.write_masks(image_id, detections.masks, scores, categories)
             advance(writer.num_images, "")
         for each in writers:
-            gather_results(each, shard, device)
-        if not shard.is_first:
+            gather_results(each, share, device)
+        if not share.is_first:
             return None
         assert writer.num_images == len(split.images), "the loader left out images"
         _remove_old_metrics(out_dir)

@@ -11,7 +11,7 @@ from dkdetr.evaluation.results_writer import ResultsWriter
 
 
 @dataclass(frozen=True)
-class Shard:
+class RankShare:
     """Which share of the images this process has; the first of all scores and writes."""
 
     rank: int = 0
@@ -23,25 +23,25 @@ class Shard:
         return self.rank == 0
 
 
-def gather_results(writer: ResultsWriter, shard: Shard, device: torch.device) -> None:
+def gather_results(writer: ResultsWriter, share: RankShare, device: torch.device) -> None:
     """Adds every other rank's results to the first rank's writer; a rank may have none.
 
     Nothing is sent before all ranks have come here. `device` is where the process group wants its
     tensors.
     """
-    if shard.world_size == 1:
+    if share.world_size == 1:
         return
     places = _places(writer)
     own = torch.tensor([len(places), writer.num_bytes], device=device)
-    sizes = [torch.empty_like(own) for _ in range(shard.world_size)]
+    sizes = [torch.empty_like(own) for _ in range(share.world_size)]
     distributed.all_gather(sizes, own)
-    if not shard.is_first:
+    if not share.is_first:
         if len(places):
             _send(places, device)
             for piece in writer.pieces():
                 _send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), device)
         return
-    for rank in range(1, shard.world_size):
+    for rank in range(1, share.world_size):
         num_images, num_bytes = sizes[rank].tolist()
         if num_images:
             table = _receive((num_images, 3), torch.int64, rank, device).tolist()

@@ -757,9 +757,10 @@ def train_command(
         from dkdetr.engine.train import TrainRequest, train
 
         settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-        config, folder = settings_and_folder(cache_path(cache), experiment, settings, run)
+        place = cache_path(cache)
+        config, folder = settings_and_folder(place, experiment, settings, run)
         request = TrainRequest(
-            cache_path(cache),
+            place,
             config,
             folder,
             data_root,

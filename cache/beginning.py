@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache.arrays import DATA_FOLDER
 from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
 from cache.exported import refuse_export
 from cache.faults import fault_point
@@ -43,7 +44,7 @@ def refuse_foreign_folder(path: Path) -> None:
         return
     # Prefixes: a kill leaves NAME.*.partial of any of them, of CACHE.json too.
     ours = (
-        LOCK_FILE, CACHE_FILE, PLAN_FILE, PROVENANCE_FILE, "data.zarr", MANIFEST_FOLDER, "text",
+        LOCK_FILE, CACHE_FILE, PLAN_FILE, PROVENANCE_FILE, DATA_FOLDER, MANIFEST_FOLDER, "text",
         "proposals", REPAIR_NOTE, QUARANTINE_FILE, COMPLETE_FILE, NEIGHBORS_FOLDER,
     )  # fmt: skip
     foreign = sorted(e.name for e in path.iterdir() if not e.name.startswith(ours))
@@ -142,16 +143,21 @@ def _same_json(file: Path, data: bytes) -> bool:
         return False
 
 
+def readable_seal(path: Path) -> Seal | None:
+    """Returns the seal, whether or not it still holds; None if there is none that can be read."""
+    try:
+        return Seal.load(path)
+    except (FileNotFoundError, CorruptCacheError):
+        return None
+
+
 def break_bad_seal(path: Path) -> Roots | None:
     """Removes COMPLETE.json if a file it vouches for has changed: sealing again mends that.
 
     Returns what the cache was sealed with, by a seal good or bad or the note of a repair that has
     not come to its end; None if neither can be read.
     """
-    try:
-        seal = Seal.load(path)
-    except (FileNotFoundError, CorruptCacheError):
-        seal = None
+    seal = readable_seal(path)
     if (path / COMPLETE_FILE).exists() and (seal is None or seal_problems(path, seal)):
         (path / COMPLETE_FILE).unlink()
         sync_folder(path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.beginning import break_bad_seal, repair_goal
+from cache.beginning import break_bad_seal, readable_seal, repair_goal
 from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
 from cache.exported import refuse_export
 from cache.layout import (
@@ -76,7 +76,7 @@ def find_damage(
     refuse_export(path)
     if not (path / CACHE_FILE).exists() and not (path / COMPLETE_FILE).exists():
         raise CacheError(f"no cache at {path}, nothing to repair")
-    seal = _load_seal(path)
+    seal = readable_seal(path)
     everything = shards is None
     files = _bad_files(path, seal) if everything else []
     num_shards = _num_shards(path, seal)
@@ -144,13 +144,6 @@ def finish_repair(damage: Damage, new_root: str) -> None:
             "where the cache was made. The cache is sealed and whole; runs made from the old one "
             "are not its runs; next: dkdetr cache diff with a copy tells how far they differ"
         )
-
-
-def _load_seal(path: Path) -> Seal | None:
-    try:
-        return Seal.load(path)
-    except (FileNotFoundError, CorruptCacheError):
-        return None
 
 
 def _num_shards(path: Path, seal: Seal | None) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cache.arrays import DATA_FOLDER
 from cache.plan import Plan, make_plan
 from cache.spec import DiskFullError
 from dkdetr.data.splits import Split
@@ -139,7 +140,7 @@ def require_room(request: CacheRequest, price: CachePrice) -> None:
         DiskFullError: says what to do.
     """
     present = sum(
-        file.stat().st_size for file in (request.out / "data.zarr").rglob("*") if file.is_file()
+        file.stat().st_size for file in (request.out / DATA_FOLDER).rglob("*") if file.is_file()
     )
     if price.bytes_needed - present > price.bytes_free:
         raise DiskFullError(

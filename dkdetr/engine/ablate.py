@@ -168,19 +168,22 @@ def _run(
     sharing = nullcontext({})
     if places.share_gpus:
         sharing = side_by_side_on_gpus("cuda" if request.device == "auto" else request.device)
-    steps, earlier = sum(run.steps for run in runs), sum(_steps_done(run, plan) for run in runs)
+
+    def steps_done() -> int:
+        return sum(_steps_done(run, plan) for run in runs)
+
+    steps = sum(run.steps for run in runs)
     with (
         sharing as added,
-        progress(f"ablate {plan.table.name}", steps, done=earlier) as advance,
+        progress(f"ablate {plan.table.name}", steps, done=steps_done()) as advance,
     ):
         environments = [dict(each) | dict(added) for each in places.environments]
         jobs = Jobs(todo, program, environments, held=(lock,))
 
         def watch() -> None:
-            counts = [_steps_done(run, plan) for run in runs]
             ended = sum(outcome.code == 0 for outcome in jobs.outcomes.values())
             note = f"{ended} of {len(todo)} done; now {', '.join(jobs.running) or '-'}"
-            advance(sum(counts), note)
+            advance(steps_done(), note)
 
         jobs.run(stop, watch=_every(2.0, watch), done=done)
     return jobs.outcomes

@@ -1398,9 +1398,15 @@ def data_check(
 @_command(data_app, "prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="pictograms, lvis or ovcoco")],
-    size: Annotated[str, typer.Option(help="tiny, small, full or full70")] = "tiny",
-    protocol: Annotated[str, typer.Option(help="lvis-like or coco-like")] = "lvis-like",
-    seed: Annotated[int, typer.Option(help="Another seed makes another world")] = 0,
+    size: Annotated[
+        str | None, typer.Option(help="pictograms: tiny (the default), small, full or full70")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="pictograms: lvis-like (the default) or coco-like")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="pictograms: another seed than 0 makes another world")
+    ] = None,
     data_root: DataRoot = Path("data"),
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1410,13 +1416,17 @@ def data_prepare(
         from dkdetr.data.prepare import PREPARED, prepare_derived
 
         _one_of("data prepare", name, ("pictograms", *PREPARED))
+        others = {"--size": size, "--protocol": protocol, "--seed": seed is not None}
+        _refuse_beside(f"data prepare {name}", others)
         files = [str(file) for file in prepare_derived(name, data_root, _say)]
         _say("\n".join(files))
         _report({"files": files}, json_out)
         return
     from pipeline.pictograms.dataset import prepare_pictograms
 
-    folder = prepare_pictograms(data_root, size=size, protocol=protocol, seed=seed)
+    folder = prepare_pictograms(
+        data_root, size=size or "tiny", protocol=protocol or "lvis-like", seed=seed or 0
+    )
     _say(f"ready: {folder}")
     _report({"folder": str(folder)}, json_out)
 

@@ -223,6 +223,15 @@ class KDConfig:
         """True if epochs from `start_epoch` on differ from those before: the burn-in ends."""
         return self.enabled or self.hybrid_queries > 0
 
+    def begun(self, epoch: int) -> bool:
+        """Returns True for the epochs behind the burn-in."""
+        return epoch >= self.start_epoch
+
+    @property
+    def paired_from_start(self) -> bool:
+        """True if query and embedding belong together before the forward pass."""
+        return self.alignment == "cached" and self.auxiliary_queries
+
     @property
     def offered_regions(self) -> int:
         """Cached regions that a batch brings for each image."""

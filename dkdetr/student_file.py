@@ -22,11 +22,11 @@ from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
 from dkdetr.experiment_file import config_from_dict, config_to_dict
 from dkdetr.student.build import build_student
-from dkdetr.student.detector import DKDETR
+from dkdetr.student.detector import DKDETR, KD_PREFIX
 
 _FORMAT = "dkdetr-student-1"
 _TEXT = "vocabulary.embeddings"
-TRAINING_ONLY = ("kd_", "denoising_content.")
+TRAINING_ONLY = (KD_PREFIX, "denoising_content.")
 """How the names of tensors begin that only training uses: a student speaks without them."""
 
 

@@ -16,6 +16,7 @@ from dkdetr.data.problems import Problems
 from dkdetr.errors import DataError
 
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*(\[[\[\]0-9eE+\-.,\s]*\])')
+_OUTLINES = re.compile(rb'"segmentation"\s*:\s*(\[[\[\]0-9eE+\-.,\s]*\]|\{[^{}]*\})')
 
 Records = list[dict[str, Any]]
 
@@ -53,24 +54,32 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class OutlinedFile:
-    """An annotation file whose polygons stay text: `segmentation` numbers a span of `text`."""
+    """An annotation file whose outlines stay text: `segmentation` numbers a span of `text`."""
 
     document: dict[str, Any]
     text: bytes
     spans: Sequence[tuple[int, int]]
 
-    def record_text(self, record: dict[str, Any]) -> bytes:
-        """Returns an annotation as JSON, its polygons as the file has them."""
+    def outline_text(self, record: dict[str, Any]) -> bytes | None:
+        """Returns an annotation's outline as the file has it, or None if none was left out."""
         number = record.get("segmentation")
-        if type(number) is not int:
+        return self.text[slice(*self.spans[number])] if type(number) is int else None
+
+    def record_text(self, record: dict[str, Any]) -> bytes:
+        """Returns an annotation as JSON, its outline as the file has it."""
+        outline = self.outline_text(record)
+        if outline is None:
             return orjson.dumps(record)
-        start, stop = self.spans[number]
         rest = {key: value for key, value in record.items() if key != "segmentation"}
-        return b'%b,"segmentation":%b}' % (orjson.dumps(rest)[:-1], self.text[start:stop])
+        return b'%b,"segmentation":%b}' % (orjson.dumps(rest)[:-1], outline)
 
 
-def parse_outlined_file(path: Path) -> OutlinedFile:
-    """Returns the file with its polygons unparsed; as Python objects they fill ten times as much.
+def parse_outlined_file(path: Path, *, with_run_lengths: bool = False) -> OutlinedFile:
+    """Returns the file with its outlines unparsed; as Python objects they fill ten times as much.
+
+    Args:
+        path: a COCO or LVIS annotation file.
+        with_run_lengths: leaves masks of run lengths unparsed too, not the polygons alone.
 
     Raises:
         DataError: it cannot be read, or is no JSON object.
@@ -82,7 +91,9 @@ def parse_outlined_file(path: Path) -> OutlinedFile:
         spans.append(found.span(1))
         return b'"segmentation":%d' % (len(spans) - 1)
 
-    return OutlinedFile(_parse(_POLYGONS.sub(number, text), path), text, spans)
+    outlines = _OUTLINES if with_run_lengths else _POLYGONS
+    # Each gives way to its number, so that the rest parses small and in its own order.
+    return OutlinedFile(_parse(outlines.sub(number, text), path), text, spans)
 
 
 def _parse_not_a_number(text: bytes, path: Path, error: orjson.JSONDecodeError) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import check_file_name
 from dkdetr.data.problems import Problem, Problems
-from dkdetr.data.prompts import readable_name
+from dkdetr.data.prompts import same_reading
 from dkdetr.data.splits import Split, load_split
 from dkdetr.errors import DataError
 
@@ -181,10 +181,8 @@ def _note_oddities(split: Split, odd: Problems) -> None:
     """Notes what can be meant but rarely is; nothing of it stops anyone."""
     files = Counter(image.file_name for image in split.images)
     odd.add("/images", "file_name shared by images", [f for f, n in files.items() if n > 1])
-    plain: dict[str, list[str]] = {}
-    for each in split.categories:
-        plain.setdefault(readable_name(each.name), []).append(each.name)
-    clashes = [" = ".join(map(repr, names)) for names in plain.values() if len(names) > 1]
+    groups = same_reading(each.name for each in split.categories)
+    clashes = [" = ".join(map(repr, names)) for names in groups]
     odd.add("/categories", "names that read the same", clashes)
     table = split.box_table
     image_of = table.image_of_row()

@@ -24,7 +24,7 @@ from dkdetr.data.splits import Split
 from dkdetr.data.transforms import (
     ViewGeometry,
     draw_geometry,
-    render_view,
+    rendered_images,
     visible_boxes,
 )
 from dkdetr.data.vocabulary import Vocabulary
@@ -161,21 +161,19 @@ class TrainingBatches:
             view, target = self._view_of(key)
             views.append(view)
             targets.append(target)
-            if self._source is not None and key.epoch >= self._config.kd.start_epoch:
+            if self._source is not None and self._config.kd.begun(key.epoch):
                 regions.append(self._regions_of(self._source, view, key.image_index))
         joined = _collate_regions(regions) if regions else None
         online = self._config.kd.alignment == "online" and len(regions) > 0
         originals = tuple(_original(view) for view in views) if online else ()
-        side = self._config.data.image_size
+        pixels = [view.original for view in views]
+        geometries = [view.geometry for view in views]
+        ids, side = [view.image_id for view in views], self._config.data.image_size
         if self._config.data.augment == "device":
-            decoded = decoded_images(
-                [view.original for view in views],
-                [view.geometry for view in views],
-                [view.image_id for view in views],
-                image_size=side,
-            )
+            decoded = decoded_images(pixels, geometries, ids, image_size=side)
             return DecodedBatch(decoded, tuple(targets), joined, originals)
-        return TrainingBatch(_render_views(views, side), tuple(targets), joined, originals)
+        rendered = rendered_images(pixels, geometries, ids, image_size=side)
+        return TrainingBatch(rendered, tuple(targets), joined, originals)
 
     def _base_boxes_of(self, image_index: int) -> Float[Tensor, "num_boxes 4"]:
         return torch.from_numpy(self._images.boxes.of_image(image_index).boxes_xyxy)
@@ -279,17 +277,6 @@ class EvaluationBatches:
 
 def _original(view: _View) -> OriginalImage:
     return OriginalImage(view.original, *view.geometry.to_original())
-
-
-def _render_views(views: Sequence[_View], image_size: int) -> ImageBatch:
-    rendered = [render_view(view.original, view.geometry, image_size=image_size) for view in views]
-    return ImageBatch(
-        pixels=torch.stack([pixels for pixels, _ in rendered]),
-        padding_mask=torch.stack([mask for _, mask in rendered]),
-        image_sizes_hw=torch.tensor([view.geometry.view_hw for view in views]),
-        original_sizes_hw=torch.tensor([view.geometry.original_hw for view in views]),
-        image_ids=tuple(view.image_id for view in views),
-    )
 
 
 def _collate_regions(regions: Sequence[_Regions]) -> TeacherRegions:

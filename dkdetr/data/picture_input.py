@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dkdetr.data.device_views import decoded_images
 from dkdetr.data.image_files import MODES, decode_any_size
-from dkdetr.data.transforms import evaluation_geometry, render_view
+from dkdetr.data.transforms import evaluation_geometry, rendered_images
 from dkdetr.errors import DataError, UsageError
 from dkdetr.structures import DecodedImages, ImageBatch
 
@@ -58,20 +58,8 @@ def image_batch(
     pixels: Sequence[UInt8[np.ndarray, "_h _w 3"]], image_ids: Sequence[int], *, image_size: int
 ) -> ImageBatch:
     """Returns whole pictures, longest side at `image_size`, padded to its square."""
-    views, masks, sizes = [], [], []
-    for image in pixels:
-        geometry = evaluation_geometry((image.shape[0], image.shape[1]), image_size=image_size)
-        view, mask = render_view(image, geometry, image_size=image_size)
-        views.append(view)
-        masks.append(mask)
-        sizes.append(geometry.view_hw)
-    return ImageBatch(
-        pixels=torch.stack(views),
-        padding_mask=torch.stack(masks),
-        image_sizes_hw=torch.tensor(sizes),
-        original_sizes_hw=torch.tensor([image.shape[:2] for image in pixels]),
-        image_ids=tuple(image_ids),
-    )
+    views = [evaluation_geometry(image.shape[:2], image_size=image_size) for image in pixels]
+    return rendered_images(pixels, views, image_ids, image_size=image_size)
 
 
 def decoded_batch(

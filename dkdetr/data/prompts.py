@@ -4,7 +4,7 @@
 before a sentence that would begin with an article.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -132,6 +132,14 @@ def readable_name(name: str) -> str:
     pan and salmon would each stand for two categories.
     """
     return " ".join(name.replace("_", " ").replace("/", " or ").split()).lower().rstrip(".")
+
+
+def same_reading(names: Iterable[str]) -> list[list[str]]:
+    """Returns the groups of names that read the same, each in the names' order."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(readable_name(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def fill_prompt(template: str, name: str) -> str:

@@ -5,7 +5,6 @@ polygons as Python objects would fill ten times its 1.1 GB. They are kept as fla
 which the loader processes of a rank share one copy.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from dkdetr.data.annotation_file import parse_outlined_file
 from dkdetr.data.annotations import BoxTable, ImageInfo
 from dkdetr.data.transforms import ViewGeometry
 from dkdetr.errors import DataError
 from dkdetr.run_lengths import decode_mask, rasterise, segmentation_rle
 
-_SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*(\[[\[\]0-9eE+\-.,\s]*\]|\{[^{}]*\})')
 _SHOWN = 20
 _MIN_CORNERS = 3
 
@@ -65,31 +64,18 @@ def read_segmentations(
     by its box.
 
     Raises:
-        DataError: objects without an outline, or with one that cannot be read.
+        DataError: the file cannot be read; objects without an outline, or with a bad one.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the annotation file {path}: {error.strerror}") from None
-    places = [match.span(1) for match in _SEGMENTATION.finditer(text)]
-    numbers = iter(range(len(places)))
-    # Each outline gives way to its number, so that the rest parses small and in its own order.
-    rest = _SEGMENTATION.sub(lambda _: b'"segmentation":%d' % next(numbers), text)
-    try:
-        records = orjson.loads(rest)["annotations"]
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is no annotation file: {error!r}; see `dkdetr data check`"
-        ) from None
+    file = parse_outlined_file(path, with_run_lengths=True)
+    records = file.document["annotations"]
     outlines: list[Outline] = []
     bad: list[str] = []
     image_of_row = boxes.image_of_row()
     for row, file_row in enumerate(boxes.file_rows.tolist()):
         image = images[image_of_row[row]]
-        number = records[file_row].get("segmentation")
+        text = file.outline_text(records[file_row])
         try:
-            value = orjson.loads(text[slice(*places[number])]) if type(number) is int else None
-            outline = _outline(value, image)
+            outline = _outline(None if text is None else orjson.loads(text), image)
         except (ValueError, TypeError) as error:
             bad.append(f"id {records[file_row].get('id')} ({error})")
             continue

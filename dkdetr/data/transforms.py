@@ -4,6 +4,7 @@ The geometry is drawn first, as a value. The pixels, the ground truth and the ca
 then moved by that one value, so that they cannot part.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from dkdetr.boxes import clip_xyxy, xyxy_to_cxcywh
+from dkdetr.structures import ImageBatch
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 """ImageNet's RGB means on the 0..255 scale (method A.1)."""
@@ -154,6 +156,25 @@ def render_view(
     padding_mask = torch.ones((image_size, image_size), dtype=torch.bool)
     padding_mask[:height, :width] = False
     return padded, padding_mask
+
+
+def rendered_images(
+    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    geometries: Sequence[ViewGeometry],
+    image_ids: Sequence[int],
+    *,
+    image_size: int,
+) -> ImageBatch:
+    """Returns the views of images, each by its geometry; `decoded_images` leaves them to do."""
+    pairs = zip(images, geometries, strict=True)
+    rendered = [render_view(image, view, image_size=image_size) for image, view in pairs]
+    return ImageBatch(
+        pixels=torch.stack([pixels for pixels, _ in rendered]),
+        padding_mask=torch.stack([mask for _, mask in rendered]),
+        image_sizes_hw=torch.tensor([view.view_hw for view in geometries]),
+        original_sizes_hw=torch.tensor([view.original_hw for view in geometries]),
+        image_ids=tuple(image_ids),
+    )
 
 
 def normalise_pixels(pixels: Shaped[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dkdetr.data.prompts import readable_name
+from dkdetr.data.prompts import same_reading
 from dkdetr.data.vocabulary import Vocabulary
 
 NEAR = 0.95
-"""Cosine from which two names compete for the same boxes."""
+"""Cosine above which two names compete for the same boxes."""
 _SHOWN = 20
 _BLOCK = 512
 
@@ -53,9 +53,6 @@ class VocabularyDescription:
 
 def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
     """Returns a vocabulary's description, with every pair of names above cosine 0.95."""
-    by_reading: dict[str, list[str]] = {}
-    for name in vocabulary.names:
-        by_reading.setdefault(readable_name(name), []).append(name)
     return VocabularyDescription(
         names=vocabulary.names,
         num_base=sum(vocabulary.is_base),
@@ -63,7 +60,7 @@ def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
         prompts=vocabulary.prompts,
         hash=vocabulary.hash,
         near=_near_pairs(vocabulary),
-        merged=tuple(tuple(group) for group in by_reading.values() if len(group) > 1),
+        merged=tuple(tuple(group) for group in same_reading(vocabulary.names)),
     )
 
 

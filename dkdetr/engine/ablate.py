@@ -127,14 +127,15 @@ def price_ablation(request: AblateRequest) -> AblationSummary:
     plan = make_plan(request)
     lines = [f"{plan.table.title}, {len(plan.seeds)} seed(s), in {plan.out}"]
     todo = {job.name for job in plan.jobs()}
-    for run in (*plan.burn_ins, *plan.runs):
+    trainings = plan.trainings()
+    for run in trainings:
         state = "to run" if run.name in todo else NOT_RUN
         if run.run == BURN_IN:
             state = "to run or resume" if run.name in todo else "not needed"
         elif plan.finished(run) is not None:
             state = "finished"
         lines.append(f"  {run.name:32s} {run.steps:8,} steps  {state}")
-    left = sum(run.steps for run in (*plan.burn_ins, *plan.runs) if run.name in todo)
+    left = sum(run.steps for run in trainings if run.name in todo)
     most = max(1, len(todo))
     count = len(places_for(request.device, request.jobs, most=most).environments)
     lines.append(f"{left:,} steps to run at most, {count} run(s) side by side")
@@ -152,7 +153,7 @@ def _run(
     todo = plan.jobs()
     if not todo:
         return {}
-    by_name = {run.name: run for run in (*plan.burn_ins, *plan.runs)}
+    by_name = {run.name: run for run in plan.trainings()}
     places = places_for(request.device, request.jobs, most=len(todo))
     diary = _Diary(plan.out / "ablate.log")
     diary.tell(f"table {plan.table.name}: {len(todo)} to run")
@@ -190,31 +191,29 @@ def _run(
 
 
 def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationResult:
-    records = {(run.run, run.seed): plan.finished(run) for run in plan.runs}
+    records = {
+        (run.run, run.seed): record
+        for run in plan.runs
+        if (record := plan.finished(run)) is not None
+    }
     failures = {
         (run.run, run.seed): f"exit {outcome.code}: {outcome.message} (see {run.folder}/log.txt)"
         for run in plan.runs
         if (outcome := outcomes.get(run.name)) is not None and outcome.code not in (0, STOPPED)
     }
-    rows = [
-        RowResult(
-            row=row,
-            by_seed={
-                seed: record["metrics"]
-                for seed in plan.seeds
-                if (record := records[row.run, seed]) is not None
-            },
-            failures={
-                seed: failures[row.run, seed] for seed in plan.seeds if (row.run, seed) in failures
-            },
-            by_name={
-                seed: record["names"]
-                for seed in plan.seeds
-                if (record := records[row.run, seed]) is not None and record.get("names")
-            },
+    rows: list[RowResult] = []
+    for row in plan.table.rows:
+        by_seed = {seed: record for (run, seed), record in records.items() if run == row.run}
+        rows.append(
+            RowResult(
+                row=row,
+                by_seed={seed: record["metrics"] for seed, record in by_seed.items()},
+                failures={seed: why for (run, seed), why in failures.items() if run == row.run},
+                by_name={
+                    seed: record["names"] for seed, record in by_seed.items() if record.get("names")
+                },
+            )
         )
-        for row in plan.table.rows
-    ]
     return AblationResult(
         table=plan.table,
         subject=f"{plan.experiment} on {plan.split}, {_seeds_in_words(plan.seeds)}",
@@ -226,15 +225,15 @@ def _collect(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationRes
 
 
 def _step_times(
-    plan: AblationPlan, records: Mapping[tuple[str, int], Mapping[str, Any] | None]
+    plan: AblationPlan, records: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> list[str]:
     """Returns a line on what a step of each finished row took, the mean over its seeds."""
     shown = []
     for row in plan.table.rows:
         times = [
             record["seconds_per_step"]
-            for seed in plan.seeds
-            if (record := records[row.run, seed]) is not None and record["seconds_per_step"]
+            for (run, _), record in records.items()
+            if run == row.run and record["seconds_per_step"]
         ]
         if times:
             shown.append(f"{row.label} {sum(times) / len(times):.3f}")
@@ -251,12 +250,8 @@ def _write(plan: AblationPlan, outcomes: Mapping[str, Outcome]) -> AblationSumma
     write_text(paths["md"], text)
     write_text(paths["csv"], comma_separated(result))
     write_bytes(paths["png"], plot_png(result, with_paper=plan.split == "lvis_val"))
-    commands = [
-        f"dkdetr {shlex.join(words)}"
-        for run in (*plan.burn_ins, *plan.runs)
-        for words in run.commands
-    ]
-    write_text(paths["sh"], "\n".join(dict.fromkeys(commands)) + "\n")
+    commands = [f"dkdetr {shlex.join(words)}" for run in plan.trainings() for words in run.commands]
+    write_text(paths["sh"], "\n".join(commands) + "\n")
     codes = [outcome.code for outcome in outcomes.values() if outcome.code not in (0, STOPPED)]
     failed = (codes[0] if codes[0] > 0 else 1) if codes else 0
     return AblationSummary(text, result, paths, failed)

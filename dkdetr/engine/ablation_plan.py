@@ -93,6 +93,10 @@ class AblationPlan:
     """One a seed; none where the experiment distils from its first epoch on."""
     wanted: frozenset[str]
 
+    def trainings(self) -> list[PlannedRun]:
+        """Returns the burn-ins and the rows' runs, those that share a folder once."""
+        return list({run.name: run for run in (*self.burn_ins, *self.runs)}.values())
+
     def jobs(self) -> list[Job]:
         """Returns what is left to do: unfinished rows that are asked for, and their burn-ins."""
         burn_ins = {each.seed: each for each in self.burn_ins}
@@ -212,12 +216,16 @@ def seconds_per_step(run: PlannedRun) -> float | None:
 
 def savings(plan: AblationPlan) -> list[str]:
     """Returns, in words, what shared burn-in and cache spare the rows asked for or finished."""
-    asked = [run for run in plan.runs if run.run in plan.wanted or plan.finished(run) is not None]
-    timed = [seconds_per_step(run) for run in (*plan.burn_ins, *plan.runs)]
+    asked = {
+        run.name: run.seed
+        for run in plan.runs
+        if run.run in plan.wanted or plan.finished(run) is not None
+    }
+    timed = [seconds_per_step(run) for run in plan.trainings()]
     known = [seconds for seconds in timed if seconds is not None]
     lines: list[str] = []
     if plan.burn_ins:
-        rows = Counter(run.seed for run in asked)
+        rows = Counter(asked.values())
         spared = sum(run.steps * max(0, rows[run.seed] - 1) for run in plan.burn_ins)
         if known:
             step = statistics.median(known)

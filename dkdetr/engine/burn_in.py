@@ -15,7 +15,7 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import Checkpoint
 from dkdetr.errors import MismatchError
 from dkdetr.experiment_file import deciding_settings
-from dkdetr.student.detector import DKDETR
+from dkdetr.student.detector import DKDETR, KD_PREFIX
 
 BURN_IN_FILE = "burn_in.pt"
 
@@ -24,7 +24,6 @@ _SAME_ALWAYS = ("student.", "classifier.")
 _SAME_IN_MID_EPOCH = ("data.batch_size", "data.sampler", "data.repeat_threshold", "seed")
 # Where weights began is past.
 _ANY = ("student.weights", "student.backbone.weights")
-_DISTILLING = "kd_"
 
 
 def check_burn_in(checkpoint: Checkpoint, config: ExperimentConfig, vocabulary: Vocabulary) -> None:
@@ -72,7 +71,7 @@ def take_over(checkpoint: Checkpoint, student: DKDETR, optimizer: AdamW) -> None
     state = {
         index: theirs[name]
         for index, name in enumerate(names)
-        if name in theirs and not name.startswith(_DISTILLING)
+        if name in theirs and not name.startswith(KD_PREFIX)
     }
     optimizer.load_state_dict({"state": state, "param_groups": mine["param_groups"]})
 
@@ -84,8 +83,8 @@ def averaged_start(checkpoint: Checkpoint, student: DKDETR) -> dict[str, Tensor]
 
 def _without_kd(taken: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the taken state with the fresh one's distillation part, or none if it has none."""
-    kept = {name: value for name, value in taken.items() if not name.startswith(_DISTILLING)}
-    return kept | {name: value for name, value in fresh.items() if name.startswith(_DISTILLING)}
+    kept = {name: value for name, value in taken.items() if not name.startswith(KD_PREFIX)}
+    return kept | {name: value for name, value in fresh.items() if name.startswith(KD_PREFIX)}
 
 
 def _by_name(optimizer: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from dkdetr.data.prompts import readable_name
 from dkdetr.data.splits import Split
-from dkdetr.engine.checkpoint import find_checkpoint
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError
 from dkdetr.student.detector import DKDETR
@@ -76,8 +75,9 @@ def boxes_seen_before(file: StudentFile | None, burn_in: Path | None, split: Spl
     """
     seen = None if file is None else boxes_seen(file, split)
     if seen is None and burn_in is not None:
-        run = RunFolder(find_checkpoint(burn_in).parent.parent)
-        seen = run.read_provenance().get("saw_boxes_of")
+        # Not looked for here: a run that goes on from its own checkpoints needs it no more.
+        run = burn_in.parent.parent if burn_in.suffix == ".pt" else burn_in
+        seen = RunFolder(run).read_provenance().get("saw_boxes_of")
     return seen
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from dkdetr.config import OptimConfig
+from dkdetr.student.detector import KD_PREFIX
 
 _SLOW_NAMES = ("backbone", "sampling_offsets", "reference_points")
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
@@ -94,5 +95,5 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn
     owners: Mapping[str, nn.Module] = dict(module.named_modules())
     # KD parameters have no gradient during burn-in but must keep their place in the optimiser.
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad or name.startswith("kd_"):
+        if parameter.requires_grad or name.startswith(KD_PREFIX):
             yield name, parameter, owners[name.rpartition(".")[0]]

@@ -10,11 +10,11 @@ from cache.store import open_cache
 from dkdetr.atomic_file import write_text
 from dkdetr.config import Precision
 from dkdetr.data.splits import load_split
-from dkdetr.engine.distributed import pick_device
+from dkdetr.engine.distributed import num_ranks, pick_device
 from dkdetr.engine.evaluate_run import with_batch_size, with_precision
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.subject import load_subject
-from dkdetr.errors import CorruptArtefactError
+from dkdetr.errors import CorruptArtefactError, UsageError
 from dkdetr.evaluation.agreement_pass import measure_agreement
 from dkdetr.evaluation.teacher_agreement import TeacherAgreement
 
@@ -47,8 +47,10 @@ def measure_run_agreement(
 
     Raises:
         MismatchError: the cache is another teacher's.
-        UsageError: an average is asked for and there is none.
+        UsageError: an average is asked for and there is none; or there are several ranks.
     """
+    if num_ranks() > 1:
+        raise UsageError("--agreement takes one process: start it without torchrun")
     subject = load_subject(run, averaged=averaged)
     reader = open_cache(cache)
     subject.vocabulary.require_teacher(reader.info.teacher, f"the cache {cache} was")

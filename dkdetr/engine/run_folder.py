@@ -22,6 +22,7 @@ RUNS = Path("runs")
 """Where runs lie if nothing else is said."""
 
 _AVERAGED = "-ema"
+_MARKERS = "step_*.json"
 _UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 
 
@@ -76,14 +77,19 @@ class RunFolder:
 def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -> RunFolder:
     """Returns the folder, made new or found with the same settings and cache.
 
+    Until a checkpoint is there nothing of a run goes on, and what it is made with is said anew.
+
     Raises:
-        MismatchError: it holds a run with other settings or another cache; lists what differs.
+        MismatchError: it holds a run with other settings or another cache, lists what differs; or
+            a run that began afresh, and this one is to begin from a burn-in.
     """
     run = RunFolder(path)
     if run.config.is_file():
         _refuse_other_settings(run, config)
         _refuse_other_cache(run, provenance)
-        return run
+        if any(run.checkpoints.glob(_MARKERS)):
+            _refuse_late_burn_in(run, provenance)
+            return run
     write_text(run.provenance, json.dumps(provenance, indent=2) + "\n")
     write_text(run.config, dump_toml(config))
     return run
@@ -117,7 +123,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def newest_run(runs: Path) -> Path | None:
     """Returns the run folder with the newest checkpoint below `runs`, or None."""
-    markers = sorted(runs.glob("*/checkpoints/step_*.json"), key=lambda path: path.stat().st_mtime)
+    markers = sorted(runs.glob(f"*/checkpoints/{_MARKERS}"), key=lambda path: path.stat().st_mtime)
     return markers[-1].parent.parent if markers else None
 
 
@@ -145,6 +151,14 @@ def _refuse_other_settings(run: RunFolder, config: ExperimentConfig) -> None:
             f"'{run.path}' holds a run with other settings:\n" + "\n".join(different)
             + "\nname another folder with --run, or leave --run out"
         )  # fmt: skip
+
+
+def _refuse_late_burn_in(run: RunFolder, provenance: dict[str, Any]) -> None:
+    if provenance.get("started_from") and run.read_provenance().get("started_from") == "":
+        raise MismatchError(
+            f"'{run.path}' holds a run that began afresh, and would go on as that: name another "
+            f"folder with --run to begin from '{provenance['started_from']}', or leave --from out"
+        )
 
 
 def _refuse_other_cache(run: RunFolder, provenance: dict[str, Any]) -> None:

@@ -182,7 +182,8 @@ class RunState:
         DDP wants a gradient for every parameter at every step, and the KD parameters have none
         during burn-in.
         """
-        distilling = self._config.kd.enabled and self.progress.epoch >= self._config.kd.start_epoch
+        kd = self._config.kd
+        distilling = kd.enabled and kd.begun(self.progress.epoch)
         weights = self.student.kd_parameters()
         changed = any(weight.requires_grad != distilling for weight in weights)
         for weight in weights:

@@ -9,7 +9,7 @@ from dkdetr.config import ExperimentConfig, RelationalKDConfig
 from dkdetr.engine.checkpoint import load_latest
 from dkdetr.engine.distributed import is_first_rank, num_ranks
 from dkdetr.engine.run_folder import RunFolder
-from dkdetr.engine.train import TrainRequest, TrainSummary, train
+from dkdetr.engine.train import TrainRequest, TrainSummary, Watch, train
 from dkdetr.errors import UsageError
 
 _IMAGES = 8
@@ -19,7 +19,8 @@ def smoke(request: TrainRequest) -> TrainSummary:
     """Returns after burn-in, learning-rate step, distillation, a checkpoint and a resumed start.
 
     The student, the precision and the size of the pictures are the experiment's; epochs are two
-    of 8 images. The folder RUN-smoke is removed if all went well.
+    of 8 images. It begins with a burn-in of its own, and trackers see nothing of it. The folder
+    RUN-smoke is removed if all went well.
 
     Raises:
         UsageError: more ranks than images.
@@ -29,7 +30,15 @@ def smoke(request: TrainRequest) -> TrainSummary:
     first = is_first_rank()
     if first:
         shutil.rmtree(folder, ignore_errors=True)
-    small = replace(request, config=config, run=folder, image_limit=_IMAGES, until_epoch=None)
+    small = replace(
+        request,
+        config=config,
+        run=folder,
+        image_limit=_IMAGES,
+        until_epoch=None,
+        start_from=None,
+        watch=Watch(),
+    )
     steps = _IMAGES // config.data.batch_size
     cut = steps + steps // 2  # in the middle of distillation
     train(replace(small, until_iteration=cut))

@@ -157,7 +157,7 @@ class TrainingStep:
         denoising = self._chance.denoising(loaded, moment)
         with marked("views"):
             batch = on_device(loaded, self._ranks.device)
-        epoch, pairs = moment.epoch, None
+        epoch = moment.epoch
         output = self._forward(batch, epoch, denoising)
         try:
             pairs = self._pair(output, batch)
@@ -192,7 +192,7 @@ class TrainingStep:
         self, batch: TrainingBatch, epoch: int, denoising: DenoisingQueries | None
     ) -> StudentOutput:
         kd = self._config.kd
-        hybrid = kd.hybrid_queries > 0 and epoch >= kd.start_epoch
+        hybrid = kd.hybrid_queries > 0 and kd.begun(epoch)
         regions = batch.regions if kd.auxiliary_queries else None
         half = self._precision is not torch.float32
         if self._config.compute.cuda_graphs:  # nothing of the last step is needed any more
@@ -212,7 +212,7 @@ class TrainingStep:
                 output, batch, self._alignment, self._criterion, self._teacher.encoder
             )
         except NonFiniteLossError:
-            if counts_late(self._config):
+            if not self._config.kd.paired_from_start:
                 self._ranks.mean(torch.zeros((), device=self._ranks.device))
             raise
 
@@ -237,7 +237,8 @@ class TrainingStep:
     def _normalisers(self, counts: Tensor, pairs: AlignedOutput | None) -> Normalisers:
         """Returns the counts that divide the losses; of regions, those that were paired."""
         num_boxes, num_regions = counts.clamp(min=1).unbind()
-        if pairs is not None and counts_late(self._config):
+        # Else as many as were offered, which were counted before the step.
+        if pairs is not None and not self._config.kd.paired_from_start:
             paired = count_regions(pairs.regions, self._ranks.device)
             num_regions = self._ranks.mean(paired).clamp(min=1)
         return Normalisers(num_boxes=num_boxes, num_regions=num_regions)
@@ -302,11 +303,6 @@ class TrainingStep:
         if not told and self._ranks.world_size > 1 and (joined or not diagnosis.bad_parts):
             elsewhere = ". This rank alone is not broken: other ranks' images may have done it"
         return NonFiniteLossError(f"{diagnosis.sentence()}{elsewhere}; see {path}")
-
-
-def counts_late(config: ExperimentConfig) -> bool:
-    """Returns True if the number of distilled regions is known only after the forward pass."""
-    return config.kd.alignment != "cached" or not config.kd.auxiliary_queries
 
 
 def _sum_of(output: Any) -> Tensor:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,6 +84,7 @@ class TrainSummary:
     seconds: float
     """Of this start alone."""
     last_losses: dict[str, float | None]
+    """The diary's last line: losses, rates, memory."""
 
 
 def train(request: TrainRequest) -> TrainSummary:
@@ -217,13 +219,14 @@ class _Run:
 
     def _groups(self, total: int) -> Iterator[tuple[list[LoadedBatch], float]]:
         """Yields each batch's micro-batches with the seconds that training waited for them."""
-        groups = iter(_timed(self.loader, self.config.compute.micro_batches))
+        batches, parts = iter(self.loader), self.config.compute.micro_batches
         while self.state.progress.iteration < total:
+            asked = time.monotonic()
             with marked("data wait"):
-                group = next(groups, None)
-            if group is None:
+                group = list(islice(batches, parts))
+            if len(group) < parts:
                 return
-            yield group
+            yield group, time.monotonic() - asked
 
     def _keep_burn_in(self) -> None:
         if self.request.start_from is None:
@@ -286,11 +289,10 @@ class _Run:
             "augment": settle_views(self.config, self.ranks.device).data.augment,
             **describe_machine(self.ranks.device),
         }
-        # One rank makes the folder; the others then find it.
         if self.ranks.is_first:
             open_run(self.request.run, self.config, provenance)
         self.ranks.wait()
-        return open_run(self.request.run, self.config, provenance)
+        return RunFolder(self.request.run)
 
     def _log(self, log: MetricLog | None, trackers: Sequence[Tracker], left: int) -> None:
         values: dict[str, float | None] = self.recent.means(left)
@@ -313,18 +315,6 @@ class _Run:
                 self.folder.path / "pictures",
                 iteration,
             )
-
-
-def _timed(
-    loader: BatchStream[LoadedBatch], parts: int
-) -> Iterator[tuple[list[LoadedBatch], float]]:
-    asked = time.monotonic()
-    group: list[LoadedBatch] = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == parts:
-            yield group, time.monotonic() - asked
-            asked, group = time.monotonic(), []
 
 
 def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:

@@ -33,7 +33,7 @@ class AlignedOutput:
     output: StudentOutput
     regions: TeacherRegions
     num_dropped: Float[Tensor, ""]
-    """Offered regions that no query carries."""
+    """Regions that were wanted, of those offered, and that no query carries."""
 
 
 class Alignment:
@@ -74,7 +74,7 @@ class Alignment:
             embed_anchors: the teacher; needed for `online`.
         """
         kd = self._kd
-        if kd.alignment == "cached" and kd.auxiliary_queries:
+        if kd.paired_from_start:
             nothing = torch.zeros((), device=regions.valid.device)
             return AlignedOutput(output, regions, nothing)
         eligible = self._eligible(output, targets, matches)

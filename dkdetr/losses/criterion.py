@@ -102,7 +102,7 @@ class Criterion:
         scale = 1 / normalisers.num_boxes
         weights = None if drawn_classes is None else drawn_classes.to(output.logits)
         rows = TargetRows.of(targets)
-        stages = self._stages(output)
+        stages = self._stages(output, weights)
         sent = send_costs(stages, rows, self._costs)
         # What needs no pairs is launched here: a GPU has work while the CPU assigns.
         apart: dict[str, Tensor] = {}
@@ -112,12 +112,7 @@ class Criterion:
         if regions is not None:
             apart |= self._distil(output, regions, normalisers.num_regions)
         matched = assign(sent)
-        heard = None
-        if self._valid_tokens_only:
-            heard = output.encoder.valid[..., None].to(output.encoder.objectness_logits)
-        decoder, encoder, *hybrid = matched_sums(
-            stages, matched, rows, (weights, heard, weights)[: len(stages)], **self._focal
-        )
+        decoder, encoder, *hybrid = matched_sums(stages, matched, rows, **self._focal)
         parts = self._named("", decoder, scale)
         if output.masks is not None:
             parts |= self._segment(output.masks, matched[0], targets, scale)
@@ -132,17 +127,19 @@ class Criterion:
         last = Stage(output.logits[-1:], output.detection.boxes_cxcywh[-1:])
         return assign(send_costs([last], TargetRows.of(targets), self._costs))[0].of_layer(0)
 
-    def _stages(self, output: StudentOutput) -> list[Stage]:
+    def _stages(self, output: StudentOutput, class_weights: Tensor | None) -> list[Stage]:
         """Returns the decoder, the encoder as one layer and, where there are any, extra queries."""
         encoder, hybrid = output.encoder, output.hybrid
         objectness = encoder.objectness_logits[None, ..., None]
+        heard = encoder.valid[..., None].to(objectness) if self._valid_tokens_only else None
+        boxes = encoder.boxes_cxcywh[None]
         stages = [
-            Stage(output.logits, output.detection.boxes_cxcywh),
-            Stage(objectness, encoder.boxes_cxcywh[None], encoder.valid),
+            Stage(output.logits, output.detection.boxes_cxcywh, term_weights=class_weights),
+            Stage(objectness, boxes, encoder.valid, term_weights=heard),
         ]
         if hybrid is not None:  # each object is wanted several times (H-DETR)
-            boxes = hybrid.queries.boxes_cxcywh
-            stages.append(Stage(hybrid.logits, boxes, repeats=self._hybrid_repeats))
+            boxes, repeats = hybrid.queries.boxes_cxcywh, self._hybrid_repeats
+            stages.append(Stage(hybrid.logits, boxes, repeats=repeats, term_weights=class_weights))
         return stages
 
     def _named(self, stem: str, sums: LayerSums, scale: Tensor) -> dict[str, Tensor]:

@@ -37,12 +37,14 @@ class Stage:
         boxes_cxcywh: normalised boxes.
         valid: queries that may be matched; all, if left out.
         repeats: how many queries each target is to have.
+        term_weights: of the class loss's terms, broadcast to the logits; all 1, if left out.
     """
 
     logits: Float[Tensor, "num_layers batch num_queries num_classes"]
     boxes_cxcywh: Float[Tensor, "num_layers batch num_queries 4"]
     valid: Bool[Tensor, "batch num_queries"] | None = None
     repeats: int = 1
+    term_weights: Float[Tensor, "*#terms"] | None = None
 
     @property
     def knows_labels(self) -> bool:

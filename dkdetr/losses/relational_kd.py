@@ -5,12 +5,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
-from dkdetr.losses.precision import at_least_float32
-
-# Stands for minus infinity in a softmax: a row without any valid entry stays finite.
-_NEVER = -1e9
+from dkdetr.losses.precision import NEVER, unit_vectors
 
 
 @dataclass(frozen=True)
@@ -51,16 +47,16 @@ def relational_loss(
         include_self: whether a row holds the self-similarity.
         reverse: the divergence the other way round, KL(student || teacher).
     """
-    unit = functional.normalize(at_least_float32(student_features), dim=-1)
+    unit = unit_vectors(student_features)
     allowed = valid[:, :, None] & valid[:, None, :]
     if not include_self:
         own = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
         allowed = allowed & ~own
+    likeness = unit @ unit.mT
     with torch.no_grad():
         teacher = teacher_embeddings.to(unit.dtype)
-        wanted = _log_distribution(teacher @ teacher.transpose(1, 2), allowed, temperature)
-    said = _log_distribution(unit @ unit.transpose(1, 2), allowed, temperature)
-    return _divergence(said, wanted, allowed, reverse=reverse)
+        wanted = teacher @ teacher.mT
+    return _divergence(likeness, wanted, allowed, temperature, reverse=reverse)
 
 
 def batch_relational_loss(
@@ -96,12 +92,11 @@ def batch_relational_loss(
         allowed = allowed & (own | (rows.image[:, None] != columns.image[None, :]))
     if not include_self:
         allowed = allowed & ~own
+    likeness = rows.features @ columns.features.mT
     with torch.no_grad():
-        dtype = rows.features.dtype
-        likeness = rows.embeddings.to(dtype) @ columns.embeddings.to(dtype).T
-        wanted = _log_distribution(likeness, allowed, temperature)
-    said = _log_distribution(rows.features @ columns.features.T, allowed, temperature)
-    return _divergence(said, wanted, allowed, reverse=reverse)
+        dtype = likeness.dtype
+        wanted = rows.embeddings.to(dtype) @ columns.embeddings.to(dtype).mT
+    return _divergence(likeness, wanted, allowed, temperature, reverse=reverse)
 
 
 def lay_end_to_end(
@@ -115,17 +110,20 @@ def lay_end_to_end(
     batch, num_regions = valid.shape
     image = torch.arange(first_image, first_image + batch, device=valid.device)
     return RelatedRegions(
-        features=functional.normalize(at_least_float32(student_features), dim=-1).flatten(0, 1),
+        features=unit_vectors(student_features).flatten(0, 1),
         embeddings=teacher_embeddings.flatten(0, 1),
         valid=valid.flatten(),
         image=image.repeat_interleave(num_regions),
     )
 
 
-def _log_distribution(similarity: Tensor, allowed: Tensor, temperature: float) -> Tensor:
-    return (similarity / temperature).masked_fill(~allowed, _NEVER).log_softmax(-1)
-
-
-def _divergence(said: Tensor, wanted: Tensor, allowed: Tensor, *, reverse: bool) -> Tensor:
+def _divergence(
+    likeness: Tensor, wanted: Tensor, allowed: Tensor, temperature: float, *, reverse: bool
+) -> Tensor:
+    """Returns the summed divergence of rows of similarities from the wanted ones' rows."""
+    said, wanted = (
+        (similarity / temperature).masked_fill(~allowed, NEVER).log_softmax(-1)
+        for similarity in (likeness, wanted)
+    )
     terms = said.exp() * (said - wanted) if reverse else wanted.exp() * (wanted - said)
     return torch.where(allowed, terms, 0.0).sum()

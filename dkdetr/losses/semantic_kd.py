@@ -5,10 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from dkdetr.losses.precision import at_least_float32
-
-# Stands for minus infinity in a softmax: a row without any valid entry stays finite.
-_NEVER = -1e9
+from dkdetr.losses.precision import NEVER, at_least_float32, unit_vectors
 
 
 def semantic_bce_loss(
@@ -69,7 +66,7 @@ def semantic_centred_loss(
         bias: added to every logit.
         duplicate_similarity: as in `semantic_bce_loss`.
     """
-    student = functional.normalize(at_least_float32(student_features), dim=-1)
+    student = unit_vectors(student_features)
     mean = teacher_mean.to(student.dtype)
     centred = functional.normalize(teacher_embeddings.to(student.dtype) - mean, dim=-1)
     terms = _same_object_entropy(_similarity(student - mean, centred) * scale + bias)
@@ -93,7 +90,7 @@ def semantic_infonce_loss(
     """
     similarity = _similarity(student_features, teacher_embeddings) / temperature
     counted = _counted_pairs(teacher_embeddings, valid, duplicate_similarity)
-    logits = similarity.masked_fill(~counted, _NEVER)
+    logits = similarity.masked_fill(~counted, NEVER)
     which_embedding = logits.log_softmax(2).diagonal(dim1=1, dim2=2)
     which_feature = logits.log_softmax(1).diagonal(dim1=1, dim2=2)
     return torch.where(valid, -(which_embedding + which_feature) / 2, 0.0).sum()
@@ -108,7 +105,7 @@ def semantic_l1_loss(
 
     To be divided by the number of regions.
     """
-    student = functional.normalize(at_least_float32(student_features), dim=-1)
+    student = unit_vectors(student_features)
     distance = (student - teacher_embeddings.to(student.dtype)).abs().sum(-1)
     return torch.where(valid, distance, 0.0).sum()
 
@@ -132,7 +129,7 @@ def alignment_margin(
 
 
 def _similarity(student_features: Tensor, teacher_embeddings: Tensor) -> Tensor:
-    student = functional.normalize(at_least_float32(student_features), dim=-1)
+    student = unit_vectors(student_features)
     return student @ teacher_embeddings.to(student.dtype).transpose(1, 2)
 
 

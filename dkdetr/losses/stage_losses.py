@@ -27,7 +27,6 @@ def matched_sums(
     stages: Sequence[Stage],
     matched: Sequence[StageMatches],
     targets: TargetRows,
-    weights: Sequence[Float[Tensor, "*#terms"] | None],
     *,
     alpha: float,
     gamma: float,
@@ -38,7 +37,6 @@ def matched_sums(
         stages: what was matched.
         matched: with which targets; places count through a stage's layers, images and queries.
         targets: of the batch.
-        weights: of each stage's class terms, one that is broadcast to its logits, or none.
         alpha: of the focal loss.
         gamma: of the focal loss.
     """
@@ -57,7 +55,8 @@ def matched_sums(
         zip(stages, matched, torch.split(pairs, sizes, dim=1), strict=True)
     ):
         wanted = _wanted(stage.logits, matches.place.flatten(), labels[number])
-        terms = focal_terms(stage.logits, wanted, alpha=alpha, gamma=gamma, weights=weights[number])
+        weights = stage.term_weights
+        terms = focal_terms(stage.logits, wanted, alpha=alpha, gamma=gamma, weights=weights)
         l1, giou = part.view(2, *matches.place.shape).sum(2)
         sums.append(LayerSums(terms.flatten(1).sum(1), l1, giou))
     return sums

@@ -261,7 +261,7 @@ def _meet(reference_ptr, offsets_ptr, query, row, level, known, left_column, top
     return tl.max(tl.max(meets, axis=1), axis=0) > 0
 
 
-@triton.jit(do_not_specialize=(*_SIZES[:2], "height", "width", "start", "level"))
+@triton.jit(do_not_specialize=(*_SIZES, "height", "width", "start", "level"))
 @no_type_check
 def level_sum_kernel(
     reference_ptr, offsets_ptr, logits_ptr, softmax_ptr, grad_out_ptr, grad_value_ptr,

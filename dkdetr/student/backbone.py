@@ -30,7 +30,6 @@ class Backbone(nn.Module):
 
     Attributes:
         num_channels: channels of each map handed on, finest first.
-        strides: their strides in pixels.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Backbone(nn.Module):
         self.stages = nn.ModuleList(stages[: used_stages[-1] - 1])  # later ones would idle
         self._used_stages = tuple(used_stages)
         self.num_channels = tuple(channels[stage - 2] for stage in used_stages)
-        self.strides = tuple(2**stage for stage in used_stages)
         self._frozen = (self.stem, *self.stages)[: frozen_stages + 1] if frozen_stages else ()
         for part in self._frozen:
             part.requires_grad_(requires_grad=False)
@@ -107,7 +105,7 @@ def slim_resnet(
     """Returns a small ResNet of basic blocks: stem stride 2, then C2..C5 of w, 2w, 4w, 4w channels.
 
     Args:
-        weights: `pictograms` (shipped, width 32), `random`, or a .safetensors file.
+        weights: `pictograms` (shipped, width 32), `random`, or a .safetensors or .pth file.
         norm: see `resnet50`.
         frozen_stages: see `resnet50`.
         used_stages: C-numbers handed on.

@@ -26,6 +26,9 @@ from dkdetr.student.position_encoding import encode_boxes, encode_positions
 from dkdetr.student.queries import KDQueryPlan, QueryGroup, join_groups
 from dkdetr.student.query_selection import QuerySelection, SelectedAnchors, select_anchors
 
+KD_PREFIX = "kd_"
+"""How the names of parameters begin that have a gradient only where something is distilled."""
+
 
 class ProposingTrunk(nn.Module):
     """Backbone, neck, encoder and first stage: all of the student before its decoder.
@@ -127,7 +130,7 @@ class DKDETR(nn.Module):
 
     def kd_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that have a gradient only where something is distilled."""
-        return [weight for name, weight in self.named_parameters() if name.startswith("kd_")]
+        return [weight for name, weight in self.named_parameters() if name.startswith(KD_PREFIX)]
 
     def forward(
         self,
@@ -172,7 +175,7 @@ class DKDETR(nn.Module):
             [head.project(layer) for head, layer in zip(heads, queries, strict=True)]
         )
         outputs = _split(features, refined, [len(group) for group in groups])
-        extra_output = outputs[first_denoising - 1]
+        extra = outputs[first_denoising - hybrid : first_denoising]
         masks = None
         if self.mask_head is not None:
             seen = queries[:, :, : len(groups[0])]
@@ -186,18 +189,13 @@ class DKDETR(nn.Module):
             anchor_objectness=own.objectness,
             distillation=outputs[1] if regions is not None else None,
             calibration=None if self.kd_calibration is None else self.kd_calibration(),
-            hybrid=(
-                ExtraDetections(extra_output, self._score(extra_output, text_embeddings))
-                if hybrid
-                else None
-            ),
-            denoised=self._denoised(outputs[first_denoising:], text_embeddings),
+            hybrid=self._extra(extra, text_embeddings),
+            denoised=self._extra(outputs[first_denoising:], text_embeddings),
             masks=masks,
         )
 
-    def _denoised(
-        self, groups: list[QueryOutput], text_embeddings: Tensor
-    ) -> ExtraDetections | None:
+    def _extra(self, groups: list[QueryOutput], text_embeddings: Tensor) -> ExtraDetections | None:
+        """Returns what groups of further queries found, as one; None without any."""
         if not groups:
             return None
         joined = QueryOutput(

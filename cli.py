@@ -27,12 +27,12 @@ _EXIT_CODES = """\b
 Exit codes:
   0   done
   1   a check failed, or a mistake of ours (-v shows where)
-  2   usage: unknown split, setting or option, missing extra
+  2   usage: unknown split, setting or option, missing extra, place that is not ours
   3   data missing, malformed, or leaking novel boxes
   4   cache unsealed or made of something else; run of another experiment
   5   a file is damaged
   6   disk full; what was finished stands
-  7   another process is writing this cache
+  7   another process is writing this cache, run or folder
   8   the loss is not finite; the last checkpoint stands
   9   out of device memory
   75  stopped by SIGTERM; the same command goes on
@@ -157,6 +157,8 @@ _answered: list[str | None] = []
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# A file or folder of somebody else, a disk that can only be read.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS}
 # Of several ranks, the one with an error of its own says so; the others end with it.
 _REPORTED_BY_ANOTHER, _LOST_ANOTHER = "PeerFailedError", "PeerLostError"
 
@@ -260,6 +262,8 @@ def _exit_code(error: Exception) -> int:
     """Returns the documented exit code of an error, 1 for one of our own mistakes."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return 6
+    if isinstance(error, OSError) and error.errno in _NOT_OURS and error.filename:
+        return 2
     if type(error).__name__ == _OUT_OF_MEMORY:
         return 9
     return getattr(error, "exit_code", 1)
@@ -268,6 +272,11 @@ def _exit_code(error: Exception) -> int:
 def _sentence(error: Exception, code: int) -> str:
     if code == 6 and not hasattr(error, "exit_code"):  # the cache's own says it all
         return f"the disk is full: {error}; what was finished stands, the same command resumes"
+    if code == 2 and isinstance(error, OSError):
+        return (
+            f"{error.strerror}: '{error.filename}'. Its owner or its disk's settings forbid it to "
+            "this user: have that changed, or name another place; what was finished stands"
+        )
     if code == 9:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "

@@ -23,8 +23,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk says so without naming what it stopped
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # A full disk names nothing, others the temporary file.
+            error.filename = str(path)
         raise
     # Some file systems cannot sync a folder; the rename stands all the same.
     with suppress(OSError):

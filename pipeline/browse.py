@@ -17,8 +17,9 @@ from cache.neighbor_lists import load_parameters
 from cache.store import open_cache
 from dkdetr.atomic_file import write_bytes
 from dkdetr.data.annotations import ImageInfo
+from dkdetr.data.cached_split import load_cached_split
 from dkdetr.data.image_files import UnreadableImageError
-from dkdetr.data.splits import Split, load_split
+from dkdetr.data.splits import Split
 from dkdetr.errors import UsageError
 from dkdetr.evaluation.inline_pictures import data_uri
 from dkdetr.evaluation.page_templates import page_environment
@@ -105,7 +106,7 @@ class CacheBrowser:
     def __init__(self, path: Path, data_root: Path) -> None:
         self._path = path
         self._views = RegionViews(path)
-        split = load_split(self._views.info.split, data_root)
+        split = load_cached_split(self._views.info.split, data_root)
         split.require_images()
         self._crops = _Crops(split)
 

@@ -4,11 +4,10 @@ Each row is a `dkdetr train` and a `dkdetr eval` in processes of their own, so t
 by side, one that fails takes no other with it, and what is run is what anybody can type.
 """
 
-import fcntl
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from dkdetr.engine.ablation_results import (
     comma_separated,
     markdown,
 )
+from dkdetr.engine.folder_lock import locked_folder
 from dkdetr.engine.gpu_sharing import side_by_side_on_gpus
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.jobs import STOPPED, Job, Jobs, Outcome
@@ -41,6 +41,11 @@ from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DkdetrError, PreemptedError
 from dkdetr.progress import progress
 
+_BUSY = (
+    "another ablation is at work in '{}', or rows of one that was killed still are; wait for "
+    "them, or end them, or give another --out"
+)
+
 
 class RowFailedError(DkdetrError):
     """Rows failed; the table stands with the others. Carries the first failure's code."""
@@ -48,12 +53,6 @@ class RowFailedError(DkdetrError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-class FolderLockedError(DkdetrError):
-    """Another ablation, or rows that one of them left running, writes the folder."""
-
-    exit_code = 7
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ def ablate(request: AblateRequest, program: Sequence[str]) -> AblationSummary:
     plan = make_plan(request)
     for run in plan.runs:  # a row of other settings is refused before anything is trained
         plan.finished(run)
-    with stop_on_sigterm() as stop, _locked(plan.out) as lock:
+    # Rows keep the lock's file open: it holds as long as one of them lives.
+    with stop_on_sigterm() as stop, locked_folder(plan.out, _BUSY.format(plan.out)) as lock:
         outcomes = _run(plan, request, program, stop, lock)
     summary = _write(plan, outcomes)
     if stop.is_set or any(outcome.code == STOPPED for outcome in outcomes.values()):
@@ -296,18 +296,3 @@ class _Diary:
     def tell(self, event: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {event}\n")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Yields the lock's file, which rows keep open: it holds as long as one of them lives."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderLockedError(
-                f"another ablation is at work in '{folder}', or rows of one that was killed still "
-                "are; wait for them, or end them, or give another --out"
-            ) from None
-        yield file.fileno()

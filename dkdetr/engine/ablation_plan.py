@@ -11,6 +11,7 @@ from typing import Any
 from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
+from dkdetr.data.cached_split import load_cached_split
 from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.split_sources import Protocol
 from dkdetr.data.splits import load_split
@@ -340,5 +341,5 @@ def _folder_names(
 
 def _steps_per_epoch(request: AblateRequest, base: ExperimentConfig, train_split: str) -> int:
     vocabulary = from_metadata(*open_cache(request.cache).text())
-    split = load_split(train_split, request.data_root)
+    split = load_cached_split(train_split, request.data_root)
     return batches_per_epoch(split, vocabulary, base, cache_path=request.cache)

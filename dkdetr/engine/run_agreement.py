@@ -9,7 +9,7 @@ from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.atomic_file import write_text
 from dkdetr.config import Precision
-from dkdetr.data.splits import load_split
+from dkdetr.data.cached_split import load_cached_split
 from dkdetr.engine.distributed import num_ranks, pick_device
 from dkdetr.engine.evaluate_run import with_batch_size, with_precision
 from dkdetr.engine.run_folder import RunFolder
@@ -66,7 +66,7 @@ def measure_run_agreement(
     on = pick_device(device)
     measured = measure_agreement(
         subject.student.to(on),
-        load_split(reader.info.split, data_root),
+        load_cached_split(reader.info.split, data_root),
         reader,
         with_batch_size(with_precision(subject.config, precision), batch_size),
         device=on,

@@ -13,12 +13,13 @@ from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.batch_stream import BatchStream
+from dkdetr.data.cached_split import load_cached_split
 from dkdetr.data.device_views import settle_views
 from dkdetr.data.loader import batches_per_epoch, make_training_loader
-from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.folder_lock import locked_folder
 from dkdetr.engine.initial_weights import boxes_seen_before
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
@@ -39,6 +40,10 @@ from dkdetr.structures import LoadedBatch
 from dkdetr.student_file import load_student_file
 
 _LOG_EVERY = 20
+_BUSY = (
+    "another training is at work in '{}'. Two would undo each other's checkpoints: wait until it "
+    "is done, or stop it, or name another folder with --run"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,7 @@ def train(request: TrainRequest) -> TrainSummary:
         cache.spec.CacheError: the cache is unsealed, stale or damaged.
         MismatchError: the folder holds another experiment or another cache's run, or the burn-in
             does not fit.
+        FolderLockedError: another training is at work in the folder.
         NonFiniteLossError: training broke; the last checkpoint stands.
         PeerLostError: another rank died or hangs.
         PreemptedError: SIGTERM came; everything is saved.
@@ -107,20 +113,23 @@ def train(request: TrainRequest) -> TrainSummary:
         stop_on_sigterm() as stop,
         join_ranks(request.device, timeout_s=timeout_s) as ranks,
         float32_products(precision, ranks.device),
+        ExitStack() as held,
     ):
-        return _Run(request, ranks, stop).go()
+        return _Run(request, ranks, stop, held).go()
 
 
 class _Run:
-    def __init__(self, request: TrainRequest, ranks: Ranks, stop: StopFlag) -> None:
+    def __init__(
+        self, request: TrainRequest, ranks: Ranks, stop: StopFlag, held: ExitStack
+    ) -> None:
         config = self.config = request.config
-        self.request, self.ranks, self.stop = request, ranks, stop
+        self.request, self.ranks, self.stop, self.held = request, ranks, stop, held
         _refuse_impossible(config, ranks)
         self._stop_early()
         reader = open_cache(request.cache)
         self.cache = reader.info
         self.vocabulary: Vocabulary = from_metadata(*reader.text())
-        split = load_split(self.cache.split, request.data_root)
+        split = load_cached_split(self.cache.split, request.data_root)
         self._stop_early()
         if self.cache.random_teacher and ranks.is_first:
             print(
@@ -290,7 +299,9 @@ class _Run:
             **describe_machine(self.ranks.device),
         }
         if self.ranks.is_first:
-            open_run(self.request.run, self.config, provenance)
+            place = self.request.run
+            self.held.enter_context(locked_folder(place, _BUSY.format(place)))
+            open_run(place, self.config, provenance)
         self.ranks.wait()
         return RunFolder(self.request.run)
 

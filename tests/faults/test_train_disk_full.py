@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import cli
+from dkdetr.atomic_file import write_text
 from dkdetr.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_checkpoint
 from dkdetr.engine.metric_log import MetricLog, read_metrics
 from dkdetr.engine.train import train
@@ -69,8 +70,23 @@ def test_a_full_disk_a_quota_and_a_limit_have_exit_code_6(number) -> None:
     assert cli._exit_code(OSError(number, "no room")) == 6
 
 
-def test_other_errors_of_files_have_not() -> None:
-    assert cli._exit_code(OSError(errno.EACCES, "not yours")) == 1
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_place_of_others_has_exit_code_2_and_is_named(number, tmp_path, monkeypatch) -> None:
+    def refuse(self, *_words):
+        raise OSError(number, "Forbidden", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(OSError) as raised:
+        write_text(tmp_path / "run.json", "{}")
+    assert cli._exit_code(raised.value) == 2
+    said = cli._sentence(raised.value, 2)
+    assert said.startswith(f"Forbidden: '{tmp_path}/run.json'.")
+    assert "name another place" in said
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), OSError(errno.EPERM, "no file")])
+def test_other_errors_of_files_have_neither(error) -> None:
+    assert cli._exit_code(error) == 1
 
 
 def test_the_diary_without_room_keeps_its_whole_lines(tmp_path) -> None:

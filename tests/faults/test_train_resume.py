@@ -10,6 +10,7 @@ import pytest
 
 from dkdetr.data.loader import MicroBatches
 from dkdetr.data.samplers import BatchPlan, TrainingBatchSampler, uniform_factors
+from dkdetr.engine.folder_lock import FolderLockedError, locked_folder
 from dkdetr.engine.step import TrainingStep
 from dkdetr.engine.train import train
 from dkdetr.errors import PreemptedError
@@ -153,3 +154,16 @@ def test_another_number_of_loader_processes_changes_nothing(world) -> None:
     train(world.request("workers", CONFIG))
     found, wanted = checkpoint_of(world, "workers"), checkpoint_of(world, "whole")
     assert difference(found, wanted) == ""
+
+
+def test_a_second_training_in_a_run_s_folder_is_refused(world) -> None:
+    """Each would delete what the other saved later."""
+    done = checkpoint_of(world, "whole")
+    with (
+        locked_folder(world.root / "runs" / "whole", ""),
+        pytest.raises(FolderLockedError, match="another training is at work") as caught,
+    ):
+        train(world.request("whole", CONFIG))
+    assert caught.value.exit_code == 7
+    assert difference(checkpoint_of(world, "whole"), done) == ""
+    assert train(world.request("whole", CONFIG)).iterations == done.progress.iteration

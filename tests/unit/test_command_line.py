@@ -157,3 +157,10 @@ def test_prompts_of_a_cache_may_stand_in_a_file(tmp_path, monkeypatch):
     for word in (str(tmp_path / "mine.txt"), "clip7"):
         assert run("cache-teacher", "--split", "ovcoco_train", "--prompts", word).exit_code == 2
     assert asked == [("file", ("my {}",)), ("clip7", ())]
+
+
+def test_what_makes_pictograms_is_refused_where_files_are_derived(tmp_path):
+    words = ("--size", "small", "--protocol", "coco-like", "--seed", "0")
+    done = run("data", "prepare", "lvis", *words, "--data-root", str(tmp_path))
+    assert done.exit_code == 2
+    assert "no use for --size, --protocol, --seed" in done.stderr

@@ -171,8 +171,12 @@ def test_objects_without_an_outline_are_named_novel_ones_not_looked_at(tmp_path)
     assert seen.value.exit_code == 3
 
 
-def test_rows_keep_their_outlines(tmp_path):
+@pytest.mark.parametrize("area", ["12.5", "NaN"])
+def test_rows_keep_their_outlines(tmp_path, area):
+    """In a file, too, that is no JSON for a number that is none, as `data check` reads it."""
     split = world(tmp_path)
+    path = split.annotations_path
+    path.write_text(path.read_text().replace('"bbox"', f'"area": {area}, "bbox"', 1))
     table = read_segmentations(split.annotations_path, split.base_table, split.images)
     view = ViewGeometry((60, 64), (60, 64), 0, 0, (60, 64), flip=False)
     for row, box in enumerate(split.base_table.boxes_xyxy):

@@ -5,6 +5,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from dkdetr.data.cached_split import load_cached_split
 from dkdetr.data.coco_names import OVCOCO_BASE, OVCOCO_NOVEL
 from dkdetr.data.split_sources import known_splits, list_splits
 from dkdetr.data.splits import load_split
@@ -69,6 +70,15 @@ def test_a_missing_image_folder_is_named(tmp_path):
     path = write_json(tmp_path / "a.json", coco_document())
     with pytest.raises(DataError, match="no image folder /nonexistent"):
         load_split(f"coco:/nonexistent:{path}", tmp_path)
+
+
+def test_data_that_a_cache_no_longer_finds_have_three_remedies(tmp_path):
+    path = write_json(tmp_path / "a.json", coco_document())
+    with pytest.raises(DataError, match=r"no image folder /nonexistent\. .*docker run -v.*--split"):
+        load_cached_split(f"coco:/nonexistent:{path}", tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_cached_split("lvis_train", NOWHERE)
+    assert "cache-teacher" not in str(caught.value)
 
 
 def test_ovcoco_hides_novel_boxes_and_drops_unused_names(tmp_path):

@@ -1,6 +1,7 @@
 """An ablation's bookkeeping, with a stand-in for `dkdetr` that trains nothing."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from dkdetr.engine import ablate as ablate_module
-from dkdetr.engine.ablate import FolderLockedError, RowFailedError, ablate, price_ablation
+from dkdetr.engine.ablate import RowFailedError, ablate, price_ablation
 from dkdetr.engine.ablation_plan import AblateRequest, AblationPlan, PlannedRun, savings
 from dkdetr.engine.ablation_tables import table_of
+from dkdetr.engine.folder_lock import FolderLockedError, locked_folder
 from dkdetr.engine.row_places import RowPlaces
 from dkdetr.errors import MismatchError, PreemptedError
 
@@ -206,24 +208,47 @@ def test_sigterm_stops_rows_and_the_same_command_goes_on(tmp_path, stand_in, pla
     assert shown == [{"done": 4}]
 
 
+def test_rows_of_one_folder_are_one_training(tmp_path, planned):
+    """Two rows whose settings came to the same: one run, counted and priced once."""
+    plan = plan_of(tmp_path, seeds=(0,))
+    first, second, *others = plan.runs
+    twin = replace(first, run=second.run)
+    planned(replace(plan, runs=(first, twin, *others)))
+    text = price_ablation(request_of(seeds=1)).text
+    assert text.count(f"  {first.name} ") == 1
+    assert f"{10 + 3 * 30} steps to run at most" in text
+    assert "spares 20 steps" in text
+    assert "serves all 3 trainings" in text
+
+
 def test_a_second_ablation_in_the_same_folder_is_refused(tmp_path, stand_in, planned):
     planned(plan_of(tmp_path))
-    with ablate_module._locked(tmp_path), pytest.raises(FolderLockedError) as caught:
+    with locked_folder(tmp_path, "mine"), pytest.raises(FolderLockedError, match="--out") as caught:
         ablate(request_of(), stand_in)
     assert caught.value.exit_code == 7
 
 
 def test_rows_that_outlive_a_killed_ablation_hold_its_lock(tmp_path):
-    with ablate_module._locked(tmp_path) as lock:
+    with locked_folder(tmp_path, "") as lock:
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
     try:
-        with pytest.raises(FolderLockedError), ablate_module._locked(tmp_path):
+        with pytest.raises(FolderLockedError), locked_folder(tmp_path, ""):
             pass
     finally:
         orphan.kill()
         orphan.wait()
-    with ablate_module._locked(tmp_path):
+    with locked_folder(tmp_path, ""):
         pass
+
+
+def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*_args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked_folder(tmp_path, ""):
+        pass
+    assert "No locks available" in capsys.readouterr().err
 
 
 def test_a_finished_row_of_other_settings_is_refused(tmp_path, stand_in, planned):

@@ -21,9 +21,10 @@ from dkdetr.engine.checkpoint import (
     save_checkpoint,
 )
 from dkdetr.engine.metric_log import MetricLog, read_metrics
-from dkdetr.engine.run_folder import open_run
+from dkdetr.engine.run_folder import RunFolder, open_run
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
 from dkdetr.experiment_file import config_from_dict
+from tests.faults.checkpoint_killer import numbered
 
 CONFIG = config_from_dict({"name": "x"})
 
@@ -144,6 +145,20 @@ def test_another_experiment_in_the_same_folder_is_refused(tmp_path) -> None:
         open_run(tmp_path / "run", other, origin)
     with pytest.raises(MismatchError, match="another cache"):
         open_run(tmp_path / "run", CONFIG, origin | {"cache_fingerprint": "z"})
+
+
+def test_a_run_is_what_its_first_checkpoint_began_as(tmp_path) -> None:
+    """A start that came to nothing leaves no word; one that came to something cannot be moved."""
+    path, origin = tmp_path / "run", {"cache_fingerprint": "a", "vocabulary_hash": "b"}
+    afresh = origin | {"started_from": "", "saw_boxes_of": None}
+    marked = origin | {"started_from": "runs/other", "saw_boxes_of": "COCO"}
+    open_run(path, CONFIG, afresh)
+    assert open_run(path, CONFIG, marked).read_provenance() == marked
+    save_checkpoint(RunFolder(path).checkpoints, numbered(1))
+    assert open_run(path, CONFIG, afresh).read_provenance() == marked
+    RunFolder(path).provenance.write_text(json.dumps(afresh))
+    with pytest.raises(MismatchError, match=r"began afresh.*'runs/other'.*leave --from out"):
+        open_run(path, CONFIG, marked)
 
 
 def test_leftovers_without_a_marker_do_not_push_out_what_is_whole(tmp_path) -> None:

@@ -80,7 +80,7 @@ def test_the_run_keeps_the_mark(world, split, tmp_path: Path, monkeypatch, capsy
     path = tmp_path / "start.safetensors"
     save_student_file(path, student_file(split, all_base=True))
     monkeypatch.setattr(
-        "dkdetr.engine.train.load_split", lambda *_: replace(split, protocol="lvis")
+        "dkdetr.engine.train.load_cached_split", lambda *_: replace(split, protocol="lvis")
     )
     config = settings(student={"weights": str(path)})
     train(world.request("marked", config, until_iteration=1))

@@ -104,3 +104,10 @@ def test_an_option_without_effect_is_refused_by_name(words, named) -> None:
     done = evaluate(*words)
     assert done.exit_code == 2
     assert f"has no use for {named}: leave it out" in done.stderr
+
+
+def test_several_ranks_do_not_measure_agreement_each(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = evaluate("r", "--agreement", "c")
+    assert done.exit_code == 2
+    assert "start it without torchrun" in done.stderr

@@ -119,7 +119,10 @@ def test_a_profile_leaves_trace_and_table_and_ends(world, capsys) -> None:
 
 
 def test_smoke_goes_through_every_phase_and_leaves_nothing(world, capsys) -> None:
-    summary = smoke(world.request("smoked", CONFIG))
+    # A burn-in that is to be gone on from and what is to be watched are not its concern.
+    watch = Watch(trackers=("wandb",), pictures_every=1, profile_steps=1)
+    absent = world.root / "runs" / "nowhere"
+    summary = smoke(world.request("smoked", CONFIG, start_from=absent, watch=watch))
     assert summary.iterations == 4
     assert {"skd", "rkd_batch"} <= summary.last_losses.keys()
     assert not list((world.root / "runs").glob("smoked*"))

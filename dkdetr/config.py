@@ -202,10 +202,7 @@ class KDConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other."""
         if not self.auxiliary_queries and self.alignment == "hybrid":
-            raise ValueError(
-                "alignment = hybrid anchors some KD queries at cached boxes and so wants "
-                "auxiliary_queries = true"
-            )
+            raise ValueError("alignment = hybrid wants auxiliary_queries = true: it anchors some")
         if not self.auxiliary_queries and self.content == "slots":
             raise ValueError("content = slots is for KD queries and wants auxiliary_queries = true")
         if self.alignment == "hybrid" and self.regions_per_image == 1:

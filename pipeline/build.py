@@ -222,7 +222,7 @@ def _make_shards(
     # being written then is written whole.
     with (
         ThreadPoolExecutor(1) as writing,
-        closing(run_shards(request.executor, make, job, missing)) as reports,
+        closing(run_shards(request.executor, make, job, missing, say)) as reports,
         progress("embedding", num_images, done=done) as advance,
     ):
         for _, report in reports:

@@ -404,7 +404,8 @@ def cache_teacher_command(
     proposals: Annotated[
         str,
         typer.Option(
-            help="fit, fit:CACHE, student:CKPT, file:RESULTS.json, or mmdet's pickled list: "
+            help="fit, fit:CACHE, student:PLACE (a run, .pt checkpoint or .safetensors student "
+            "file), file:RESULTS.json, or mmdet's pickled list: "
             "file:LIST.pkl?order=image_id (or annotations); &novel=unseen says what its maker knew"
         ),
     ] = "fit",

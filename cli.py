@@ -472,7 +472,7 @@ def cache_teacher_command(
     from pipeline.crops import parse_crop_rule
     from pipeline.decoding import DecoderChoice
     from pipeline.executor import Executor
-    from pipeline.request import CacheRequest, default_out, prompts_of
+    from pipeline.request import CacheRequest, default_out, fit_overrides, prompts_of
     from pipeline.teacher import EncoderChoice
 
     prompts, templates = prompts_of(prompts)
@@ -492,7 +492,7 @@ def cache_teacher_command(
         executor=Executor(workers=workers, scheduler=scheduler),
         device=device,
         experiment=experiment,
-        overrides=tuple(overrides or ()),
+        overrides=fit_overrides(overrides or ()),
         fit_epochs=fit_epochs,
         only_proposals=only_proposals,
         max_bad=max_bad,

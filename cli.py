@@ -404,7 +404,8 @@ def cache_teacher_command(
     proposals: Annotated[
         str,
         typer.Option(
-            help="fit, fit:CACHE, student:CKPT, file:RESULTS.json, or mmdet's pickled list: "
+            help="fit, fit:CACHE, student:PLACE (a run, .pt checkpoint or .safetensors student "
+            "file), file:RESULTS.json, or mmdet's pickled list: "
             "file:LIST.pkl?order=image_id (or annotations); &novel=unseen says what its maker knew"
         ),
     ] = "fit",
@@ -471,7 +472,7 @@ def cache_teacher_command(
     from pipeline.crops import parse_crop_rule
     from pipeline.decoding import DecoderChoice
     from pipeline.executor import Executor
-    from pipeline.request import CacheRequest, default_out, prompts_of
+    from pipeline.request import CacheRequest, default_out, fit_overrides, prompts_of
     from pipeline.teacher import EncoderChoice
 
     prompts, templates = prompts_of(prompts)
@@ -491,7 +492,7 @@ def cache_teacher_command(
         executor=Executor(workers=workers, scheduler=scheduler),
         device=device,
         experiment=experiment,
-        overrides=tuple(overrides or ()),
+        overrides=fit_overrides(overrides or ()),
         fit_epochs=fit_epochs,
         only_proposals=only_proposals,
         max_bad=max_bad,

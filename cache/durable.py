@@ -19,6 +19,8 @@ PARTIAL_SUFFIX = ".partial"
 """Ends the name of every file that is still being written (zarr's own included)."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What file systems say that cannot sync a folder at all: some network and FUSE ones.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 _BLOCK = 1 << 22
 
 
@@ -67,8 +69,15 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns once the names in a folder are on the disk."""
-    sync_file(folder)
+    """Returns once the names in a folder are on the disk, as far as its file system can say.
+
+    Where a folder cannot be synced the files stand all the same; a disk's own error is raised.
+    """
+    try:
+        sync_file(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def sweep_partial_files(root: Path) -> int:

@@ -6,7 +6,7 @@ where it comes from, and a hash over all of it. No code runs when such a file is
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
 from dkdetr.experiment_file import config_from_dict, config_to_dict
-from dkdetr.student.build import build_student
-from dkdetr.student.detector import DKDETR, KD_PREFIX
+from dkdetr.student.build import build_student, build_trunk
+from dkdetr.student.detector import DKDETR, KD_PREFIX, ProposingTrunk
 
 _FORMAT = "dkdetr-student-1"
 _TEXT = "vocabulary.embeddings"
+_TRUNK = "trunk."
 TRAINING_ONLY = (KD_PREFIX, "denoising_content.")
 """How the names of tensors begin that only training uses: a student speaks without them."""
 
@@ -110,11 +111,7 @@ def build_from_file(path: Path, file: StudentFile, *, text_dim: int) -> DKDETR:
     """
     student = build_student(file.config, text_dim=text_dim, load_weights=False)
     missing = load_into(path, file, student)
-    lost = [
-        name
-        for name in missing
-        if not name.startswith(TRAINING_ONLY) and not name.endswith(".num_batches_tracked")
-    ]
+    lost = _needed(missing)
     if lost:
         raise MismatchError(
             f"'{path}' lacks {len(lost)} of the student's tensors, first '{lost[0]}': it can start "
@@ -123,8 +120,39 @@ def build_from_file(path: Path, file: StudentFile, *, text_dim: int) -> DKDETR:
     return student.eval()
 
 
-def load_into(path: Path, file: StudentFile, student: DKDETR) -> tuple[str, ...]:
-    """Fills the student with the file's tensors; returns the names that keep their own start.
+def build_trunk_from_file(path: Path, file: StudentFile) -> ProposingTrunk:
+    """Returns what of the file's student proposes, in evaluation mode, on the CPU.
+
+    It needs neither vocabulary nor decoder.
+
+    Raises:
+        MismatchError: tensors of it are missing, or have other shapes.
+    """
+    trunk = build_trunk(file.config.student, load_weights=False)
+    inside = {
+        name.removeprefix(_TRUNK): tensor
+        for name, tensor in file.tensors.items()
+        if name.startswith(_TRUNK)
+    }
+    if lost := _needed(load_into(path, replace(file, tensors=inside), trunk)):
+        raise MismatchError(
+            f"'{path}' lacks {len(lost)} of the first stage's tensors, first '{_TRUNK}{lost[0]}': "
+            "it cannot propose; it can start a training (dkdetr train --set student.weights=FILE)"
+        )
+    return trunk.eval()
+
+
+def _needed(missing: tuple[str, ...]) -> list[str]:
+    """Returns which of a file's missing tensors its student cannot do without."""
+    return [
+        name
+        for name in missing
+        if not name.startswith(TRAINING_ONLY) and not name.endswith(".num_batches_tracked")
+    ]
+
+
+def load_into(path: Path, file: StudentFile, student: nn.Module) -> tuple[str, ...]:
+    """Fills a student, or its part, with the file's; returns the names that keep their own start.
 
     Raises:
         MismatchError: a tensor is not the student's, or has another shape; nothing was changed.

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from math import ceil
 from pathlib import Path
 
 from cache.layout import changed_rows, load_provenance
@@ -21,7 +20,6 @@ from dkdetr.data.vocabulary import build_vocabulary
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import is_first_rank, pick_device
 from dkdetr.engine.interruption import end_on_sigterm
-from dkdetr.errors import DataError
 from dkdetr.progress import progress
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
@@ -47,11 +45,12 @@ from pipeline.shard_worker import (
     busy_note,
     make_shard,
 )
-from pipeline.source_images import ImageCheck, check_images
+from pipeline.source_images import ImageCheck, check_images, require_few
 from pipeline.teacher import load_teacher, teacher_embed_dim
 from pipeline.teacher_model import Teacher
 
 _RECALL_IMAGES = 2000
+_MADE_ANEW = "make the cache anew (another --out): this one belongs to the files as they are"
 _STOPPED = "stopped by SIGTERM; what was finished stands, and the same command goes on from there"
 
 Say = Callable[[str], None]
@@ -208,7 +207,7 @@ def _make_shards(
     num_images = writer.plan.num_images
     bad = _quarantined(writer.path, sorted({*range(writer.plan.num_shards)} - {*missing}))
     # The shard with one too many is committed: without this the same command would seal.
-    _require_few(bad, num_images, request)
+    require_few(bad, num_images, request.max_bad, fetched_again=_MADE_ANEW)
     if not missing:
         return 0
 
@@ -223,7 +222,7 @@ def _make_shards(
     # being written then is written whole.
     with (
         ThreadPoolExecutor(1) as writing,
-        closing(run_shards(request.executor, make, job, missing)) as reports,
+        closing(run_shards(request.executor, make, job, missing, say)) as reports,
         progress("embedding", num_images, done=done) as advance,
     ):
         for _, report in reports:
@@ -232,21 +231,9 @@ def _make_shards(
             times.append(report.times)
             notes = [busy_note(times)] + ([f"{len(bad)} images set aside"] if bad else [])
             advance(done, ", ".join(notes))
-            _require_few(bad, num_images, request)
+            require_few(bad, num_images, request.max_bad, fetched_again=_MADE_ANEW)
     say(busy_note(times))
     return len(missing)
-
-
-def _require_few(bad: Mapping[int, str], num_images: int, request: CacheRequest) -> None:
-    """Returns if no more images are set aside than the request allows, else raises DataError."""
-    limit = max(1, ceil(request.max_bad * num_images)) if request.max_bad else 0
-    if len(bad) > limit:
-        raise DataError(
-            f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
-            f"{request.max_bad:g} allows ({limit}): {'; '.join(list(bad.values())[:20])}; next: a "
-            "higher --max-bad goes on without them, or fetch them again and make the cache anew "
-            "(another --out): this one belongs to the files as they are"
-        )
 
 
 def _quarantined(path: Path, shards: Iterable[int]) -> dict[int, str]:

@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 
 _RETRIES = 2
 _CONNECT_TIMEOUT_S = 20
+_WORKERS_TIMEOUT_S = 600
+"""A queue may start them later; no longer than this, for a cluster without any says nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def run_shards(
     task: Callable[[Any, int, int], Result | Future[Result]],
     job: Hashable,
     shards: Sequence[int],
+    say: Callable[[str], None] = lambda _: None,
 ) -> Generator[tuple[int, Result], None, None]:
     """Yields (shard, result) as shards are finished.
 
@@ -60,10 +63,11 @@ def run_shards(
             process it may return a Future: then the next shard is begun before that is waited for.
         job: all that a worker needs to know, small and picklable.
         shards: what to run.
+        say: told in a line what is waited for.
 
     Raises:
         Exception: whatever `task` raised first, as itself; shards not yet begun are dropped.
-        UsageError: no scheduler at that address.
+        UsageError: no scheduler at that address, or none of its workers came in ten minutes.
     """
     if executor.in_process:
         yield from _run_here(task, job, shards)
@@ -72,6 +76,9 @@ def run_shards(
         futures = client.map(
             _run_one, shards, task=task, job=job, pure=False, retries=_RETRIES, batch_size=64
         )
+        if executor.scheduler is not None:
+            # After `map`: a cluster that scales itself starts workers for tasks alone.
+            _await_worker(client, executor.scheduler, say)
         shard_of = {future.key: shard for future, shard in zip(futures, shards, strict=True)}
         for future in as_completed(futures):
             try:
@@ -173,4 +180,19 @@ def _joined(scheduler: str) -> Client:
             f"no Dask scheduler answers at '{scheduler}' ({error}); start one with `dask "
             "scheduler` and workers with `dask worker --nthreads 2` (one embeds, one writes), or "
             "use --workers N"
+        ) from None
+
+
+def _await_worker(client: Client, scheduler: str, say: Callable[[str], None]) -> None:
+    """Returns once the scheduler has a worker: tasks without one would wait for ever in silence."""
+    if client.nthreads():
+        return
+    say(f"waiting for workers at {scheduler}")
+    try:
+        client.wait_for_workers(1, timeout=_WORKERS_TIMEOUT_S)
+    except TimeoutError:
+        raise UsageError(
+            f"the Dask scheduler at '{scheduler}' had no worker for {_WORKERS_TIMEOUT_S // 60} "
+            f"minutes: start some with `dask worker {scheduler} --nthreads 2` and type the same "
+            "command again, or use --workers N"
         ) from None

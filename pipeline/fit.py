@@ -33,7 +33,7 @@ from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.proposal_network import load_network, save_network
 from pipeline.proposal_sources import NETWORK_FILE
 from pipeline.request import CacheRequest
-from pipeline.source_images import ImageCheck, check_images, without_images
+from pipeline.source_images import ImageCheck, check_images, require_few, without_images
 
 _STATE_FILE = "proposals/fit_state.safetensors"
 _MAX_BATCH = 16
@@ -84,6 +84,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
     ranks of a torchrun call this; those behind the first need no `images`.
 
     Raises:
+        DataError: more pictures cannot be read than the cache will be allowed to leave out.
         MismatchError: the cache was made with a network of other inputs.
         NonFiniteLossError: the training diverged.
         PreemptedError: SIGTERM came; what was trained is kept.
@@ -112,6 +113,13 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
                 reused = _reuse(request, path, key, say)
                 # A truncated picture is set aside later, by name; it must not stop the training.
                 unreadable = {} if reused else check_images(split, decode=True).unreadable
+                # But what the shards would be refused for is told before hours of training.
+                require_few(
+                    unreadable,
+                    len(split.images),
+                    request.max_bad,
+                    fetched_again="type the same command: nothing was trained yet",
+                )
             if reused:
                 share_from_first(ranks, {"do": "reuse"})
                 return path

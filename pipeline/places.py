@@ -1,7 +1,7 @@
 """Words that name files, made absolute: workers and later commands run in other folders.
 
 Links are kept as they are, since names speak: a hub's cache links to files without an ending, and
-an annotation file's name says whether one may train on it.
+an annotation file's name, or its folder's, says whether one may train on it.
 """
 
 from pathlib import Path

@@ -53,7 +53,8 @@ def check_settings(
     """Raises StaleCacheError if the cache in `--out` has other settings.
 
     What costs time to know, the pictures' content and a proposal network, is left to
-    `create_or_resume`: hours of `fit` do not come before a refusal that needed none of them.
+    `create_or_resume`: hours of `fit` do not come before a refusal that needed none of them, nor
+    before one for pictures that cannot be read, which `fit` counts itself.
     """
     # A folder for the network alone, or one without its head: no cache to contradict.
     if request.only_proposals or not (request.out / CACHE_FILE).is_file():

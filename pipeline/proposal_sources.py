@@ -2,7 +2,7 @@
 
 fit            trains a proposal network on the split's base boxes, kept in CACHE/proposals/
 fit:CACHE      the network of another cache (a val split uses its train split's)
-student:CKPT   a student's own first stage, as in the paper
+student:PLACE  a student's own first stage, as in the paper: of a run, a checkpoint, a student file
 file:PATH      a COCO results json or mmdet's pickled list: see pipeline.file_proposals
 """
 
@@ -16,6 +16,7 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError, UsageError
+from dkdetr.student_file import build_trunk_from_file, load_student_file
 from pipeline.file_proposals import FileOptions, FileProposals, pack_file, parse_file_options
 from pipeline.proposal_network import NetworkProposals, load_network
 from pipeline.proposals import ProposalSource
@@ -40,7 +41,7 @@ class ProposalSpec:
         """Raises DataError if what is named is not there; looks, and reads nothing."""
         path = Path(self.path)
         if self.kind == "student":
-            find_checkpoint(path)
+            _student_place(path)
         elif self.kind == "file" and not path.is_file():
             raise DataError(f"proposals '{path}': no such file")
         elif self.kind == "fit" and self.path:
@@ -56,7 +57,7 @@ def parse_proposals(text: str) -> ProposalSpec:
         return ProposalSpec("student", path)
     if kind == "file" and path:
         return ProposalSpec("file", *parse_file_options(path))
-    raise UsageError(f"--proposals '{text}' is none of fit, fit:CACHE, student:CKPT, file:PATH")
+    raise UsageError(f"--proposals '{text}' is none of fit, fit:CACHE, student:PLACE, file:PATH")
 
 
 def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
@@ -69,7 +70,7 @@ def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
         packed = pack_file(Path(spec.path), spec.options, split, cache_path / "proposals")
         return f"packed:{packed.resolve()}"
     if spec.kind == "student":
-        return f"student:{find_checkpoint(Path(spec.path)).resolve()}"
+        return f"student:{_student_place(Path(spec.path)).resolve()}"
     return f"network:{_network_file(Path(spec.path)).resolve()}"
 
 
@@ -80,6 +81,14 @@ def _network_file(given: Path) -> Path:
             f"no proposal network in '{given}': it is made by cache-teacher --proposals fit"
         )
     return network
+
+
+def _student_place(given: Path) -> Path:
+    if given.suffix != ".safetensors":
+        return find_checkpoint(given)
+    if not given.is_file():
+        raise DataError(f"proposals '{given}': no such student file")
+    return given
 
 
 def open_source(prepared: str, device: torch.device, *, batch_size: int) -> ProposalSource:
@@ -93,6 +102,14 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
         seen, source = facts["seen"], "fit"
         image_size, names = int(facts["image_size"]), tuple(seen["names"])
         details = {key: value for key, value in seen.items() if key != "names"}
+    elif path.endswith(".safetensors"):
+        file = load_student_file(Path(path))
+        trunk, source = build_trunk_from_file(Path(path), file), "student"
+        image_size = file.config.data.image_size
+        saw_boxes_of = file.provenance.get("saw_boxes_of")
+        names = file.vocabulary.base().names if file.vocabulary is not None else ()
+        split = file.provenance.get("train_split")
+        details = {"experiment": file.config.name, **({"split": split} if split else {})}
     else:
         assert kind == "student", prepared
         checkpoint = load_checkpoint(Path(path))

@@ -1,6 +1,6 @@
 """What one `cache-teacher` command asks for, and what it answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,25 @@ def prompts_of(word: str) -> tuple[str, tuple[str, ...]]:
     if Path(word).is_file():
         return "file", templates
     return ",".join(name.strip() for name in word.split(",")), ()
+
+
+def fit_overrides(given: Sequence[str]) -> tuple[str, ...]:
+    """Returns the settings that `--set` gives to `fit`'s network.
+
+    An experiment file may hold `student.weights`, for the training that comes after; typed for
+    stage 1 it would be taken for the network's start, and do nothing.
+
+    Raises:
+        UsageError: it is among them, and names a file.
+    """
+    for override in given:
+        key, _, value = override.partition("=")
+        if key == "student.weights" and value.strip("\"'") != "none":
+            raise UsageError(
+                f"--set {override}: `fit` starts from the backbone's weights alone; leave it to "
+                "train, or let that student propose: --proposals student:FILE"
+            )
+    return tuple(given)
 
 
 def default_out(split: str) -> Path:

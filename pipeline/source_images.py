@@ -7,6 +7,7 @@ can say that a resumed cache sees the same pictures.
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 import xxhash
@@ -14,6 +15,7 @@ import xxhash
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import UnreadableImageError, decode_image
 from dkdetr.data.splits import Split
+from dkdetr.errors import DataError
 from dkdetr.progress import progress
 
 _THREADS = 8
@@ -79,6 +81,29 @@ def check_images(split: Split, *, decode: bool) -> ImageCheck:
                 unreadable[image.image_id] = problem
             advance(done, "")
     return ImageCheck(digest.hexdigest(), total, unreadable)
+
+
+def require_few(
+    bad: Mapping[int, str], num_images: int, max_bad: float, *, fetched_again: str
+) -> None:
+    """Returns if no more images are set aside than a share allows, one in any case.
+
+    Args:
+        bad: image id -> why it cannot be read.
+        num_images: of the split.
+        max_bad: `CacheRequest.max_bad`; with 0 not one may be bad.
+        fetched_again: what to do with sound files in their place, for the message.
+
+    Raises:
+        DataError: more are; the first 20 are named.
+    """
+    limit = max(1, ceil(max_bad * num_images)) if max_bad else 0
+    if len(bad) > limit:
+        raise DataError(
+            f"{len(bad)} of {num_images:,} images cannot be read, more than --max-bad "
+            f"{max_bad:g} allows ({limit}): {'; '.join(list(bad.values())[:20])}; next: a "
+            f"higher --max-bad goes on without them, or fetch them again and {fetched_again}"
+        )
 
 
 def without_images(split: Split, image_ids: Mapping[int, str]) -> Split:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import check_file_name
+from dkdetr.data.picture_headers import check_headers
 from dkdetr.data.problems import Problem, Problems
 from dkdetr.data.prompts import same_reading
 from dkdetr.data.splits import Split, load_split
@@ -168,13 +169,16 @@ def _check_files(split: Split, problems: Problems) -> None:
         )
     gone = {image.image_id for image in missing}
     outside: list[ImageInfo] = []
+    there: list[ImageInfo] = []
     for image in split.images:
         if image.image_id not in gone:
             try:
                 split.image_path(image)
+                there.append(image)
             except DataError:
                 outside.append(image)
     problems.add("image files", "reached through a link that leaves the folder", _named(outside))
+    check_headers(split, there, problems)
 
 
 def _note_oddities(split: Split, odd: Problems) -> None:

@@ -20,6 +20,8 @@ PICTOGRAMS: dict[str, tuple[str, str]] = {
 """Size and part of the embedded data set's splits; `held` shows drawings in a style of its own."""
 KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
+_PART_FOLDER = re.compile(rf"(train|training|{'|'.join(sorted(_HELD_OUT_WORDS))})[-_]?\d*")
+"""A whole folder's name: `valid`, `val2017`; `test_of_mine` may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def own_split(name: str) -> OwnSplit:
     """Returns what the name of a user's own split says; raises UsageError if it says nothing.
 
     It is for training unless the file's name has the word val, test or dev in it and not `train`.
+    Where the name has none of these words, its folder's says it (`valid/_annotations.coco.json`),
+    or that of the folder above (`val/annotations/instances_default.json`); not for VOC's lists.
     """
     kind, _, rest = name.partition(":")
     folder, colon, file = rest.rpartition(":")
@@ -159,11 +163,23 @@ def own_split(name: str) -> OwnSplit:
     if protocol is None:
         listed = voc_list_file(Path(folder), file)
         images = voc_root(listed) / "JPEGImages"
-        return OwnSplit("voc", images, listed, _means_training(file), "plain")
+        return OwnSplit("voc", images, listed, _word_of(file) != "held out", "plain")
     layout: FolderLayout = "coco" if protocol == "lvis" else "plain"
     return OwnSplit(protocol, Path(folder), Path(file), _means_training(file), layout)
 
 
 def _means_training(file: str) -> bool:
+    """Returns what the nearest word says, the file's own or one of the two folders above it."""
+    own = _word_of(file)
+    # Absolute: the same split, named from another folder, is the same.
+    folders = [folder.name.lower() for folder in Path(file).absolute().parents[:2]]
+    named = (found[1] for name in folders if (found := _PART_FOLDER.fullmatch(name)))
+    return (own or _word_of(next(named, ""))) != "held out"
+
+
+def _word_of(file: str) -> Literal["train", "held out"] | None:
+    """Returns what a file's name says of its part; None: nothing."""
     stem = Path(file).stem.lower()
-    return "train" in stem or not _HELD_OUT_WORDS & set(re.findall("[a-z]+", stem))
+    if "train" in stem:
+        return "train"
+    return "held out" if _HELD_OUT_WORDS & set(re.findall("[a-z]+", stem)) else None

@@ -159,9 +159,10 @@ def load_split(name: str, data_root: Path, problems: Problems | None = None) -> 
     """Returns a split by its name.
 
     A user's own folder is `KIND:IMAGES_DIR:ANNOTATIONS.json` or `voc:VOCDEVKIT_DIR:LIST`. It is for
-    training unless the file's name has the word val, test or dev in it and not `train`. OV-COCO
-    files are grouped by the key `split` ("base" or "novel") of their categories, if they have it,
-    else by COCO's names.
+    training unless the file's name has the word val, test or dev in it and not `train`, or a folder
+    above says so of a file whose name does not (`split_sources.own_split`). OV-COCO files are
+    grouped by the key `split` ("base" or "novel") of their categories, if they have it, else by
+    COCO's names.
 
     Args:
         name: the split.

@@ -103,6 +103,8 @@ def _evaluate(
     given = load_vocabulary(request.vocabulary) if request.vocabulary else None
     subject = load_subject(run, given, averaged=request.averaged)
     split = load_split(request.split or validation_split(subject.train_split), request.data_root)
+    if ranks.is_first:
+        _tell_of_lost_images(split)
     vocabulary = given or subject.vocabulary
     if given is None:
         named = with_clean_names(split) if request.clean_names else split
@@ -162,12 +164,25 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
     if request.split is None:
         raise UsageError("--predictions wants --split: a results file does not name its split")
     split = load_split(request.split, request.data_root)
+    _tell_of_lost_images(split)
     out_dir = predictions.parent / f"{predictions.stem}-{split_folder_name(split.name)}"
     with end_on_sigterm("stopped by SIGTERM: the same command scores from the start"):
         evaluation = score_predictions(
             predictions, split, out_dir=out_dir, evaluator=request.evaluator
         )
     return Scored(subject=predictions, split=split.name, evaluation=evaluation)
+
+
+def _tell_of_lost_images(split: Split) -> None:
+    """Says on stderr that a split of OV-COCO is scored on fewer images than its file has."""
+    if split.is_train and split.protocol == "ovcoco":
+        print(
+            f"'{split.name}' counts as a training split: images without a base object are left "
+            "out, those with novel objects alone among them, so AP50 of novel names compares with "
+            "no other; a split is for scoring if its annotation file, or that one's folder, is "
+            "called val or test",
+            file=sys.stderr,
+        )
 
 
 def validation_split(train_split: str | None) -> str:

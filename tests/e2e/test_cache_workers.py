@@ -54,7 +54,9 @@ def _in_this_worker(monkeypatch: pytest.MonkeyPatch, before: Change = lambda: 0)
     """Makes this process the one worker of all commands; returns the jobs that it is given."""
     jobs: list[ShardJob] = []
 
-    def run(_: Executor, task: Any, job: ShardJob, shards: Sequence[int]) -> Iterator[Any]:
+    def run(
+        _: Executor, task: Any, job: ShardJob, shards: Sequence[int], *_more: Any
+    ) -> Iterator[Any]:
         assert task is make_shard
         jobs.append(job)
         before()

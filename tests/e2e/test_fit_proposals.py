@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dkdetr.data.splits import Split, load_split
-from dkdetr.errors import MismatchError, PreemptedError, UsageError
+from dkdetr.errors import DataError, MismatchError, PreemptedError, UsageError
 from pipeline import fit
 from pipeline.fit import fit_plan, fit_proposals
 from pipeline.fit_training import NetworkTraining
@@ -124,6 +124,25 @@ def test_a_broken_picture_does_not_stop_the_training(request_: CacheRequest) -> 
     broken = split.image_path(split.images[3])
     broken.write_bytes(broken.read_bytes()[:100])
     assert _fit(replace(request_, fit_epochs=1))[0].is_file()
+
+
+def test_too_many_broken_pictures_are_refused_before_the_training(
+    request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it trained for hours first")
+
+    monkeypatch.setattr(NetworkTraining, "run", never)
+    split = load_split(request_.split, request_.data_root)
+    for image in split.images[3:5]:
+        broken = split.image_path(image)
+        broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"2 of 12 .*--max-bad 0\.001 allows \(1\)") as caught:
+        _fit(request_)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).endswith("the same command: nothing was trained yet")
+    with pytest.raises(AssertionError, match="trained"):
+        _fit(replace(request_, max_bad=0.1))  # ceil(1.2) may be bad
 
 
 def test_the_plan_is_a_sixth_of_the_experiment_in_small_batches(request_: CacheRequest) -> None:

@@ -45,9 +45,11 @@ def test_relative_words_are_found_from_another_folder(
     jobs: list[ShardJob] = []
     run = build.run_shards
 
-    def remember(executor: Executor, task: Any, job: ShardJob, shards: list[int]) -> Iterator[Any]:
+    def remember(
+        executor: Executor, task: Any, job: ShardJob, shards: list[int], *more: Any
+    ) -> Iterator[Any]:
         jobs.append(job)
-        yield from run(executor, task, job, shards)
+        yield from run(executor, task, job, shards, *more)
 
     monkeypatch.setattr(build, "run_shards", remember)
     by_paths = cache_teacher(request_)

@@ -1,4 +1,6 @@
 import errno
+import os
+import stat
 
 import pytest
 
@@ -147,6 +149,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_atomic(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_synced_stops_nobody(tmp_path, monkeypatch, number):
+    def no_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("cache.durable.os.fsync", no_folders)
+    if number == errno.EIO:  # the disk's own word is another matter
+        with pytest.raises(OSError, match="error"):
+            write_atomic(tmp_path / "a", b"new")
+    else:
+        write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_only_a_lack_of_room_becomes_a_disk_error():

@@ -143,6 +143,19 @@ def test_an_epoch_to_end_before_is_one_or_more():
     assert "--until" in done.stderr
 
 
+def test_a_start_that_fit_would_not_read_is_refused_by_stage_one_alone(tmp_path):
+    words = ("cache-teacher", "--split", "ovcoco_train", "--data-root", str(tmp_path), "--set")
+    refused = run(*words, 'student.weights="start.safetensors"')
+    assert refused.exit_code == 2
+    assert "--proposals student:FILE" in refused.stderr
+    # One that names no file, and one in an experiment, get as far as the data.
+    assert run(*words, "student.weights=none", "--teacher", "pictograms").exit_code == 3
+    experiment = tmp_path / "own.toml"
+    experiment.write_text('extends = "own_r50"\nstudent.weights = "start.safetensors"\n')
+    held = run(*words[:-1], "--experiment", str(experiment), "--teacher", "pictograms")
+    assert held.exit_code == 3, held.stderr
+
+
 def test_prompts_of_a_cache_may_stand_in_a_file(tmp_path, monkeypatch):
     from pipeline import build
 

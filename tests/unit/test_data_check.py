@@ -1,7 +1,9 @@
 import json
 
 import pytest
+from PIL import Image
 
+from dkdetr.data import picture_headers
 from dkdetr.data.check import GroupCount, check_split, count_split
 from dkdetr.data.prepare import prepare_derived
 from dkdetr.data.splits import load_split
@@ -152,6 +154,32 @@ def test_links_that_leave_the_folder_are_named(tmp_path):
     (error,) = check_split(name, tmp_path).errors
     assert error.why == "reached through a link that leaves the folder"
     assert error.first == ("2.png (id 2)",)
+
+
+def test_pictures_annotated_as_a_viewer_turns_them_are_named(tmp_path, monkeypatch):
+    name = write_world(tmp_path, coco_document(8), "val")
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    stored = {"2.png": (56, 64), "4.png": (64, 52), "5.png": (64, 56), "6.png": (9, 9)}
+    write_images(tmp_path / "images", stored)  # 2.png: as annotated, whatever it is shown as
+    for file in ("2.png", "4.png"):
+        with Image.open(tmp_path / "images" / file) as picture:
+            picture.load()
+        picture.save(tmp_path / "images" / file, exif=sideways)
+    (tmp_path / "images/8.png").write_bytes(b"GIF89a")
+    report = check_split(name, tmp_path)
+    turned, size, header = report.errors
+    assert turned.first == ("4.png (id 4: 52 x 64, annotated 64 x 52)",)
+    assert turned.why.endswith("turn the pixels for good, or annotate the stored pixels")
+    assert [each[:5] for each in size.first] == ["5.png", "6.png"]
+    assert header.first == ("8.png (id 8)",)
+    with pytest.raises(DataError, match="4 faults of 3 kinds"):
+        report.raise_problems()
+
+    monkeypatch.setattr(picture_headers, "_MOST", 2)  # the first and the fifth
+    (size,) = check_split(name, tmp_path).errors
+    assert size.first == ("5.png (id 5: 56 x 64, annotated 64 x 56)",)
+    assert size.why.endswith("(2 of 8 looked at)")
 
 
 def test_prepare_writes_derived_files_and_touches_no_other(tmp_path):

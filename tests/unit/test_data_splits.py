@@ -113,9 +113,13 @@ def test_ovcoco_hides_novel_boxes_and_drops_unused_names(tmp_path):
         ("mine", True), ("latest", True), ("interval_3", True), ("instances_train2017", True),
         ("train_val", True), ("instances_val2017", False), ("my-test", False),
         ("image_info_test-dev", False), ("lvis_v1_minival", False),
+        ("valid/_annotations.coco", False), ("train/_annotations.coco", True),
+        ("val2017/annotations/instances_default", False), ("test/train/mine", True),
+        ("test/instances_train", True), ("train/my-val", False),
+        ("test/a/b/mine", True), ("test_of_mine/mine", True),
     ],
 )  # fmt: skip
-def test_the_file_name_says_whether_one_may_train(name, is_train, tmp_path):
+def test_the_nearest_word_says_whether_one_may_train(name, is_train, tmp_path):
     kind_and_paths = write_world(tmp_path, coco_document(), name)
     assert load_split(kind_and_paths, tmp_path).is_train is is_train
 

@@ -9,6 +9,7 @@ from dkdetr.data.splits import load_split
 from dkdetr.engine import evaluate_run
 from dkdetr.engine.subject import Subject
 from dkdetr.errors import MismatchError
+from dkdetr.evaluation.evaluate import Evaluation
 from tests.unit.data_world import coco_document, vocabulary_of, write_world
 
 
@@ -50,3 +51,21 @@ def test_a_number_of_images_at_once_goes_before_the_run_s_own(tmp_path, monkeypa
     for size in (None, 3):
         assert evaluate_run.evaluate_run(replace(request, batch_size=size)) is None
     assert [config.eval.batch_size for config in seen] == [subject.config.eval.batch_size, 3]
+
+
+@pytest.mark.parametrize(("part", "said"), [("valid", False), ("train", True)])
+def test_images_that_a_training_split_leaves_out_are_told(
+    tmp_path, monkeypatch, capsys, part, said
+):
+    split = write_world(tmp_path, coco_document(num_images=2), f"{part}/_annotations.coco")
+    scored = []
+
+    def score(_predictions, split, **_more):
+        scored.append([image.image_id for image in split.images])
+        return Evaluation.__new__(Evaluation)  # nobody reads its numbers
+
+    monkeypatch.setattr(evaluate_run, "score_predictions", score)
+    request = evaluate_run.EvalRequest(None, split, None, tmp_path, device="cpu")
+    evaluate_run.evaluate_predictions(tmp_path / "boxes.json", request)
+    assert scored == [[1] if said else [1, 2]]  # the second has a novel object alone
+    assert ("images without a base object are left out" in capsys.readouterr().err) is said

@@ -11,15 +11,17 @@ import torch
 from dkdetr.data.splits import load_split
 from dkdetr.engine.initial_weights import boxes_seen, boxes_seen_before, start_from_file
 from dkdetr.engine.train import train
-from dkdetr.errors import DataError
+from dkdetr.errors import DataError, MismatchError
 from dkdetr.student.build import build_student
-from dkdetr.student_file import StudentFile, save_student_file
+from dkdetr.student_file import StudentFile, build_from_file, save_student_file
 from pipeline.leaks import check_leaks
 from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
+from pipeline.teacher_model import tensors_sha256
 from tests.training_world import DIM, make_world, settings
 from tests.unit.data_world import vocabulary_of
 
 CONFIG = settings()
+CPU = torch.device("cpu")
 SEEN = "boxes of 17 of the novel classes (airplane, bus, cake, ...)"  # OV-COCO's 17
 
 
@@ -96,3 +98,37 @@ def test_the_run_keeps_the_mark(world, split, tmp_path: Path, monkeypatch, capsy
     proposals = open_source(prepared, torch.device("cpu"), batch_size=1)
     with pytest.raises(DataError, match=f"began from weights that had seen {re.escape(SEEN)}"):
         check_leaks(proposals.seen, split)
+
+
+def test_a_student_file_proposes_as_the_student_does_and_keeps_its_mark(split, tmp_path: Path):
+    path = tmp_path / "student.safetensors"
+    spec = parse_proposals(f"student:{path}")
+    with pytest.raises(DataError, match="no such student file"):
+        spec.require()
+    file = student_file(split, all_base=False)
+    save_student_file(path, file)
+    spec.require()
+
+    def opened():
+        return open_source(prepare_source(spec, tmp_path, split), CPU, batch_size=1)
+
+    source = opened()
+    whole = build_from_file(path, file, text_dim=DIM)
+    assert source.identity["weights_sha256"] == tensors_sha256(whole.trunk)
+    assert source.identity["source"] == "student"
+    assert not check_leaks(source.seen, split).leaks
+    assert source.seen.details == {"experiment": CONFIG.name, "split": "ovcoco:elsewhere"}
+
+    detector = student_file(split, all_base=False, saw_boxes_of="COCO boxes of all 80 classes")
+    save_student_file(path, replace(detector, vocabulary=None))  # as `convert` writes it
+    with pytest.raises(DataError, match="had seen COCO boxes of all 80 classes"):
+        check_leaks(opened().seen, split)
+    assert check_leaks(opened().seen, replace(split, protocol="lvis")).leaks
+    save_student_file(path, student_file(split, all_base=True))
+    with pytest.raises(DataError, match="it learned the boxes of 17"):
+        check_leaks(opened().seen, split)
+
+    bare = {k: v for k, v in file.tensors.items() if k.startswith("trunk.backbone.")}
+    save_student_file(path, replace(file, tensors=bare, provenance={"layout": "resnet50"}))
+    with pytest.raises(MismatchError, match="first stage's tensors"):
+        opened()

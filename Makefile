@@ -1,17 +1,21 @@
 # `make demo` and `make test` do all their own set-up on a fresh machine with Python >= 3.11.
 
 PYTHON ?= python3
-# The versions this project is tested with; pip's settings decide which build of them comes.
+# The versions this project is tested with; pip's settings decide which build of them comes. Others are
+# exported rather than typed once: `make` without them installs these again.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 FAISS ?= cpu
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+VERSIONS := .venv/versions
 
-.PHONY: demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
+.PHONY: install demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
+
+install: $(INSTALLED)
 
 test: check unit
 
@@ -59,10 +63,17 @@ ONLY ?=
 bench-gpu:
 	$(BENCH_PYTHON) -m tests.benchmarks --device cuda $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 
-$(INSTALLED): pyproject.toml
+# Written where it says something else: other versions than the last time's install anew.
+.PHONY: versions
+$(VERSIONS): versions
+	@mkdir -p .venv
+	@echo '$(TORCH) $(FAISS)' | cmp -s - $@ || echo '$(TORCH) $(FAISS)' > $@
+
+$(INSTALLED): pyproject.toml $(VERSIONS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip uninstall -qq --yes faiss-$(if $(filter gpu,$(FAISS)),cpu,gpu)  # never both
 	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video,export]"
 	touch $(INSTALLED)
 

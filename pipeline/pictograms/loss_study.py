@@ -1,6 +1,8 @@
-"""Compares the losses of SKD and RKD on cached embeddings, without a detector around them.
+r"""Compares the losses of SKD and RKD on cached embeddings, without a detector around them.
 
     python -m pipeline.pictograms.loss_study CACHE --val SPLIT [--json FILE]
+    python -m pipeline.pictograms.loss_study CACHE --val SPLIT --spaces cone \
+        --losses none,bce,bce_biased --skd-bias -4
 
 The student is a small network on the frozen backbone's features of a box. Like the detector's
 projection it learns two things at once: to name base objects (focal loss, cached regions being
@@ -37,11 +39,12 @@ from dkdetr.losses.relational_kd import batch_relational_loss, lay_end_to_end, r
 from dkdetr.losses.semantic_kd import semantic_bce_loss, semantic_infonce_loss, semantic_l1_loss
 from dkdetr.progress import progress
 from dkdetr.student.backbone import slim_resnet
+from pipeline.pictograms.loss_study_rows import TEMPERATURE, Recipe, selected
 
 _REGIONS = 12
 _GT_PLACES = 10
 _FEATURES = 256
-_TEMPERATURE, _RELATION_TEMPERATURE = 0.05, 0.2
+_RELATION_TEMPERATURE = 0.2
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -58,18 +61,6 @@ class Material:
     val_labels: Tensor  # in the order of all names
     text: Tensor  # [names, D]
     is_base: Tensor  # [names]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A row: weights of the losses (0: off), SKD's kind, bias and temperature."""
-
-    name: str
-    skd: str = "bce"
-    skd_weight: float = 0.0
-    skd_bias: float = 0.0
-    rkd_weight: float = 0.0
-    temperature: float = _TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ def learn(material: Material, recipe: Recipe, *, seed: int, steps: int, bias_ini
         rows = torch.cat([base[named], regions[valid]])
         targets = torch.zeros(len(rows), len(base_text))
         targets[torch.arange(int(named.sum())), labels[named]] = 1
-        logits = functional.normalize(rows, dim=-1) @ base_text.T / _TEMPERATURE + bias
+        logits = functional.normalize(rows, dim=-1) @ base_text.T / TEMPERATURE + bias
         loss = 2 * focal_loss(logits, targets, alpha=0.25, gamma=2.0) / named.sum().clamp(min=1)
         taught = material.region_embeddings[chosen]
         loss = loss + _distilled(recipe, regions, taught, valid) / valid.sum().clamp(min=1)
@@ -271,65 +262,53 @@ def _padded(rows: Tensor, places: int) -> Tensor:
     return functional.pad(rows, (0, 0, 0, places - len(rows)))
 
 
-def recipes(skd_bias: float) -> list[Recipe]:
-    """Returns the rows: every loss over the same factors of its weight, five steps of about 3.
-
-    `sharp` is BCE at a temperature of .02 (bias in proportion), where it still pulls at features
-    that are already half turned to their embeddings.
-    """
-    rows = [Recipe("none")]
-    steps = (0.03, 0.1, 0.3, 1.0, 3.0)
-    for name, kind in (("bce", "bce"), ("l1", "l1"), ("infonce", "infonce")):
-        rows += [Recipe(name, kind, w) for w in steps]
-    if skd_bias:
-        rows += [Recipe("bce_biased", "bce", w, skd_bias) for w in steps]
-    rows += [Recipe("sharp", "bce", w, 2.5 * skd_bias, temperature=0.02) for w in steps]
-    rows += [Recipe("rkd", rkd_weight=10 * w) for w in steps]
-    pairs = [(w, 10 * v) for w in (0.3, 1.0) for v in (0.3, 1.0)]
-    rows += [Recipe("bce+rkd", "bce", w, skd_bias, v) for w, v in pairs]
-    rows += [Recipe("l1+rkd", "l1", w, 0.0, v) for w, v in pairs]
-    return rows
-
-
 def main() -> None:
     """Prints a line a row and writes all of them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=cache_path)
     parser.add_argument("--val", required=True)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--spaces", default="plain,cone")
-    parser.add_argument("--losses", help="only these: none,bce,bce_biased,...")
-    parser.add_argument("--weights", help="of SKD, only these: 0.3,1,...")
+    parser.add_argument("--spaces", type=_names, default=["plain", "cone"])
+    parser.add_argument("--losses", type=_names, help="only these: none,bce,bce_biased,...")
+    parser.add_argument("--weights", type=_numbers, help="of SKD, only these: 0.3,1,...")
+    parser.add_argument("--skd-bias", type=float, help="of SKD alone (0 in cone, else -4)")
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
+    try:
+        rows = selected(words.spaces, words.losses, words.weights, words.skd_bias)
+    except ValueError as error:
+        parser.error(str(error))
     reader = open_cache(words.cache)
     train, val = (load_split(name, words.data_root) for name in (reader.info.split, words.val))
     material = gather(reader, train, val, min(words.images, len(train.images)))
+    turned = dict(spaces(material, words.spaces))
     records: list[dict[str, Any]] = []
-    for space, turned in spaces(material, words.spaces.split(",")):
-        bias = 0.0 if space == "cone" else -4.0
-        for recipe in recipes(bias):
-            if words.losses and recipe.name not in words.losses.split(","):
-                continue
-            if words.weights and recipe.skd_weight not in map(float, words.weights.split(",")):
-                continue
-            began = time.process_time()
-            scores = [
-                learn(turned, recipe, seed=seed, steps=words.steps, bias_init=bias)
-                for seed in range(words.seeds)
-            ]
-            mean = {
-                key: round(statistics.fmean(asdict(each)[key] for each in scores), 1)
-                for key in Scores.__annotations__
-            }
-            records.append({"space": space, **asdict(recipe), **mean})
-            seconds = time.process_time() - began
-            print(json.dumps(records[-1]), f"{seconds:.1f} s", flush=True)
-            if words.json:
-                words.json.write_text("\n".join(json.dumps(each) for each in records) + "\n")
+    for space, bias, recipe in rows:
+        began = time.process_time()
+        scores = [
+            learn(turned[space], recipe, seed=seed, steps=words.steps, bias_init=bias)
+            for seed in range(words.seeds)
+        ]
+        mean = {
+            key: round(statistics.fmean(asdict(each)[key] for each in scores), 1)
+            for key in Scores.__annotations__
+        }
+        records.append({"space": space, **asdict(recipe), **mean})
+        seconds = time.process_time() - began
+        print(json.dumps(records[-1]), f"{seconds:.1f} s", flush=True)
+        if words.json:
+            words.json.write_text("\n".join(json.dumps(each) for each in records) + "\n")
+
+
+def _names(words: str) -> list[str]:
+    return words.split(",")
+
+
+def _numbers(words: str) -> list[float]:
+    return [float(word) for word in words.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Other projects' figures, measured once where they were built: they install from no index.
+"""Other projects' figures, measured once elsewhere, and not again here.
+
+Some of them want a build with CUDA; some are on the package index (mmcv, DCNv4), untried here.
 
 One NVIDIA H100 80GB, torch 2.11 + CUDA 13.0, triton 3.6, transformers 5.17, 16 CPU cores; random
 inputs and weights, medians after warm-up. They stand beside ours only for the same sizes on the

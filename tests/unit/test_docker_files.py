@@ -6,10 +6,14 @@ import signal
 import stat
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from pipeline.teacher import url_weights_folder
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -37,6 +41,36 @@ def test_compose_runs_a_scheduler_workers_and_the_stage() -> None:
     assert services["cache-teacher"]["shm_size"]
     assert all((DOCKER / each["build"]["context"] / each["build"]["dockerfile"]).is_file()
                for each in services.values())  # fmt: skip
+
+
+def test_what_is_downloaded_lies_in_the_volume_that_is_mounted(monkeypatch) -> None:
+    text = (DOCKER / "Dockerfile").read_text()
+    for name, value in re.findall(r"\b(HF_HOME|TORCH_HOME)=(\S+)", text):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", "/root")
+    described = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    volume = described["volumes"]["weights"]["name"]
+    mounts = [each["volumes"] for each in described["services"].values()]
+    (place,) = {mount.split(":")[1] for each in mounts for mount in each if "weights:" in mount}
+    assert all(f"weights:{place}" in each for each in mounts)
+    # What huggingface_hub makes of HF_HOME is settled at its import.
+    for folder in (Path(os.environ["HF_HOME"]), url_weights_folder(), Path(torch.hub.get_dir())):
+        assert folder.is_relative_to(place)
+    page = (DOCKER / "README.md").read_text()
+    runs = re.findall(r"docker run [^`]*?dkdetr (?:fetch|doctor|serve|\\)", page)
+    assert len(runs) == 4
+    assert all(f"-v {volume}:{place}" in each for each in runs)
+
+
+def test_the_page_says_which_extras_the_images_hold() -> None:
+    extras = re.findall(r'"\.\[([\w,]+)\]"', (DOCKER / "Dockerfile").read_text())
+    assert extras == ["cpu,demo,serve", "cpu,serve", "cpu,serve"]
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = (DOCKER / "README.md").read_text().split("**Extras.**")[1]
+    held, left_out = told.split("Not in them:")
+    assert all(f"`{name}`" in held for name in ("cpu", "demo", "serve"))
+    others = set(known) - {"cpu", "demo", "serve", "gpu", "dev"}
+    assert all(f"`{name}`" in left_out for name in others)
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)

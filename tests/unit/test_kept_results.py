@@ -13,11 +13,52 @@ EXPERIMENTS = Path(str(files("dkdetr.experiments")))
 TABLES = sorted(EXPERIMENTS.glob("results/*/table_*.csv"))
 SAME = {"layers_all": "both"}  # a row of the same settings is trained once
 GROUPS = ("APr", "APc", "APf", "AP")
+LONGER = {
+    "baseline": "baseline",
+    "SKD (BCE)": "skd",
+    "RKD (image + batch)": "rkd",
+    "SKD + RKD": "both",
+    "both, no auxiliary queries": "both_no_auxiliary",
+    "both, auxiliary, `iou` (the control)": "both_iou",
+    "L1": "skd_l1",
+    "RKD, image": "rkd_image",
+    "RKD, batch": "rkd_batch",
+}
+LONG, OTHER = "small_long_again", "small_long"
 
 
 def rows_of(markdown: str) -> list[list[str]]:
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def words_of(name: str) -> str:
+    """Returns a page without its line breaks."""
+    return " ".join((EXPERIMENTS / name).read_text().split())
+
+
+def figures(cell: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-+]?\d*\.\d+", cell)]
+
+
+def scores(folder: str, row: str, group: str) -> list[float]:
+    """Returns a row's percents by seed."""
+    kept = sorted((EXPERIMENTS / "results" / folder).glob(f"seed*/{row}/row.json"))
+    return [100 * json.loads(path.read_text())["metrics"][group] for path in kept]
+
+
+def less(folder: str, row: str, other: str, group: str) -> list[float]:
+    """Returns what a row has more than another, by seed."""
+    pairs = zip(scores(folder, row, group), scores(folder, other, group), strict=True)
+    return [mine - its for mine, its in pairs]
+
+
+def by_seed(*of: str) -> str:
+    return ", ".join(f"{each:+.1f}" for each in less(*of))
+
+
+def average(*of: str) -> str:
+    return f"{mean(less(*of)):+.1f}"
 
 
 def record(folder: Path, run: str, seed: str) -> dict:
@@ -59,3 +100,133 @@ def test_the_pages_show_the_kept_tables():
     for name, text in shown.items():
         kept_table = (EXPERIMENTS / "results" / "small" / f"table_{name}.md").read_text()
         assert rows_of(text) == rows_of(kept_table)
+
+
+def test_the_longer_schedules_table_is_of_its_records():
+    page = (EXPERIMENTS / "README.md").read_text()
+    section = page[page.index("### Longer:") : page.index("### Larger:")]
+    shown = {row[0]: row[1:] for row in rows_of(section)[2:]}
+    assert shown.keys() == LONGER.keys()
+    for label, row in LONGER.items():
+        for place, group in enumerate(GROUPS):
+            values = scores(LONG, row, group)
+            wanted = [mean(values), max(values) - min(values)]
+            assert figures(shown[label][place]) == pytest.approx(wanted, abs=0.0501)
+            if row != "baseline":
+                gains = less(LONG, row, "baseline", group)
+                wanted = [mean(gains), min(gains), max(gains)]
+                assert figures(shown[label][place + 4]) == pytest.approx(wanted, abs=0.0501)
+
+
+@pytest.mark.parametrize("folder", ["full_nine", "full_first"])
+def test_the_tables_at_full_are_of_their_records(folder: str):
+    """The style held out has no kept record: its two columns are not looked at."""
+    page = (EXPERIMENTS / "README.md").read_text()
+    section = page[page.index("### Larger:") : page.index("### Reading:")]
+    part = section.split("**Two epochs of nine**")[folder == "full_first"]
+    shown = {row[0]: row[1:] for row in rows_of(part)[2:]}
+    errors = (EXPERIMENTS / "results" / folder / "table_5.md").read_text().split("name by name")[1]
+    over_names = {row[0]: row[1:] for row in rows_of(errors)}
+    runs = {"baseline": "baseline", "SKD": "skd", "RKD": "rkd", "SKD + RKD": "both"}
+    trained = {path.name for path in (EXPERIMENTS / "results" / folder / "seed0").iterdir()}
+    assert {runs[label] for label in shown} == trained
+    for label, cells in shown.items():
+        assert [float(cell) for cell in cells[:4]] == pytest.approx(
+            [scores(folder, runs[label], group)[0] for group in GROUPS], abs=0.0501
+        )
+        if label != "baseline":
+            assert cells[4:7] == over_names[label]
+            gains = [less(folder, runs[label], "baseline", group)[0] for group in GROUPS]
+            found = [figures(cell)[0] for cell in cells[4:8]]
+            assert found == pytest.approx(gains, abs=0.0501)
+
+
+def test_figures_by_seed_and_of_short_are_of_the_records():
+    page = words_of("README.md")
+    for said in (
+        f"more than SKD by {by_seed('small', 'both', 'skd', 'APr')} by seed",
+        f"than SKD by {by_seed(LONG, 'both', 'skd', 'APr')}, than RKD",
+        f"(by seed {by_seed('small', 'skd', 'skd_l1', 'APr')} and "
+        f"{by_seed(LONG, 'skd', 'skd_l1', 'APr')})",
+        f"both have {by_seed('small', 'rkd', 'rkd_batch', 'APr')} by seed, then "
+        f"{by_seed(LONG, 'rkd', 'rkd_batch', 'APr')}",
+        f"in every seed ({by_seed(LONG, 'both_iou', 'both_no_auxiliary', 'AP')};",
+        *(
+            f"common {average(folder, 'skd', 'baseline', 'APc')} against "
+            f"{average(folder, 'skd_l1', 'baseline', 'APc')}"
+            for folder in ("small", LONG)
+        ),
+    ):
+        assert said in page
+
+
+def test_what_another_cache_and_another_weight_of_l1_moved_is_of_the_records():
+    page = words_of("README.md")
+    for label, row in (("baseline", "baseline"), ("SKD", "skd"), ("RKD", "rkd"), ("L1", "skd_l1"),
+                       ("SKD + RKD", "both")):  # fmt: skip
+        values = scores(LONG, row, "APr")
+        assert (
+            f"{label} {scores(OTHER, row, 'APr')[0]:.2f} ({min(values):.2f} to {max(values):.2f}"
+        ) in page
+    lighter = json.loads((EXPERIMENTS / "results/small_long/l1_weight_0.3.json").read_text())
+    four = [100 * lighter["metrics"][group] for group in GROUPS]
+    told = [" / ".join(f"{scores(OTHER, row, group)[0]:.1f}" for group in GROUPS)
+            for row in ("skd_l1", "baseline", "skd")]  # fmt: skip
+    assert (
+        f"{' / '.join(f'{each:.1f}' for each in four)} against {told[0]} (baseline {told[1]})"
+    ) in page
+    assert f"behind BCE ({told[2]})" in page
+    gains = [each - scores(OTHER, "baseline", g)[0] for each, g in zip(four, GROUPS, strict=True)]
+    assert f"{gains[0]:+.1f} (common {gains[1]:+.1f}, frequent {gains[2]:+.1f})" in page
+    assert f"it is {gains[3]:+.1f} over the baseline" in page
+    assert f"weight 1 gives {average(OTHER, 'skd_l1', 'baseline', 'AP')}" in page
+
+
+def test_figures_of_tuning_and_of_the_losses_alone_are_of_the_records():
+    page = words_of("README.md")
+    results = EXPERIMENTS / "results"
+    lines = (results / "tuning_small.jsonl").read_text().splitlines()
+    tuning = [json.loads(line) for line in lines]
+
+    def tuned(row: str, *settings: str) -> dict[str, str]:
+        wanted = {"seed=100", *settings}
+        found = [each["metrics"] for each in tuning
+                 if each["row"] == row and wanted <= set(each["settings"])]  # fmt: skip
+        assert len(found) == 1
+        # Kept to a hundredth of a point: halves go up.
+        return {group: f"{100 * found[0][group] + 1e-6:.1f}" for group in GROUPS}
+
+    alone, both = (tuned(row, "kd.rkd.weight=8") for row in ("rkd", "both"))
+    assert (
+        f"{alone['APr']} against {both['APr']} on novel names and {alone['AP']} against "
+        f"{both['AP']} in AP"
+    ) in page
+    l1 = ", ".join(tuned("skd_l1", f"kd.skd.weight={w}")["AP"] for w in ("0.1", "0.3", "1"))
+    assert f"({l1})" in page
+    best = {}
+    for space in ("plain", "cone"):
+        for line in (results / f"loss_study_{space}.jsonl").read_text().splitlines():
+            each = json.loads(line)
+            at = (space, each["name"])
+            best[at] = max(best.get(at, 0.0), each["map_novel"])
+    assert f"novel {best['plain', 'bce']} without SKD's, {best['plain', 'bce_biased']} with" in page
+    assert f"reaches the same ({best['cone', 'bce']})" in page
+    assert ("cone", "bce_biased") not in best  # the page says that it was not compared
+    ap, novel = ([scores("full_first", row, group)[0] for row in ("rkd", "both")]
+                 for group in ("AP", "APr"))  # fmt: skip
+    assert (
+        f"AP {ap[0]:.1f} against {ap[1]:.1f} with both, novel names {novel[0]:.2f} against "
+        f"{novel[1]:.2f}"
+    ) in words_of("STUDIES.md")
+
+
+def test_the_head_of_full_has_the_recipe_that_was_run():
+    head = (EXPERIMENTS / "pictograms_full.toml").read_text().split("# Expected")[0]
+    commands = re.findall(r"dkdetr [^\n]+", head)
+    assert len(commands) == 3
+    page = (EXPERIMENTS / "README.md").read_text().splitlines()
+    assert all(command in page for command in commands)
+    kept = record(EXPERIMENTS / "results" / "full_nine", "both", "0")["commands"][0]
+    wanted = re.search(r"--set (\S+)=(\S+)$", commands[-1])
+    assert wanted
+    assert f'{wanted[1]}="{wanted[2]}"' in kept

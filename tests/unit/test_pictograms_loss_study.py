@@ -4,14 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.pictograms.loss_study import (
-    Material,
-    Recipe,
-    _average_precision,
-    learn,
-    recipes,
-    spaces,
-)
+from pipeline.pictograms import loss_study
+from pipeline.pictograms.loss_study import Material, _average_precision, learn, spaces
+from pipeline.pictograms.loss_study_rows import Recipe, recipes, selected
 
 NAMES, BASE, DIM, FEATURES = 8, 5, 16, 256
 
@@ -86,3 +81,32 @@ def test_every_loss_meets_the_same_weights():
             by_name.setdefault(recipe.name, set()).add(round(weight, 3))
     assert set(by_name) == {"bce", "bce_biased", "sharp", "l1", "infonce", "rkd"}
     assert len({frozenset(weights) for weights in by_name.values()}) == 1
+
+
+def test_a_bias_of_skds_own_leaves_the_classifiers():
+    asked = selected(["cone"], ["none", "bce", "bce_biased"], [0.0, 1.0], -4.0)
+    assert [(space, bias, row.name, row.skd_bias) for space, bias, row in asked] == [
+        ("cone", 0.0, "none", 0.0), ("cone", 0.0, "bce", 0.0), ("cone", 0.0, "bce_biased", -4.0),
+    ]  # fmt: skip
+    by_space = {(space, bias, row.skd_bias) for space, bias, row in
+                selected(["plain", "cone"], ["bce+rkd"], None, None)}  # fmt: skip
+    assert by_space == {("plain", -4.0, -4.0), ("cone", 0.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--spaces cones", "no space 'cones'"),
+        ("--losses bce,kl", "no loss 'kl'"),
+        ("--spaces cone --losses bce_biased", "add --skd-bias -4"),
+        ("--losses bce --weights 0.5", "no row in space 'plain'"),
+    ],
+)
+def test_a_selection_without_rows_is_refused_before_anything_is_read(
+    words, told, monkeypatch, capsys, tmp_path
+):
+    command = ["loss_study", str(tmp_path / "no_cache"), "--val", "none", *words.split()]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        loss_study.main()
+    assert told in capsys.readouterr().err.splitlines()[-1]

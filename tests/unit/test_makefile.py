@@ -1,0 +1,43 @@
+"""`make install` installs once, and anew for other versions."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="wants make")
+
+
+def installs(folder: Path, target: str = "install", **versions: str) -> str:
+    """Returns what pip was asked for by a `make` with a stand-in for Python."""
+    log = folder / "pip.log"
+    log.write_text("")
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("TORCH", "FAISS", "MAKEFLAGS")}  # fmt: skip
+    command = ["make", target, *(f"{name}={value}" for name, value in versions.items())]
+    subprocess.run([*command, "PYTHON=true"], cwd=folder, check=True, env=clean)
+    return log.read_text()
+
+
+def test_other_versions_install_anew(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "dkdetr"):
+        (programs / name).write_text('#!/bin/sh\necho "$@" >> pip.log\n')
+        (programs / name).chmod(0o755)
+    first = installs(tmp_path, "demo")
+    assert "install --quiet torch==" in first
+    assert "demo" in first
+    assert installs(tmp_path) == ""
+    other = {"TORCH": "torch==9.9+cu126 torchvision==9.8", "FAISS": "gpu"}
+    again = installs(tmp_path, **other)
+    assert "install --quiet torch==9.9+cu126 torchvision==9.8" in again
+    assert "uninstall -qq --yes faiss-cpu" in again
+    assert "[gpu,demo," in again
+    assert installs(tmp_path, **other) == ""
+    assert "install --quiet torch==" in installs(tmp_path)

@@ -75,31 +75,75 @@ def find_sources(words: Sequence[str], *, stdin: Iterable[str] | None = None) ->
     return list(found)
 
 
-def open_pictures(sources: Sequence[Path], *, every: int = 1) -> Iterator[NamedPicture]:
+def open_pictures(
+    sources: Sequence[Path], *, every: int = 1, unreadable: list[DataError] | None = None
+) -> Iterator[NamedPicture]:
     """Yields the pictures of files; of a video each `every`-th frame, from the first.
 
     Files are decoded ahead by threads, at most `_MOST_AHEAD` of them; what is wrong with one is
-    raised at its place.
+    told at its place.
+
+    Args:
+        sources: pictures and videos.
+        every: see above.
+        unreadable: takes the errors of files that cannot be read, and these are left out (of a
+            video what comes after the fault); None: the first such error is raised.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read; with `unreadable`, none of them can.
         UsageError: a video, and PyAV is not installed; `every` below 1.
     """
     if every < 1:
         raise UsageError(f"--every {every}: at least 1")
-
-    def decode(path: Path) -> np.ndarray | None:
-        return None if _is_video(path) else rgb_pixels(path)
-
+    _require_video_reader(sources)
+    any_read = False
     with (
         ThreadPoolExecutor(_DECODERS) as pool,
-        closing(done_ahead(pool, decode, sources, _MOST_AHEAD)) as decoded,
+        closing(done_ahead(pool, _decoded, sources, _MOST_AHEAD)) as decoded,
     ):
         for path, pixels in decoded:
-            if pixels is None:
-                yield from _frames(path, every)
-            else:
-                yield NamedPicture(path.name, pixels)
+            try:
+                for each in _named(path, pixels, every):
+                    any_read = True
+                    yield each
+            except DataError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(error)
+    if unreadable and not any_read:
+        others = f"; nor can any other of the {len(sources)} files be read"
+        raise DataError(f"{unreadable[0]}{others if len(sources) > 1 else ''}")
+
+
+def require_all_read(unreadable: Sequence[DataError], num_sources: int, out: Path) -> None:
+    """Raises DataError if files could not be read; called when all else is written to `out`."""
+    if unreadable:
+        raise DataError(
+            f"{len(unreadable)} of {num_sources} files could not be read, or not to the end, and "
+            f"were left out; what was found in the others is in '{out}'"
+        )
+
+
+def _decoded(path: Path) -> np.ndarray | DataError | None:
+    """Returns pixels, why there are none, or None for a video, which is read as it is shown."""
+    if _is_video(path):
+        return None
+    try:
+        return rgb_pixels(path)
+    except DataError as error:
+        return error
+
+
+def _named(
+    path: Path, decoded: np.ndarray | DataError | None, every: int
+) -> Iterator[NamedPicture]:
+    """Yields the pictures of one file, given what `_decoded` returned for it."""
+    if isinstance(decoded, DataError):
+        raise decoded
+    if decoded is None:
+        yield from _frames(path, every)
+    else:
+        yield NamedPicture(path.name, decoded)
 
 
 def _is_video(path: Path) -> bool:
@@ -110,17 +154,29 @@ def _is_known(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES
 
 
-def _frames(path: Path, every: int) -> Iterator[NamedPicture]:
+def _require_video_reader(sources: Sequence[Path]) -> None:
+    """Raises UsageError for the first video if PyAV is missing, before pictures are looked at."""
+    video = next(filter(_is_video, sources), None)
+    if video is None:
+        return
     try:
-        import av
-        from av.error import FFmpegError
+        import av  # noqa: F401
     except ImportError:
-        raise UsageError(f"'{path}' is a video: pip install 'dkdetr[video]'") from None
+        raise UsageError(f"'{video}' is a video: pip install 'dkdetr[video]'") from None
+
+
+def _frames(path: Path, every: int) -> Iterator[NamedPicture]:
+    import av
+    from av.error import FFmpegError
+
+    number = 0
     try:
         with av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
+            for frame in container.decode(video=0):
                 if number % every == 0:
                     name = f"{path.stem}_{number:06d}.jpg"
                     yield NamedPicture(name, np.asarray(frame.to_ndarray(format="rgb24")))
+                number += 1
     except (FFmpegError, IndexError) as error:
-        raise DataError(f"video {path}: {error}") from None
+        place = f", frame {number}" if number else ""
+        raise DataError(f"video {path}{place}: {error}") from None

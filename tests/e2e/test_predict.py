@@ -78,6 +78,36 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
     assert json.loads((place / "r.json").read_text())["detections"] == 72
 
 
+def test_what_cannot_be_read_is_told_and_the_others_are_written(place: Path, monkeypatch, capsys):
+    for number in range(22):
+        (place / "in" / f"b{number:02}.jpg").write_bytes(b"a download that broke off")
+    common = ("predict", "--model", "s.safetensors", "--no-draw", "--json", "r.json")
+    assert exit_code(monkeypatch, *common, "in") == 3
+    printed = capsys.readouterr()
+    *named, rest, error = printed.err.strip().splitlines()
+    assert len(named) == 20
+    assert all(line.startswith(f"left out: image in/b{n:02}.jpg") for n, line in enumerate(named))
+    assert rest == "left out: 2 more"
+    assert error.startswith("error [3]: 22 of 24 files could not be read")
+    assert "'predictions'" in error
+    assert "in 2 pictures" in printed.out
+    document = json.loads((place / "predictions/predictions.json").read_text())
+    assert [each["file_name"] for each in document["images"]] == ["a.png", "größe.png"]
+    assert (place / "predictions/predictions.csv").is_file()
+    answer = json.loads((place / "r.json").read_text())
+    assert (answer["pictures"], len(answer["unreadable"])) == (2, 22)
+
+
+def test_where_nothing_can_be_read_nothing_is_written(place: Path, monkeypatch, capsys):
+    (place / "bad.jpg").write_bytes(b"no picture")
+    words = ("predict", "bad.jpg", "--model", "s.safetensors")
+    assert exit_code(monkeypatch, *words) == 3
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error [3]: image bad.jpg: empty, damaged")
+    assert len(error.splitlines()) == 1
+    assert not list((place / "predictions").iterdir())
+
+
 def test_the_students_own_names_and_a_file_of_others(place: Path, monkeypatch, capsys):
     common = ("predict", "in/a.png", "--model", "s.safetensors", "--threshold", "0", "--no-draw")
     assert exit_code(monkeypatch, *common, "--out", "own", "--nms", "0.5") == 0

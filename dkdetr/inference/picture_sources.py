@@ -175,7 +175,10 @@ def _frames(path: Path, every: int) -> Iterator[NamedPicture]:
             for frame in container.decode(video=0):
                 if number % every == 0:
                     name = f"{path.stem}_{number:06d}.jpg"
-                    yield NamedPicture(name, np.asarray(frame.to_ndarray(format="rgb24")))
+                    pixels = np.asarray(frame.to_ndarray(format="rgb24"))
+                    # Phones store portrait videos lying, with a note by how much to turn them.
+                    upright = np.rot90(pixels, round(frame.rotation / 90))
+                    yield NamedPicture(name, np.ascontiguousarray(upright))
                 number += 1
     except (FFmpegError, IndexError) as error:
         place = f", frame {number}" if number else ""

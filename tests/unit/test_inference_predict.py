@@ -274,3 +274,24 @@ def test_frames_of_a_video(tmp_path: Path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match="broken"):
         list(open_pictures([tmp_path / "broken.mp4"]))
+
+
+@pytest.mark.parametrize("degrees", [0, -90, 90, 180])
+def test_frames_of_a_lying_video_are_upright(tmp_path: Path, degrees: int):
+    import av
+
+    path = tmp_path / "clip.mp4"
+    upright = np.zeros((96, 64, 3), np.uint8)
+    upright[:48] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stored = np.ascontiguousarray(np.rot90(upright, -degrees // 90))
+        stream.height, stream.width = stored.shape[:2]  # pyright: ignore
+        stream.pix_fmt = "yuv420p"  # pyright: ignore
+        stream.set_display_rotation(degrees)  # pyright: ignore
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))  # pyright: ignore
+        container.mux(stream.encode())  # pyright: ignore
+    (found,) = open_pictures([path])
+    assert found.pixels.shape == (96, 64, 3)
+    assert found.pixels[:40].mean() > 240
+    assert found.pixels[56:].mean() < 15

@@ -13,7 +13,7 @@ import select
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -1019,7 +1019,7 @@ def predict_command(
     require_all_read(unreadable, len(sources), out)
 
 
-def _require_another_answer(json_out: str | None, sources: Sequence[Path]) -> None:
+def _require_another_answer(json_out: str | None, sources: Iterable[Path]) -> None:
     """Raises UsageError where --json names a picture that is read."""
     from dkdetr.errors import UsageError
 

@@ -61,13 +61,16 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert code == 0, printed.err
     document = json.loads((place / "found/predictions.json").read_text())
-    assert [image["file_name"] for image in document["images"]] == ["a.png", "größe.png", "a-2.png"]
+    # As they were named, and by their folders where that alone tells them apart.
+    names = ["in/a.png", "größe.png", "in/sub/a.png"]
+    assert [image["file_name"] for image in document["images"]] == names
     assert [c["name"] for c in document["categories"]] == ["hammer", "traffic light"]
     assert len(COCO(str(place / "found/predictions.json")).getImgIds()) == 3
     text = (place / "found/predictions.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == len(document["annotations"]) == 3 * 12 * 2
-    assert {row["file"] for row in rows} == {"a.png", "größe.png", "a-2.png"}
+    assert {row["file"] for row in rows} == set(names)
+    assert [line.split("  ")[0].strip() for line in printed.out.splitlines()[:3]] == names
     for row, record in zip(rows, document["annotations"], strict=True):
         assert float(row["score"]) == pytest.approx(record["score"])
         assert float(row["right"]) - float(row["left"]) == pytest.approx(record["bbox"][2])

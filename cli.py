@@ -70,7 +70,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "dkdetr export runs/mine --out student.safetensors",
         "dkdetr export runs/mine --format onnx --vocab tools.vocab",
     ),
-    "convert": ("dkdetr convert r50_deformable_detr.pth start.safetensors",),
+    "convert": ("dkdetr convert deformable_detr_two_stage.pth start.safetensors",),
     "cache info": ("dkdetr cache info cache/lvis",),
     "cache verify": ("dkdetr cache verify cache/lvis --crop-modes all",),
     "cache repair": ("dkdetr cache repair cache/lvis",),

@@ -13,7 +13,7 @@ import select
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -70,7 +70,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         "dkdetr export runs/mine --out student.safetensors",
         "dkdetr export runs/mine --format onnx --vocab tools.vocab",
     ),
-    "convert": ("dkdetr convert r50_deformable_detr.pth start.safetensors",),
+    "convert": ("dkdetr convert deformable_detr_two_stage.pth start.safetensors",),
     "cache info": ("dkdetr cache info cache/lvis",),
     "cache verify": ("dkdetr cache verify cache/lvis --crop-modes all",),
     "cache repair": ("dkdetr cache repair cache/lvis",),
@@ -154,6 +154,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback
 _EXPORT_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torchscript": ".pt"}
 _answered: list[str | None] = []
 """Where this command has put its result: one answer a command."""
+_MOST_UNREADABLE = 20
+"""Pictures that `predict` names one by one."""
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -987,7 +989,8 @@ def predict_command(
     verbose: Verbose = False,
 ) -> None:
     """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
-    from dkdetr.inference.picture_sources import find_sources, open_pictures
+    from dkdetr.errors import DataError
+    from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
     from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
     from pipeline.open_vocabulary import load_detector
 
@@ -1004,9 +1007,10 @@ def predict_command(
         precision=_precision(precision) or "auto",
         compiled=compiled,
     )
+    unreadable: list[DataError] = []
     summary = predict_to_folder(
         detector,
-        open_pictures(sources, every=every),
+        open_pictures(sources, every=every, unreadable=unreadable),
         looked_for,
         out,
         draw=draw,
@@ -1017,10 +1021,15 @@ def predict_command(
         masks=masks,
     )
     _tell(summary.lines(), json_out)
-    _report(summary.as_json(), json_out)
+    _report(summary.as_json() | {"unreadable": [str(each) for each in unreadable]}, json_out)
+    for each in unreadable[:_MOST_UNREADABLE]:
+        _say(f"left out: {each}")
+    if len(unreadable) > _MOST_UNREADABLE:
+        _say(f"left out: {len(unreadable) - _MOST_UNREADABLE} more")
+    require_all_read(unreadable, len(sources), out)
 
 
-def _require_another_answer(json_out: str | None, sources: Sequence[Path]) -> None:
+def _require_another_answer(json_out: str | None, sources: Iterable[Path]) -> None:
     """Raises UsageError where --json names a picture that is read."""
     from dkdetr.errors import UsageError
 

@@ -28,6 +28,17 @@ def encoded(height: int = 60, width: int = 90, kind: str = "PNG", seed: int = 0)
     return buffer.getvalue()
 
 
+def lying(orientation: int, kind: str) -> bytes:
+    """A picture of 60 x 90, its upper half blue and its lower red, stored as a camera was held."""
+    upright = np.zeros((90, 60, 3), dtype=np.uint8)
+    upright[:45, :, 2] = upright[45:, :, 0] = 255
+    turns = {1: 0, 3: 2, 6: 1, 8: -1}
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.rot90(upright, turns[orientation])).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
 def served_parts(folder: Path, detector: DKDETR) -> ServedParts:
     cache = write_colored_cache(folder / "colored", names=EVIL)
     ensure_neighbors(cache, NeighborSettings(k=3))

@@ -1,7 +1,8 @@
 """The one way in which an image file becomes pixels, and the one way to find it.
 
-EXIF orientation is ignored everywhere: the boxes of COCO and LVIS are drawn on the pixels as they
-are stored, and rotating only some readers' pictures is how boxes and pixels part.
+EXIF orientation is ignored wherever a picture has annotations: the boxes of COCO and LVIS are drawn
+on the pixels as they are stored, and rotating only some readers' pictures is how boxes and pixels
+part. `decode_upright` is for pictures that a person brings, which have none.
 """
 
 import io
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageFile
 
+from dkdetr.data.upright import AS_STORED, orientation_of, turned_upright
 from dkdetr.errors import DataError
 
 MAX_IMAGE_PIXELS = 89_478_485
@@ -127,9 +129,13 @@ def read_image(path: Path, *, expected_hw: tuple[int, int]) -> UInt8[np.ndarray,
     return decode_image(data, path, expected_hw=expected_hw)
 
 
-def decode_any_size(data: bytes, path: Path) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the pixels of an image that no annotation describes; else as `decode_image`."""
-    return _decode(data, path, expected_hw=None)
+def decode_upright(data: bytes, path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], int]:
+    """Returns an unannotated image's pixels as a viewer shows them, and its EXIF orientation.
+
+    Of any size; else as `decode_image`. The orientation, 1 to 8, says how the file holds them.
+    """
+    stored, orientation = _decode(data, path, expected_hw=None)
+    return turned_upright(stored, orientation), orientation
 
 
 def decode_image(
@@ -141,10 +147,13 @@ def decode_image(
         UnreadableImageError: no JPEG, PNG, WebP or BMP, truncated, larger than MAX_IMAGE_PIXELS,
             more than 8 bits a channel, or not of the size that its annotation says.
     """
-    return _decode(data, path, expected_hw=expected_hw)
+    return _decode(data, path, expected_hw=expected_hw)[0]
 
 
-def _decode(data: bytes, path: Path, *, expected_hw: tuple[int, int] | None) -> np.ndarray:
+def _decode(
+    data: bytes, path: Path, *, expected_hw: tuple[int, int] | None
+) -> tuple[np.ndarray, int]:
+    """Returns the stored pixels, and the orientation, read only where no size is expected."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError(
             "a library set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: truncated images would pass as "
@@ -156,6 +165,7 @@ def _decode(data: bytes, path: Path, *, expected_hw: tuple[int, int] | None) -> 
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image, path, expected_hw)
             image.load()
+            orientation = orientation_of(image) if expected_hw is None else AS_STORED
             pixels = np.array(_to_rgb(image))
     except UnreadableImageError:
         raise
@@ -164,7 +174,7 @@ def _decode(data: bytes, path: Path, *, expected_hw: tuple[int, int] | None) -> 
         raise UnreadableImageError(f"image {path}: empty, damaged or none of {kinds}") from None
     except DECODER_ERRORS as error:
         raise UnreadableImageError(f"image {path}: {error}") from None
-    return pixels
+    return pixels, orientation
 
 
 def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int] | None) -> None:

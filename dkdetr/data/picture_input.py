@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from dkdetr.data.device_views import decoded_images
-from dkdetr.data.image_files import MODES, decode_any_size
+from dkdetr.data.image_files import MODES, decode_upright
 from dkdetr.data.transforms import evaluation_geometry, rendered_images
+from dkdetr.data.upright import orientation_of, turned_upright
 from dkdetr.errors import DataError, UsageError
 from dkdetr.structures import DecodedImages, ImageBatch
 
@@ -26,7 +27,9 @@ A tensor holds uint8, or floats in 0..1. Colours are RGB.
 
 
 def rgb_pixels(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns a picture's RGB pixels.
+    """Returns a picture's RGB pixels; of a file and of PIL upright, as its EXIF orientation says.
+
+    For what people bring, never for a data set's pictures, whose boxes lie on the stored pixels.
 
     Raises:
         DataError: a file that cannot be read (see `decode_image`).
@@ -35,13 +38,13 @@ def rgb_pixels(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
     if isinstance(picture, str | Path):
         path = Path(picture)
         try:
-            return decode_any_size(path.read_bytes(), path)
+            return decode_upright(path.read_bytes(), path)[0]
         except OSError as error:
             raise DataError(f"image {path}: {error.strerror or error}") from None
     if isinstance(picture, Image.Image):
         if picture.mode not in MODES:
             raise UsageError(f"a picture of kind '{picture.mode}' has more than 8 bits a channel")
-        return np.array(picture.convert("RGB"))
+        return turned_upright(np.array(picture.convert("RGB")), orientation_of(picture))
     if isinstance(picture, Tensor):
         return _from_tensor(picture)
     if picture.ndim == 2:

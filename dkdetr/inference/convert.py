@@ -29,6 +29,9 @@ _BOXES_SEEN: Mapping[Layout, str] = {
 # What a student may keep of its own start: no other project has it.
 _OURS_ALONE = r"kd_.+|denoising_content\..+|classifiers\..+|.+\.num_batches_tracked"
 _MASKS = "mask_head."
+_SELECTION = "trunk.query_selection.projection."
+"""What only two stages have: it makes proposals of the encoder's tokens."""
+_RELEASED_IN_BOTH_STAGES: frozenset[Layout] = frozenset({"deformable-detr", "transformers"})
 UNKNOWN = "unknown"
 """Why a tensor was left that no release of its layout is known to hold."""
 
@@ -63,9 +66,10 @@ def convert(path: Path, student: DKDETR, *, protocol: Protocol) -> ConversionRep
             was trained on make it a leak.
 
     Raises:
-        CorruptArtefactError: the file is no checkpoint, or not of a two-stage Deformable DETR.
+        CorruptArtefactError: the file is no checkpoint, or lacks tensors of its own layout.
         DataError: the detector has seen boxes of the protocol's novel classes.
-        MismatchError: a tensor has another shape than the student's.
+        MismatchError: a Deformable DETR of one stage, or a tensor of another shape than the
+            student's.
     """
     return take_over(path, read_tensors(path), student, protocol=protocol)
 
@@ -276,6 +280,13 @@ def _fill_gaps(
     if not any(key.startswith(_MASKS) for key in state):
         ours_alone += r"|mask_head\..+"  # a detector of boxes alone: the head keeps its start
     lost = [key for key in gaps if key not in state and not re.fullmatch(ours_alone, key)]
+    if layout in _RELEASED_IN_BOTH_STAGES and not any(key.startswith(_SELECTION) for key in state):
+        raise MismatchError(
+            f"'{path}' is a Deformable DETR of one stage, whose queries know no proposals; this "
+            "student starts from the two-stage one with box refinement: of its authors "
+            "'r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage', of "
+            "transformers 'SenseTime/deformable-detr-with-box-refine-two-stage'"
+        )
     if lost:
         kind = (
             "a ResNet-50" if layout == "resnet50" else "a two-stage, box-refining Deformable DETR"

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -50,7 +50,7 @@ class PredictionSummary:
         }
 
 
-def require_sources_apart(sources: Sequence[Path], out: Path) -> None:
+def require_sources_apart(sources: Iterable[Path], out: Path) -> None:
     """Refuses to draw in a folder where a source lies; called before anything is written.
 
     A drawing is called after its picture, `a.jpg` of `a.jpg` and of `a.png`: in the pictures' own
@@ -84,6 +84,8 @@ def predict_to_folder(
 ) -> PredictionSummary:
     """Writes predictions.json (a COCO document), predictions.csv and the pictures; returns counts.
 
+    Both call the pictures by their names; drawings of equal stems are told apart by numbers.
+
     Args:
         detector: the student.
         pictures: as they come; one batch is held at a time.
@@ -98,17 +100,18 @@ def predict_to_folder(
     document = _Document(vocabulary)
     counts: Counter[str] = Counter()
     table: list[tuple[str, str]] = []
+    drawings: set[str] = set()
     with atomic_file(out / "predictions.csv") as raw:
         rows = csv.writer(_Utf8(raw), lineterminator="\n")
         rows.writerow(_COLUMNS)
-        for name, prediction in _with_distinct_names(zip(named, found, strict=True)):
+        for name, prediction in zip((each.name for each in named), found, strict=True):
             rows.writerows(
                 [name, *(row[key] for key in _COLUMNS[1:])] for row in prediction.to_rows()
             )
             document.add(name, prediction)
             if draw:
                 picture = prediction.plot()
-                with atomic_file(out / f"{Path(name).stem}.jpg") as file:
+                with atomic_file(out / _drawing_name(name, drawings)) as file:
                     picture.save(file, format="JPEG", quality=92)
             own = Counter(prediction.names)
             counts += own
@@ -165,19 +168,14 @@ class _Utf8:
         self._raw.write(text.encode())
 
 
-def _with_distinct_names(
-    pairs: Iterable[tuple[NamedPicture, Prediction]],
-) -> Iterator[tuple[str, Prediction]]:
-    """Yields each picture's name, with a number where its stem has been taken."""
-    taken: set[str] = set()
-    for picture, prediction in pairs:
-        path = Path(picture.name)
-        name, number = path.name, 2
-        while Path(name).stem in taken:
-            name = f"{path.stem}-{number}{path.suffix}"
-            number += 1
-        taken.add(Path(name).stem)
-        yield name, prediction
+def _drawing_name(name: str, taken: set[str]) -> str:
+    """Returns the file name of a picture's drawing, with a number where its stem is `taken`."""
+    stem, number = Path(name).stem, 2
+    free = stem
+    while free in taken:
+        free, number = f"{stem}-{number}", number + 1
+    taken.add(free)
+    return f"{free}.jpg"
 
 
 def _described(counts: Counter[str]) -> str:

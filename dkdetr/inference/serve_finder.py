@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dkdetr.data.image_files import decode_any_size
+from dkdetr.data.image_files import decode_upright
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import UsageError
 from dkdetr.inference.predict import DKDETR
@@ -35,7 +35,10 @@ class Finder:
         return self._detector.vocabulary.names
 
     def find(self, data: bytes, words: str) -> dict[str, Any]:
-        """Returns what was found in an encoded picture, best first; boxes in its pixels.
+        """Returns what was found in an encoded picture, best first.
+
+        Width, height and boxes are those of the picture upright; `orientation` is EXIF's, 1 to 8,
+        by which the page turns what it shows.
 
         Args:
             data: a JPEG, PNG, WebP or BMP.
@@ -46,7 +49,7 @@ class Finder:
             DataError: not a picture, damaged, or of too many pixels.
         """
         vocabulary = self._vocabulary(words_of(words))
-        pixels = decode_any_size(data, Path("the upload"))
+        pixels, orientation = decode_upright(data, Path("the upload"))
         (found,) = self._detector.predict(
             pixels, vocabulary, threshold=LEAST_SCORE, max_detections=MAX_BOXES
         )
@@ -57,7 +60,13 @@ class Finder:
             )
         ]
         height, width = pixels.shape[:2]
-        return {"width": width, "height": height, "names": len(vocabulary), "boxes": boxes}
+        return {
+            "width": width,
+            "height": height,
+            "orientation": orientation,
+            "names": len(vocabulary),
+            "boxes": boxes,
+        }
 
     def _embed(self, words: tuple[str, ...]) -> Vocabulary:
         return self._detector.resolve(words or None)

@@ -76,13 +76,25 @@ function underlay(group, name, size, width) {
   group.insertBefore(draw("rect", plate), text);
 }
 
+// Boxes lie on the picture upright. Browsers turn some formats by their EXIF orientation and others
+// not, so once the server has told it the page turns the stored pixels itself.
+function asSeen({ width, height, orientation }) {
+  if (!orientation) return { width, height };
+  const [w, h] = orientation > 4 ? [height, width] : [width, height];
+  const turns = [
+    [1, 0, 0, 1, 0, 0], [-1, 0, 0, 1, w, 0], [-1, 0, 0, -1, w, h], [1, 0, 0, -1, 0, h],
+    [0, 1, 1, 0, 0, 0], [0, 1, -1, 0, h, 0], [0, -1, -1, 0, h, w], [0, -1, 1, 0, 0, w],
+  ];
+  return { class: "stored", width: w, height: h, transform: `matrix(${turns[orientation - 1].join(" ")})` };
+}
+
 function redraw() {
   at("threshold-shown").textContent = Number(at("threshold").value).toFixed(2);
   if (!state.found) return;
   const { width, height, boxes } = state.found;
   const view = at("view");
   view.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  view.replaceChildren(draw("image", { href: state.address, width, height }));
+  view.replaceChildren(draw("image", { href: state.address, ...asSeen(state.found) }));
   const size = Math.max(width, height) / 42;
   const kept = shown(boxes);
   const rows = [];
@@ -104,9 +116,9 @@ function redraw() {
   at("count").textContent = `${kept.length} ${kept.length === 1 ? "box" : "boxes"}${hidden ? `, ${hidden} hidden` : ""}${best}`;
 }
 
-// The picture as it is stored, before anything has been found in it.
+// The picture as this browser shows it, before anything has been found in it.
 async function showPicture() {
-  const bitmap = await createImageBitmap(state.picture, { imageOrientation: "none" }).catch(() => null);
+  const bitmap = await createImageBitmap(state.picture).catch(() => null);
   if (!bitmap) return false;
   state.found = { width: bitmap.width, height: bitmap.height, boxes: [] };
   bitmap.close();

@@ -3,19 +3,22 @@
 Needs the programs chromium and chromedriver (Debian: chromium, chromium-driver); `make browser`.
 """
 
+import io
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.wait import WebDriverWait
 
 from dkdetr.inference.serve_finder import MAX_UPLOAD_BYTES
-from tests.served_world import EVIL, encoded, served_parts, serving
+from tests.served_world import EVIL, encoded, lying, served_parts, serving
 from tests.unit.test_inference_serve import FakeText, make_detector
 
 pytestmark = pytest.mark.browser
@@ -117,6 +120,26 @@ def test_a_picture_words_and_boxes(page: WebDriver, world):
     set_threshold(page, 0.01)
     page.find_element(By.ID, "best").click()
     assert 0 < len(boxes(page)) < len(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [("JPEG", 6), ("JPEG", 8), ("PNG", 3), ("WEBP", 6), ("WEBP", 1)]
+)
+def test_a_picture_that_lies_is_shown_upright(page: WebDriver, world, kind: str, orientation: int):
+    """Blue above, red below, whatever the browser itself makes of the format's EXIF data."""
+    path = world[0] / "drop" / f"lying-{orientation}.{kind.lower()}"
+    path.write_bytes(lying(orientation, kind))
+    upload(page, path)
+    wait(page, lambda: "box" in text(page, "count"))
+    set_threshold(page, 0.99)
+    view = page.find_element(By.ID, "view")
+    assert view.get_dom_attribute("viewBox") == "0 0 60 90"
+    with Image.open(io.BytesIO(view.screenshot_as_png)) as shot:
+        shown = np.asarray(shot.convert("RGB")).astype(int)
+    height, width = shown.shape[:2]
+    above, below = shown[height // 4, width // 2], shown[3 * height // 4, width // 2]
+    assert above[2] > 200 > 60 > above[0]
+    assert below[0] > 200 > 60 > below[2]
 
 
 def test_a_picture_to_try_and_one_that_is_none(page: WebDriver, world):

@@ -61,13 +61,16 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert code == 0, printed.err
     document = json.loads((place / "found/predictions.json").read_text())
-    assert [image["file_name"] for image in document["images"]] == ["a.png", "größe.png", "a-2.png"]
+    # As they were named, and by their folders where that alone tells them apart.
+    names = ["in/a.png", "größe.png", "in/sub/a.png"]
+    assert [image["file_name"] for image in document["images"]] == names
     assert [c["name"] for c in document["categories"]] == ["hammer", "traffic light"]
     assert len(COCO(str(place / "found/predictions.json")).getImgIds()) == 3
     text = (place / "found/predictions.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == len(document["annotations"]) == 3 * 12 * 2
-    assert {row["file"] for row in rows} == {"a.png", "größe.png", "a-2.png"}
+    assert {row["file"] for row in rows} == set(names)
+    assert [line.split("  ")[0].strip() for line in printed.out.splitlines()[:3]] == names
     for row, record in zip(rows, document["annotations"], strict=True):
         assert float(row["score"]) == pytest.approx(record["score"])
         assert float(row["right"]) - float(row["left"]) == pytest.approx(record["bbox"][2])
@@ -76,6 +79,36 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
             assert drawn.size == size
     assert "72 boxes in 3 pictures" in printed.out
     assert json.loads((place / "r.json").read_text())["detections"] == 72
+
+
+def test_what_cannot_be_read_is_told_and_the_others_are_written(place: Path, monkeypatch, capsys):
+    for number in range(22):
+        (place / "in" / f"b{number:02}.jpg").write_bytes(b"a download that broke off")
+    common = ("predict", "--model", "s.safetensors", "--no-draw", "--json", "r.json")
+    assert exit_code(monkeypatch, *common, "in") == 3
+    printed = capsys.readouterr()
+    *named, rest, error = printed.err.strip().splitlines()
+    assert len(named) == 20
+    assert all(line.startswith(f"left out: image in/b{n:02}.jpg") for n, line in enumerate(named))
+    assert rest == "left out: 2 more"
+    assert error.startswith("error [3]: 22 of 24 files could not be read")
+    assert "'predictions'" in error
+    assert "in 2 pictures" in printed.out
+    document = json.loads((place / "predictions/predictions.json").read_text())
+    assert [each["file_name"] for each in document["images"]] == ["a.png", "größe.png"]
+    assert (place / "predictions/predictions.csv").is_file()
+    answer = json.loads((place / "r.json").read_text())
+    assert (answer["pictures"], len(answer["unreadable"])) == (2, 22)
+
+
+def test_where_nothing_can_be_read_nothing_is_written(place: Path, monkeypatch, capsys):
+    (place / "bad.jpg").write_bytes(b"no picture")
+    words = ("predict", "bad.jpg", "--model", "s.safetensors")
+    assert exit_code(monkeypatch, *words) == 3
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error [3]: image bad.jpg: empty, damaged")
+    assert len(error.splitlines()) == 1
+    assert not list((place / "predictions").iterdir())
 
 
 def test_the_students_own_names_and_a_file_of_others(place: Path, monkeypatch, capsys):

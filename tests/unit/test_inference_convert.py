@@ -1,6 +1,7 @@
 """Importers: each layout fabricated from a student by a table of its own, and carried back."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +279,19 @@ def test_other_sizes_are_named_and_leave_the_student_alone(tmp_path: Path, witho
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
-def test_a_detector_of_one_stage_lacks_tensors(tmp_path: Path, with_bias: DKDETR):
-    one_stage = {k: v for k, v in as_original(with_bias).items() if "enc_output" not in k}
+def test_a_detector_of_one_stage_is_another_model(tmp_path: Path, with_bias: DKDETR):
+    both = rf"enc_output|pos_trans|(?:class|bbox)_embed\.{LAYERS}\."
+    one_stage = {k: v for k, v in as_original(with_bias).items() if not re.search(both, k)}
+    one_stage["query_embed.weight"] = torch.zeros(300, 64)
     torch.save({"model": one_stage}, tmp_path / "detr.pth")
+    with pytest.raises(MismatchError, match=r"one stage.*two-stage one with box ref") as refused:
+        convert(tmp_path / "detr.pth", make_student(neck_bias=True, norm="frozen"), protocol="coco")
+    assert refused.value.exit_code == 4
+
+
+def test_a_detector_that_lacks_tensors_of_its_own_is_damaged(tmp_path: Path, with_bias: DKDETR):
+    damaged = {k: v for k, v in as_original(with_bias).items() if "pos_trans" not in k}
+    torch.save({"model": damaged}, tmp_path / "detr.pth")
     with pytest.raises(CorruptArtefactError, match="two-stage") as refused:
         convert(tmp_path / "detr.pth", make_student(neck_bias=True, norm="frozen"), protocol="coco")
     assert refused.value.exit_code == 5

@@ -94,11 +94,13 @@ def test_a_plot_tints_masks_and_nothing_else(detector):
 
 
 def test_the_document_holds_masks_and_their_areas(detector, tmp_path: Path):
-    pictures = [NamedPicture("a.png", picture(1)), NamedPicture("b.png", picture(2))]
+    pictures = [NamedPicture("x/a.png", picture(1)), NamedPicture("y/a.png", picture(2))]
     predict_to_folder(detector, pictures, VOCABULARY, tmp_path, threshold=0.0, max_detections=3)
     coco = COCO(str(tmp_path / "predictions.json"))
     assert len(coco.anns) == 6
     for annotation in coco.anns.values():
         assert coco.annToMask(annotation).sum() == annotation["area"]
-    with Image.open(tmp_path / "a.jpg") as shown:
-        assert shown.size == (90, 60)
+    assert [image["file_name"] for image in coco.imgs.values()] == ["x/a.png", "y/a.png"]
+    for name in ("a.jpg", "a-2.jpg"):
+        with Image.open(tmp_path / name) as shown:
+            assert shown.size == (90, 60)

@@ -255,6 +255,26 @@ def test_sources(tmp_path: Path, monkeypatch):
             names(word)
 
 
+def test_files_are_called_as_they_were_named(tmp_path: Path, monkeypatch):
+    for name in ("a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg", "1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+
+    def names(*words: str, stdin: str = "") -> list[str]:
+        return list(find_sources(words, stdin=io.StringIO(stdin)).values())
+
+    assert names("a") == ["1.jpg", "1.png"]
+    assert names(str(tmp_path / "b")) == ["1.jpg", "2.jpg"]
+    assert names("a", "b/") == ["a/1.jpg", "1.png", "b/1.jpg", "2.jpg"]
+    assert names("a", "1.jpg") == ["a/1.jpg", "1.png", "1.jpg"]
+    assert names("./b/1.jpg", "a/*.png", str(tmp_path / "1.jpg")) == [
+        "./b/1.jpg", "a/1.png", (tmp_path / "1.jpg").as_posix(),
+    ]  # fmt: skip
+    assert names("-", stdin="./a/1.jpg\nb\n") == ["./a/1.jpg", "1.jpg", "2.jpg"]
+    assert names("b/1.jpg", "b") == ["b/1.jpg", "2.jpg"]
+
+
 def test_frames_of_a_video(tmp_path: Path):
     import av
 
@@ -266,11 +286,32 @@ def test_frames_of_a_video(tmp_path: Path):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade, np.uint8))
             container.mux(stream.encode(frame))  # pyright: ignore
         container.mux(stream.encode())  # pyright: ignore
-    found = list(open_pictures([path], every=2))
-    assert [each.name for each in found] == [f"clip_{n:06d}.jpg" for n in (0, 2, 4)]
+    found = list(open_pictures({path: "sub/clip.mp4"}, every=2))
+    assert [each.name for each in found] == [f"sub/clip.mp4_{n:06d}.jpg" for n in (0, 2, 4)]
     for each, shade in zip(found, (0, 100, 200), strict=True):
         assert each.pixels.shape == (48, 64, 3)
         assert abs(float(each.pixels.mean()) - shade) < 4
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match="broken"):
-        list(open_pictures([tmp_path / "broken.mp4"]))
+        list(open_pictures({tmp_path / "broken.mp4": "broken.mp4"}))
+
+
+@pytest.mark.parametrize("degrees", [0, -90, 90, 180])
+def test_frames_of_a_lying_video_are_upright(tmp_path: Path, degrees: int):
+    import av
+
+    path = tmp_path / "clip.mp4"
+    upright = np.zeros((96, 64, 3), np.uint8)
+    upright[:48] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stored = np.ascontiguousarray(np.rot90(upright, -degrees // 90))
+        stream.height, stream.width = stored.shape[:2]  # pyright: ignore
+        stream.pix_fmt = "yuv420p"  # pyright: ignore
+        stream.set_display_rotation(degrees)  # pyright: ignore
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(stored)))  # pyright: ignore
+        container.mux(stream.encode())  # pyright: ignore
+    (found,) = open_pictures({path: "clip.mp4"})
+    assert found.pixels.shape == (96, 64, 3)
+    assert found.pixels[:40].mean() > 240
+    assert found.pixels[56:].mean() < 15

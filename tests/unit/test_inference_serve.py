@@ -20,9 +20,9 @@ from dkdetr.errors import UsageError
 from dkdetr.inference import serve as served
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.serve import ServedParts, listen, serve
-from dkdetr.inference.serve_finder import words_of
+from dkdetr.inference.serve_finder import Finder, words_of
 from dkdetr.inference.serve_guard import allowed_hosts
-from tests.served_world import EVIL, ask, encoded, served_parts, serving
+from tests.served_world import EVIL, ask, encoded, lying, served_parts, serving
 
 NAMES = ("cat", "traffic cone", "dog")
 PNG = {"content-type": "image/png"}
@@ -82,6 +82,15 @@ def test_the_boxes_are_those_of_predict(port: int, parts: ServedParts):
     _, own = predict(port, data)
     assert {each["name"] for each in own["boxes"]} <= set(NAMES)
     assert own["names"] == 3
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_picture_that_lies_is_looked_at_upright(parts: ServedParts, orientation: int):
+    """What the page turns by `orientation` is what the boxes lie on."""
+    finder = Finder(parts.detector)
+    found = finder.find(lying(orientation, "PNG"), "saw")
+    assert (found["width"], found["height"], found["orientation"]) == (60, 90, orientation)
+    assert found["boxes"] == finder.find(lying(1, "PNG"), "saw")["boxes"] != []
 
 
 def test_about_says_what_there_is(port: int):

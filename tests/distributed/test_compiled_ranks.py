@@ -4,6 +4,9 @@ import pytest
 
 from tests.distributed.two_ranks import found_by_two_ranks
 
+# Two compilations at once: most of a minute (`make distributed`).
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):

@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 # The versions this project is tested with; pip's settings decide which build of them comes. Others are
-# exported rather than typed once: `make` without them installs these again.
+# exported rather than typed once: `make` without them asks pip for these again (a build of the same version stays).
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 FAISS ?= cpu
 

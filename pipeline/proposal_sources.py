@@ -22,6 +22,7 @@ from pipeline.proposal_network import NetworkProposals, load_network
 from pipeline.proposals import ProposalSource
 
 NETWORK_FILE = "proposals/network.safetensors"
+_STUDENT_FILE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
         packed = pack_file(Path(spec.path), spec.options, split, cache_path / "proposals")
         return f"packed:{packed.resolve()}"
     if spec.kind == "student":
-        return f"student:{_student_place(Path(spec.path)).resolve()}"
+        place = _student_place(Path(spec.path))
+        # A hub's cache links to files without an ending, by which a student file is known.
+        is_file = place.suffix == _STUDENT_FILE
+        return f"student:{place.absolute() if is_file else place.resolve()}"
     return f"network:{_network_file(Path(spec.path)).resolve()}"
 
 
@@ -84,7 +88,7 @@ def _network_file(given: Path) -> Path:
 
 
 def _student_place(given: Path) -> Path:
-    if given.suffix != ".safetensors":
+    if given.suffix != _STUDENT_FILE:
         return find_checkpoint(given)
     if not given.is_file():
         raise DataError(f"proposals '{given}': no such student file")
@@ -102,7 +106,7 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
         seen, source = facts["seen"], "fit"
         image_size, names = int(facts["image_size"]), tuple(seen["names"])
         details = {key: value for key, value in seen.items() if key != "names"}
-    elif path.endswith(".safetensors"):
+    elif path.endswith(_STUDENT_FILE):
         file = load_student_file(Path(path))
         trunk, source = build_trunk_from_file(Path(path), file), "student"
         image_size = file.config.data.image_size

@@ -100,8 +100,8 @@ def training_images(
     """
     if not split.is_train:
         raise DataError(
-            f"{split.name} is no training split: a student trained on it would be scored on what "
-            "it has learned by heart"
+            f"{split.name} is no training split, as its name or its folder's says: a student "
+            "trained on it would be scored on what it has learned by heart"
         )
     base = vocabulary.base()
     _check_vocabulary(split, base)

@@ -12,9 +12,9 @@ from dkdetr.data.annotations import ImageInfo
 from dkdetr.data.image_files import DECODER_ERRORS, FORMATS
 from dkdetr.data.problems import Problems
 from dkdetr.data.splits import Split
+from dkdetr.data.upright import orientation_of
 
 _MOST = 1000
-_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)
 _FAULTS = {
     "turned": "annotated as a viewer turns it (EXIF orientation), but pictures are read as they "
@@ -54,9 +54,7 @@ def _fault(split: Split, image: ImageInfo) -> tuple[str, str] | None:
             stored = picture.size
             if stored == wanted:
                 return None
-            turned = stored[::-1] == wanted and (
-                picture.getexif().get(_ORIENTATION) in _QUARTER_TURNS
-            )
+            turned = stored[::-1] == wanted and orientation_of(picture) in _QUARTER_TURNS
     except DECODER_ERRORS:
         return "header", ""
     sizes = f": {stored[0]} x {stored[1]}, annotated {wanted[0]} x {wanted[1]}"

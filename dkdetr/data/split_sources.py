@@ -20,8 +20,9 @@ PICTOGRAMS: dict[str, tuple[str, str]] = {
 """Size and part of the embedded data set's splits; `held` shows drawings in a style of its own."""
 KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
-_PART_FOLDER = re.compile(rf"(train|training|{'|'.join(sorted(_HELD_OUT_WORDS))})[-_]?\d*")
-"""A whole folder's name: `valid`, `val2017`; `test_of_mine` may hold anything."""
+_PART_FOLDER = re.compile(r"(train|training|val|valid|validation|minival|test)[-_]?\d*")
+"""A whole folder's name: `valid`, `val2017`; `test_of_mine` and `dev` may hold anything."""
+_INNER_FOLDERS = {"annotations", "labels"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def own_split(name: str) -> OwnSplit:
 
     It is for training unless the file's name has the word val, test or dev in it and not `train`.
     Where the name has none of these words, its folder's says it (`valid/_annotations.coco.json`),
-    or that of the folder above (`val/annotations/instances_default.json`); not for VOC's lists.
+    or that of the one above `annotations` (`val/annotations/instances_default.json`); not for
+    VOC's lists.
     """
     kind, _, rest = name.partition(":")
     folder, colon, file = rest.rpartition(":")
@@ -169,12 +171,16 @@ def own_split(name: str) -> OwnSplit:
 
 
 def _means_training(file: str) -> bool:
-    """Returns what the nearest word says, the file's own or one of the two folders above it."""
-    own = _word_of(file)
+    """Returns what the nearest word says, the file's own or its folder's.
+
+    A folder that is called for holding annotations leaves the word to the one above it.
+    """
     # Absolute: the same split, named from another folder, is the same.
-    folders = [folder.name.lower() for folder in Path(file).absolute().parents[:2]]
-    named = (found[1] for name in folders if (found := _PART_FOLDER.fullmatch(name)))
-    return (own or _word_of(next(named, ""))) != "held out"
+    folder = Path(file).absolute().parent
+    if folder.name.lower() in _INNER_FOLDERS:
+        folder = folder.parent
+    named = _PART_FOLDER.fullmatch(folder.name.lower())
+    return (_word_of(file) or _word_of(named[1] if named else "")) != "held out"
 
 
 def _word_of(file: str) -> Literal["train", "held out"] | None:

@@ -115,8 +115,9 @@ def test_ovcoco_hides_novel_boxes_and_drops_unused_names(tmp_path):
         ("image_info_test-dev", False), ("lvis_v1_minival", False),
         ("valid/_annotations.coco", False), ("train/_annotations.coco", True),
         ("val2017/annotations/instances_default", False), ("test/train/mine", True),
+        ("test/labels/mine", False),
         ("test/instances_train", True), ("train/my-val", False),
-        ("test/a/b/mine", True), ("test_of_mine/mine", True),
+        ("test/a/mine", True), ("test_of_mine/mine", True), ("dev/mine", True),
     ],
 )  # fmt: skip
 def test_the_nearest_word_says_whether_one_may_train(name, is_train, tmp_path):

@@ -128,6 +128,12 @@ def test_a_student_file_proposes_as_the_student_does_and_keeps_its_mark(split, t
     with pytest.raises(DataError, match="it learned the boxes of 17"):
         check_leaks(opened().seen, split)
 
+    target = tmp_path / "0f3a"  # as in a hub's cache
+    path.rename(target)
+    path.symlink_to(target)
+    assert opened().identity["source"] == "student"
+    path.unlink()
+
     bare = {k: v for k, v in file.tensors.items() if k.startswith("trunk.backbone.")}
     save_student_file(path, replace(file, tensors=bare, provenance={"layout": "resnet50"}))
     with pytest.raises(MismatchError, match="first stage's tensors"):

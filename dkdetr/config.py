@@ -202,7 +202,7 @@ class KDConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for settings that contradict each other."""
         if not self.auxiliary_queries and self.alignment == "hybrid":
-            raise ValueError("alignment = hybrid wants auxiliary_queries = true: it anchors some")
+            raise ValueError("alignment = hybrid wants KD queries, so auxiliary_queries = true")
         if not self.auxiliary_queries and self.content == "slots":
             raise ValueError("content = slots is for KD queries and wants auxiliary_queries = true")
         if self.alignment == "hybrid" and self.regions_per_image == 1:
@@ -241,8 +241,8 @@ class KDConfig:
     @property
     def anchored_regions(self) -> int:
         """The first of the offered regions, at whose boxes KD queries are anchored."""
-        if self.alignment == "cached":
-            return self.regions_per_image if self.auxiliary_queries else 0
+        if self.paired_from_start:
+            return self.regions_per_image
         return self.regions_per_image // 2 if self.alignment == "hybrid" else 0
 
 

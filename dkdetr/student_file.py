@@ -24,6 +24,8 @@ from dkdetr.experiment_file import config_from_dict, config_to_dict
 from dkdetr.student.build import build_student, build_trunk
 from dkdetr.student.detector import DKDETR, KD_PREFIX, ProposingTrunk
 
+STUDENT_SUFFIX = ".safetensors"
+"""Ends the name of such a file, by which it is told from a run and its checkpoints."""
 _FORMAT = "dkdetr-student-1"
 _TEXT = "vocabulary.embeddings"
 _TRUNK = "trunk."

@@ -16,13 +16,12 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError, UsageError
-from dkdetr.student_file import build_trunk_from_file, load_student_file
+from dkdetr.student_file import STUDENT_SUFFIX, build_trunk_from_file, load_student_file
 from pipeline.file_proposals import FileOptions, FileProposals, pack_file, parse_file_options
 from pipeline.proposal_network import NetworkProposals, load_network
 from pipeline.proposals import ProposalSource
 
 NETWORK_FILE = "proposals/network.safetensors"
-_STUDENT_FILE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
     if spec.kind == "student":
         place = _student_place(Path(spec.path))
         # A hub's cache links to files without an ending, by which a student file is known.
-        is_file = place.suffix == _STUDENT_FILE
+        is_file = place.suffix == STUDENT_SUFFIX
         return f"student:{place.absolute() if is_file else place.resolve()}"
     return f"network:{_network_file(Path(spec.path)).resolve()}"
 
@@ -88,7 +87,7 @@ def _network_file(given: Path) -> Path:
 
 
 def _student_place(given: Path) -> Path:
-    if given.suffix != _STUDENT_FILE:
+    if given.suffix != STUDENT_SUFFIX:
         return find_checkpoint(given)
     if not given.is_file():
         raise DataError(f"proposals '{given}': no such student file")
@@ -106,7 +105,7 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
         seen, source = facts["seen"], "fit"
         image_size, names = int(facts["image_size"]), tuple(seen["names"])
         details = {key: value for key, value in seen.items() if key != "names"}
-    elif path.endswith(_STUDENT_FILE):
+    elif path.endswith(STUDENT_SUFFIX):
         file = load_student_file(Path(path))
         trunk, source = build_trunk_from_file(Path(path), file), "student"
         image_size = file.config.data.image_size
@@ -124,7 +123,7 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
             "experiment": checkpoint.config.name,
             "iterations": checkpoint.progress.iteration,
         }
-        run = RunFolder(Path(path).parent.parent)
+        run = RunFolder.of_checkpoint(Path(path))
         saw_boxes_of = run.read_provenance().get("saw_boxes_of")
     return NetworkProposals(
         trunk.to(device),

@@ -20,7 +20,8 @@ PICTOGRAMS: dict[str, tuple[str, str]] = {
 """Size and part of the embedded data set's splits; `held` shows drawings in a style of its own."""
 KINDS: dict[str, Protocol] = {"coco": "coco", "ovcoco": "ovcoco", "lvis": "lvis"}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "minival", "test", "dev"}
-_PART_FOLDER = re.compile(r"(train|training|val|valid|validation|minival|test)[-_]?\d*")
+_PART_WORDS = {"train", "training", *_HELD_OUT_WORDS} - {"dev"}
+_PART_FOLDER = re.compile(rf"({'|'.join(sorted(_PART_WORDS))})[-_]?\d*")
 """A whole folder's name: `valid`, `val2017`; `test_of_mine` and `dev` may hold anything."""
 _INNER_FOLDERS = {"annotations", "labels"}
 

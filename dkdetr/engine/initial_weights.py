@@ -76,8 +76,9 @@ def boxes_seen_before(file: StudentFile | None, burn_in: Path | None, split: Spl
     seen = None if file is None else boxes_seen(file, split)
     if seen is None and burn_in is not None:
         # Not looked for here: a run that goes on from its own checkpoints needs it no more.
-        run = burn_in.parent.parent if burn_in.suffix == ".pt" else burn_in
-        seen = RunFolder(run).read_provenance().get("saw_boxes_of")
+        is_file = burn_in.suffix == ".pt"
+        run = RunFolder.of_checkpoint(burn_in) if is_file else RunFolder(burn_in)
+        seen = run.read_provenance().get("saw_boxes_of")
     return seen
 
 

@@ -32,6 +32,11 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> "RunFolder":
+        """Returns the run that a checkpoint, or its marker, lies in."""
+        return cls(path.parent.parent)
+
     @property
     def config(self) -> Path:
         """The resolved settings."""
@@ -124,7 +129,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def newest_run(runs: Path) -> Path | None:
     """Returns the run folder with the newest checkpoint below `runs`, or None."""
     markers = sorted(runs.glob(f"*/checkpoints/{_MARKERS}"), key=lambda path: path.stat().st_mtime)
-    return markers[-1].parent.parent if markers else None
+    return RunFolder.of_checkpoint(markers[-1]).path if markers else None
 
 
 def require_newest_run(hint: str) -> Path:

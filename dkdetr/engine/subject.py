@@ -11,7 +11,7 @@ from dkdetr.engine.checkpoint import load_student, open_checkpoint
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.student.detector import DKDETR
-from dkdetr.student_file import build_from_file, load_student_file
+from dkdetr.student_file import STUDENT_SUFFIX, build_from_file, load_student_file
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ def load_subject(
         UsageError: an average is asked for and there is none.
         MismatchError: the file holds no whole student, or no vocabulary and none is given.
     """
-    if place.suffix == ".safetensors":
+    if place.suffix == STUDENT_SUFFIX:
         if averaged:
             raise UsageError(f"'{place}' holds one set of weights: leave --ema out")
         return _from_file(place, vocabulary)
     path, checkpoint = open_checkpoint(place)
-    run = path.parent.parent
+    run = RunFolder.of_checkpoint(path)
     return Subject(
         path=path,
         student=load_student(checkpoint, averaged=averaged),
         config=checkpoint.config,
         vocabulary=checkpoint.vocabulary,
         train_split=checkpoint.cache_split,
-        provenance=RunFolder(run).read_provenance(),
-        folder=run,
+        provenance=run.read_provenance(),
+        folder=run.path,
     )
 
 

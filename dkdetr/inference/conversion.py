@@ -21,7 +21,7 @@ from dkdetr.inference.convert import (
 )
 from dkdetr.inference.foreign_names import join_attention, pivot_name, recognise
 from dkdetr.student.build import build_student
-from dkdetr.student_file import StudentFile, save_student_file
+from dkdetr.student_file import STUDENT_SUFFIX, StudentFile, save_student_file
 
 _CLIP_DIM = 512
 _MOST_UNKNOWN = 20
@@ -84,8 +84,8 @@ def convert_file(
     Raises:
         DkdetrError: see `take_over`, `load_experiment` and `load_vocabulary`.
     """
-    if out.suffix != ".safetensors":
-        raise UsageError(f"'{out}': a student file's name ends in .safetensors")
+    if out.suffix != STUDENT_SUFFIX:
+        raise UsageError(f"'{out}': a student file's name ends in {STUDENT_SUFFIX}")
     foreign = read_tensors(source)
     settings: dict[str, Any] = {}
     text_dim = _CLIP_DIM

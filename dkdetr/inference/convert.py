@@ -18,6 +18,7 @@ from torch import Tensor
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
 from dkdetr.inference.foreign_names import Layout, join_attention, pivot_name, recognise
 from dkdetr.student.detector import DKDETR
+from dkdetr.student_file import TRAINING_ONLY
 
 Protocol = Literal["lvis", "coco", "ovcoco"]
 
@@ -27,7 +28,10 @@ _BOXES_SEEN: Mapping[Layout, str] = {
     "transformers": "COCO boxes of all 80 classes",
 }
 # What a student may keep of its own start: no other project has it.
-_OURS_ALONE = r"kd_.+|denoising_content\..+|classifiers\..+|.+\.num_batches_tracked"
+_OURS_ALONE = "|".join(
+    (*(rf"{re.escape(start)}.+" for start in (*TRAINING_ONLY, "classifiers.")),
+     r".+\.num_batches_tracked")
+)  # fmt: skip
 _MASKS = "mask_head."
 _SELECTION = "trunk.query_selection.projection."
 """What only two stages have: it makes proposals of the encoder's tokens."""

@@ -237,10 +237,15 @@ def test_from_pretrained(tmp_path: Path, detector: DKDETR):
         DKDETR.from_pretrained(tmp_path / "absent.safetensors")
 
 
+def write_names(folder: Path, *names: str) -> None:
+    """Files of these names, of which nobody reads more."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
 def test_sources(tmp_path: Path, monkeypatch):
-    for name in ("b.jpg", "a.PNG", "größe 1.jpeg", "notes.txt", "sub/c.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
+    write_names(tmp_path, "b.jpg", "a.PNG", "größe 1.jpeg", "notes.txt", "sub/c.jpg")
     monkeypatch.chdir(tmp_path)
 
     def names(*words: str, stdin: str = "") -> list[str]:
@@ -256,9 +261,7 @@ def test_sources(tmp_path: Path, monkeypatch):
 
 
 def test_files_are_called_as_they_were_named(tmp_path: Path, monkeypatch):
-    for name in ("a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg", "1.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
+    write_names(tmp_path, "a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg", "1.jpg")
     monkeypatch.chdir(tmp_path)
 
     def names(*words: str, stdin: str = "") -> list[str]:

@@ -154,6 +154,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback
 _EXPORT_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torchscript": ".pt"}
 _answered: list[str | None] = []
 """Where this command has put its result: one answer a command."""
+_DEFAULT_EXPERIMENT = "lvis_r50_70e"
+"""The experiment whose student `convert` makes, and whose backbone `fetch` gets."""
 _MOST_UNREADABLE = 20
 """Pictures that `predict` names one by one."""
 _OUT_OF_MEMORY = "OutOfMemoryError"
@@ -1229,7 +1231,7 @@ def convert_command(
     out: Annotated[Path, typer.Argument(help="The student file to write (.safetensors)")],
     experiment: Annotated[
         str, typer.Option(help="Whose student it becomes: a shipped name or a TOML file")
-    ] = "lvis_r50_70e",
+    ] = _DEFAULT_EXPERIMENT,
     protocol: Annotated[
         str, typer.Option(help="What it will be scored by: lvis, ovcoco or coco")
     ] = "lvis",
@@ -1264,10 +1266,15 @@ def fetch_command(
     from_bundle: Annotated[
         Path | None, typer.Option(help="Put what this tar holds where the libraries look")
     ] = None,
-    teacher: Annotated[str, typer.Option(help="As for cache-teacher")] = DEFAULT_TEACHER,
+    teacher: Annotated[
+        str | None, typer.Option(help="As for cache-teacher", show_default=DEFAULT_TEACHER)
+    ] = None,
     experiment: Annotated[
-        str, typer.Option(help="Whose backbone: a shipped name or a TOML file")
-    ] = "lvis_r50_70e",
+        str | None,
+        typer.Option(
+            help="Whose backbone: a shipped name or a TOML file", show_default=_DEFAULT_EXPERIMENT
+        ),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="teacher or backbone")] = None,
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1282,13 +1289,18 @@ def fetch_command(
 
     if bundle and from_bundle:
         raise UsageError("--bundle writes one, --from-bundle reads one: give one of them")
+    if from_bundle and (teacher or experiment or only):
+        raise UsageError(
+            "--from-bundle puts in place all that its tar holds: --teacher, --experiment and "
+            "--only say what --bundle writes"
+        )
     wanted: Any = _one_of("--only", only, ("teacher", "backbone")) if only else None
     fetched = (
         install(from_bundle)
         if from_bundle
         else fetch(
-            None if wanted == "backbone" else teacher,
-            None if wanted == "teacher" else experiment,
+            None if wanted == "backbone" else teacher or DEFAULT_TEACHER,
+            None if wanted == "teacher" else experiment or _DEFAULT_EXPERIMENT,
             bundle,
             _say,
         )

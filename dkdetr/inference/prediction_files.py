@@ -84,7 +84,8 @@ def predict_to_folder(
 ) -> PredictionSummary:
     """Writes predictions.json (a COCO document), predictions.csv and the pictures; returns counts.
 
-    Both call the pictures by their names; drawings of equal stems are told apart by numbers.
+    Both call the pictures by their names. Drawings of equal stems are told apart by numbers; which
+    is whose, `drawing` of the document's images says.
 
     Args:
         detector: the student.
@@ -108,11 +109,12 @@ def predict_to_folder(
             rows.writerows(
                 [name, *(row[key] for key in _COLUMNS[1:])] for row in prediction.to_rows()
             )
-            document.add(name, prediction)
-            if draw:
+            drawing = _drawing_name(name, drawings) if draw else None
+            if drawing is not None:
                 picture = prediction.plot()
-                with atomic_file(out / _drawing_name(name, drawings)) as file:
+                with atomic_file(out / drawing) as file:
                     picture.save(file, format="JPEG", quality=92)
+            document.add(name, prediction, drawing)
             own = Counter(prediction.names)
             counts += own
             table.append((name, _described(own)))
@@ -140,12 +142,11 @@ class _Document:
             "categories": [{"id": number, "name": name} for number, name in names],
         }
 
-    def add(self, name: str, prediction: Prediction) -> None:
+    def add(self, name: str, prediction: Prediction, drawing: str | None) -> None:
         image_id = len(self.content["images"]) + 1
         height, width = prediction.image.shape[:2]
-        self.content["images"].append(
-            {"id": image_id, "file_name": name, "height": height, "width": width}
-        )
+        image = {"id": image_id, "file_name": name, "height": height, "width": width}
+        self.content["images"].append(image | ({"drawing": drawing} if drawing else {}))
         for record in prediction.to_coco(image_id):
             number = len(self.content["annotations"]) + 1
             area = _area(record)

@@ -64,6 +64,8 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
     # As they were named, and by their folders where that alone tells them apart.
     names = ["in/a.png", "größe.png", "in/sub/a.png"]
     assert [image["file_name"] for image in document["images"]] == names
+    drawings = [image["drawing"] for image in document["images"]]
+    assert drawings == ["a.jpg", "größe.jpg", "a-2.jpg"]
     assert [c["name"] for c in document["categories"]] == ["hammer", "traffic light"]
     assert len(COCO(str(place / "found/predictions.json")).getImgIds()) == 3
     text = (place / "found/predictions.csv").read_text(encoding="utf-8")
@@ -96,6 +98,7 @@ def test_what_cannot_be_read_is_told_and_the_others_are_written(place: Path, mon
     assert "in 2 pictures" in printed.out
     document = json.loads((place / "predictions/predictions.json").read_text())
     assert [each["file_name"] for each in document["images"]] == ["a.png", "größe.png"]
+    assert not any("drawing" in each for each in document["images"])
     assert (place / "predictions/predictions.csv").is_file()
     answer = json.loads((place / "r.json").read_text())
     assert (answer["pictures"], len(answer["unreadable"])) == (2, 22)

@@ -158,3 +158,10 @@ def test_as_typed(machine, tmp_path, monkeypatch):
     assert "new  clip/weights.safetensors" in done.stdout
     both = CliRunner().invoke(cli.app, [*words, "--from-bundle", "b.tar"])
     assert both.exit_code == 2
+
+
+@pytest.mark.parametrize("choice", ["--teacher", "--experiment", "--only"])
+def test_a_part_of_a_bundle_is_not_put_in_place(choice):
+    done = CliRunner().invoke(cli.app, ["fetch", "--from-bundle", "b.tar", choice, "teacher"])
+    assert done.exit_code == 2
+    assert "all that its tar holds" in done.stderr

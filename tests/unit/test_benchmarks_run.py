@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.benchmarks.__main__ import BENCHMARKS, ROOT, Benchmark, _run, new_page
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -86,6 +88,12 @@ def test_a_crash_says_where_it_was(monkeypatch) -> None:
     assert "exit code -11 (SIGSEGV)" in page
     assert "Fatal Python error: Segmentation fault" in page
     assert "cache_reader.py" in page.split("Fatal Python error")[1]
+
+
+@pytest.fixture(autouse=True)
+def _leftovers_go(monkeypatch, tmp_path: Path) -> None:
+    """Who is killed removes no temporary files: those of a benchmark go with the test's."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 class LateTimer:

@@ -28,7 +28,7 @@ from tests.benchmarks.machine import describe
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 3600
 _PACKAGES = ("torch", "torchvision", "triton", "transformers", "open_clip_torch", "faiss-cpu",
-             "zarr", "numpy", "pillow")  # fmt: skip
+             "zarr", "numpy", "pillow", "lvis", "faster-coco-eval", "hotcoco")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ BENCHMARKS = (
         "cache_reader", "The cache's reader", cpu="--images 64 --seconds 1", peers=recorded.READER
     ),
     Benchmark(
-        "scoring", "Scoring", cpu="--images 100 --official", gpu="--official",
+        "scoring", "Scoring", cpu="--images 200 --peers", gpu="--peers",
         peers=recorded.SCORING,
     ),
     Benchmark("neighbors", "Neighbour lists", cpu="--images 500"),

@@ -57,6 +57,10 @@ def by_seed(*of: str) -> str:
     return ", ".join(f"{each:+.1f}" for each in less(*of))
 
 
+def bracket(values: list[float]) -> str:
+    return f"{mean(values):+.1f} [{min(values):+.1f}, {max(values):+.1f}]"
+
+
 def average(*of: str) -> str:
     return f"{mean(less(*of)):+.1f}"
 
@@ -169,17 +173,49 @@ def test_what_another_cache_and_another_weight_of_l1_moved_is_of_the_records():
             f"{label} {scores(OTHER, row, 'APr')[0]:.2f} ({min(values):.2f} to {max(values):.2f}"
         ) in page
     lighter = json.loads((EXPERIMENTS / "results/small_long/l1_weight_0.3.json").read_text())
-    four = [100 * lighter["metrics"][group] for group in GROUPS]
-    told = [" / ".join(f"{scores(OTHER, row, group)[0]:.1f}" for group in GROUPS)
-            for row in ("skd_l1", "baseline", "skd")]  # fmt: skip
-    assert (
-        f"{' / '.join(f'{each:.1f}' for each in four)} against {told[0]} (baseline {told[1]})"
-    ) in page
-    assert f"behind BCE ({told[2]})" in page
-    gains = [each - scores(OTHER, "baseline", g)[0] for each, g in zip(four, GROUPS, strict=True)]
+    gains = [100 * lighter["metrics"][g] - scores(OTHER, "baseline", g)[0] for g in GROUPS]
     assert f"{gains[0]:+.1f} (common {gains[1]:+.1f}, frequent {gains[2]:+.1f})" in page
-    assert f"it is {gains[3]:+.1f} over the baseline" in page
-    assert f"weight 1 gives {average(OTHER, 'skd_l1', 'baseline', 'AP')}" in page
+
+
+def test_three_weights_of_l1_are_of_the_records():
+    page, studies = words_of("README.md"), words_of("STUDIES.md")
+    ahead = {}
+    for weight in (".1", ".3", "1"):
+        folder = LONG if weight == "1" else f"small_long_l1/weight_0{weight}"
+        records = sorted((EXPERIMENTS / "results" / folder).glob("seed*/skd_l1/row.json"))
+        for place, path in enumerate(records):
+            kept = json.loads(path.read_text())
+            beside = record(EXPERIMENTS / "results" / LONG, "skd", str(place))
+            assert kept["cache_fingerprint"] == beside["cache_fingerprint"]
+            assert kept["config"]["kd"]["skd"]["weight"] == float(weight)
+            assert f"{place}/burn_in" in kept["commands"][0]
+        l1 = {group: scores(folder, "skd_l1", group) for group in GROUPS}
+        assert len(l1["AP"]) == 3
+        gains = {
+            group: [mine - its for mine, its in zip(l1[group], scores(LONG, "baseline", group),
+                                                    strict=True)]
+            for group in GROUPS
+        }  # fmt: skip
+        ahead[weight] = {
+            group: [its - mine for mine, its in zip(l1[group], scores(LONG, "skd", group),
+                                                    strict=True)]
+            for group in GROUPS
+        }  # fmt: skip
+        assert min(ahead[weight]["AP"]) > 0
+        assert min(ahead[weight]["APf"]) > 0
+        if weight != "1":
+            told = " / ".join(bracket(gains[group]) for group in GROUPS)
+            assert f"weight {weight} {told}" in page
+            assert min(ahead[weight]["APr"]) > 0
+    assert sum(each > 0 for each in ahead[".1"]["APc"]) == 2
+    assert min(ahead[".3"]["APc"] + ahead["1"]["APc"]) > 0
+    ap = {weight: bracket(of["AP"]) for weight, of in ahead.items()}
+    assert f"in AP is {ap['.1']} at .1, {ap['.3']} at .3 and {ap['1']} at 1;" in page
+    novel = ", ".join(bracket(of["APr"]) for of in ahead.values())
+    assert f"on novel names {novel}." in page
+    means = [[f"{mean(of[group]):.1f}" for of in ahead.values()] for group in ("AP", "APr")]
+    assert f"(by {', '.join(means[0])} on average)" in studies
+    assert f"at .1 and .3 (by {', '.join(means[1][:2])})" in studies
 
 
 def test_figures_of_tuning_and_of_the_losses_alone_are_of_the_records():

@@ -241,6 +241,11 @@ def _parse_override(override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set wants KEY=VALUE, got '{override}'")
+    if path.split(".")[0] == "ablate":
+        raise ConfigError(
+            f"'{path}': what one row of `dkdetr ablate` sets stands in an experiment file, in "
+            "[ablate.ROW]; --set is for all rows"
+        )
     try:
         nested: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -79,3 +79,6 @@ def test_an_experiment_file_may_tune_rows(tmp_path):
     path.write_text('extends = "trial"\nablate = 3\n')
     with pytest.raises(ConfigError, match="ablate"):
         load_experiment(str(path))
+    for override in ("ablate.skd_l1.kd.skd.weight=0.3", "ablate=3"):
+        with pytest.raises(ConfigError, match="stands in an experiment file"):
+            load_experiment("trial", [override])

@@ -2,16 +2,22 @@
 
 import errno
 import fcntl
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from dkdetr.errors import DkdetrError
 
 _FILE = ".lock"
 # What file systems answer that know no locks (some network mounts).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_PAUSE_S = 5.0
+_PAUSES_AFTER_REQUEUE = 36
+"""Three minutes: a network file system keeps a dead machine's locks for about half of that."""
 
 
 class FolderLockedError(DkdetrError):
@@ -24,7 +30,8 @@ class FolderLockedError(DkdetrError):
 def locked_folder(folder: Path, busy: str) -> Iterator[int]:
     """Yields the lock's open file; children that keep it open hold the lock too.
 
-    Where the file system knows no locks a line says so, and nothing is locked.
+    Where the file system knows no locks a line says so, and nothing is locked. A job that Slurm has
+    put back into its queue waits a while: who holds the lock may be itself, on a machine that died.
 
     Args:
         folder: made if it is not there.
@@ -36,9 +43,8 @@ def locked_folder(folder: Path, busy: str) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _FILE).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderLockedError(busy) from None
+            if not _lock(file, folder):
+                raise FolderLockedError(busy)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -48,3 +54,20 @@ def locked_folder(folder: Path, busy: str) -> Iterator[int]:
                 file=sys.stderr,
             )
         yield file.fileno()
+
+
+def _lock(file: IO[str], folder: Path) -> bool:
+    """Returns whether the file is locked now; raises OSError where nothing can be."""
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    for pause in range(1 + _PAUSES_AFTER_REQUEUE * requeued):
+        if pause == 1:
+            wait = _PAUSES_AFTER_REQUEUE * _PAUSE_S
+            print(f"note: '{folder}' is locked; waiting up to {wait:.0f} s", file=sys.stderr)
+        if pause > 0:
+            time.sleep(_PAUSE_S)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        return True
+    return False

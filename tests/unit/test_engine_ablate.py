@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -239,6 +240,29 @@ def test_rows_that_outlive_a_killed_ablation_hold_its_lock(tmp_path):
         orphan.wait()
     with locked_folder(tmp_path, ""):
         pass
+
+
+def test_a_job_put_back_waits_for_the_lock_of_a_machine_that_died(tmp_path, monkeypatch, capsys):
+    dead = (tmp_path / ".lock").open("a")
+    fcntl.flock(dead, fcntl.LOCK_EX)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            dead.close()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with pytest.raises(FolderLockedError), locked_folder(tmp_path, ""):
+        pass
+    assert pauses == []
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked_folder(tmp_path, ""):
+        assert len(pauses) == 3
+        with pytest.raises(FolderLockedError), locked_folder(tmp_path, ""):
+            pass
+    assert sum(pauses[3:]) == 180
+    assert f"note: '{tmp_path}' is locked; waiting up to 180 s" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):

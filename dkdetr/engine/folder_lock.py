@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dkdetr.errors import DkdetrError
+from dkdetr.engine.interruption import stop_on_sigterm
+from dkdetr.errors import DkdetrError, PreemptedError
 
 _FILE = ".lock"
 # What file systems answer that know no locks (some network mounts).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+PATIENCE_S = 180.0
+"""A network file system keeps a dead machine's locks for about half of that."""
 _PAUSE_S = 5.0
-_PAUSES_AFTER_REQUEUE = 36
-"""Three minutes: a network file system keeps a dead machine's locks for about half of that."""
 
 
 class FolderLockedError(DkdetrError):
@@ -27,23 +28,25 @@ class FolderLockedError(DkdetrError):
 
 
 @contextmanager
-def locked_folder(folder: Path, busy: str) -> Iterator[int]:
+def locked_folder(folder: Path, busy: str, *, patience_s: float = PATIENCE_S) -> Iterator[int]:
     """Yields the lock's open file; children that keep it open hold the lock too.
 
-    Where the file system knows no locks a line says so, and nothing is locked. A job that Slurm has
-    put back into its queue waits a while: who holds the lock may be itself, on a machine that died.
+    Where the file system knows no locks a line says so, and nothing is locked.
 
     Args:
         folder: made if it is not there.
         busy: the error's sentence: who else may be at work, and what to do.
+        patience_s: how long a job that Slurm has put back into its queue waits: who holds the lock
+            may be itself, on a machine that died. Nobody else waits.
 
     Raises:
         FolderLockedError: somebody else holds it.
+        PreemptedError: SIGTERM came while it waited.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _FILE).open("a") as file:
         try:
-            if not _lock(file, folder):
+            if not _lock(file, folder, patience_s):
                 raise FolderLockedError(busy)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -56,18 +59,26 @@ def locked_folder(folder: Path, busy: str) -> Iterator[int]:
         yield file.fileno()
 
 
-def _lock(file: IO[str], folder: Path) -> bool:
+def _lock(file: IO[str], folder: Path, patience_s: float) -> bool:
     """Returns whether the file is locked now; raises OSError where nothing can be."""
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    for pause in range(1 + _PAUSES_AFTER_REQUEUE * requeued):
-        if pause == 1:
-            wait = _PAUSES_AFTER_REQUEUE * _PAUSE_S
-            print(f"note: '{folder}' is locked; waiting up to {wait:.0f} s", file=sys.stderr)
-        if pause > 0:
-            time.sleep(_PAUSE_S)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        return True
+    pauses = round(patience_s / _PAUSE_S) if requeued else 0
+    with stop_on_sigterm() as stop:
+        for left in range(pauses, -1, -1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if left == pauses > 0:
+                    print(
+                        f"note: '{folder}' is locked; waiting up to {patience_s:.0f} s",
+                        file=sys.stderr,
+                    )
+                if left > 0:
+                    time.sleep(_PAUSE_S)
+                if stop.is_set:
+                    raise PreemptedError(
+                        f"stopped by SIGTERM, waiting for '{folder}'; the same command goes on"
+                    ) from None
+                continue
+            return True
     return False

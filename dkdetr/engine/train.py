@@ -19,7 +19,7 @@ from dkdetr.data.loader import batches_per_epoch, make_training_loader
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, join_ranks
-from dkdetr.engine.folder_lock import locked_folder
+from dkdetr.engine.folder_lock import PATIENCE_S, locked_folder
 from dkdetr.engine.initial_weights import boxes_seen_before
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.metric_log import MetricLog
@@ -300,7 +300,10 @@ class _Run:
         }
         if self.ranks.is_first:
             place = self.request.run
-            self.held.enter_context(locked_folder(place, _BUSY.format(place)))
+            # The other ranks wait below, and call a first one lost that stays away too long.
+            patience_s = min(PATIENCE_S, self.config.compute.rank_timeout_s / 2)
+            lock = locked_folder(place, _BUSY.format(place), patience_s=patience_s)
+            self.held.enter_context(lock)
             open_run(place, self.config, provenance)
         self.ranks.wait()
         return RunFolder(self.request.run)

@@ -2,8 +2,9 @@
 
 python -m tests.benchmarks.scoring [--images 1981] [--detections 300] [--classes 1203] [--peers]
 
-The whole of LVIS val is --images 19809. Each tool runs in a process of its own and on one thread,
-reading included; a peer that is not installed is told and left out.
+The whole of LVIS val is --images 19809. Each tool runs in a process of its own and on one core,
+reading included. A peer that is not installed is told and left out; one that fails or comes to
+other numbers is told too, and makes the exit code 1.
 """
 
 import argparse
@@ -23,58 +24,87 @@ ROOT = Path(__file__).parents[2]
 PEERS = {"lvis": "lvis", "faster-coco-eval": "faster_coco_eval", "hotcoco": "hotcoco"}
 """Packages on the index that score LVIS, and the module of each."""
 _SHOWN = ("AP", "APr", "APc", "APf")
+_MOST_OF_LVIS = 300
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=1981)
-    parser.add_argument("--detections", type=int, default=300)
+    parser.add_argument("--detections", type=int, default=_MOST_OF_LVIS)
     parser.add_argument("--classes", type=int, default=1203)
     parser.add_argument("--peers", action="store_true", help=f"time {', '.join(PEERS)}, too")
-    parser.add_argument("--folder", type=Path, help="keep the files here")
+    parser.add_argument("--folder", type=Path, help="keep the files here, for the same sizes")
     parser.add_argument("--only", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        report(options.only, options.folder)
-        return
+        print(json.dumps(report(options.only, options.folder)))
+        return 0
+    if options.peers and options.detections > _MOST_OF_LVIS:
+        parser.error(f"not all peers cut an image's detections at LVIS's {_MOST_OF_LVIS}")
+    sizes = [options.images, options.detections, options.classes]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         if not (folder / "results.json").is_file():
-            write_problem(folder, options.images, options.detections, options.classes)
-        size = (folder / "results.json").stat().st_size / 1e6
-        print(
-            f"{options.images} images x {options.detections} detections, {options.classes} classes:"
-            f" {size:.0f} MB"
-        )
-        seconds = measure("ours", folder)
-        for tool, module in PEERS.items() if options.peers else ():
-            if find_spec(module) is None:
-                print(f"{tool}: not installed, so not timed")
-                continue
-            print(f"  {measure(tool, folder) / seconds:.2f} times our time")
+            write_problem(folder, *sizes)
+            (folder / "sizes.json").write_text(json.dumps(sizes))
+        elif json.loads((folder / "sizes.json").read_text()) != sizes:
+            parser.error(f"'{folder}' holds a problem of other sizes")
+        megabytes = (folder / "results.json").stat().st_size / 1e6
+        print("{} images x {} detections, {} classes: {:.0f} MB".format(*sizes, megabytes))
+        tools = ("ours", *PEERS) if options.peers else ("ours",)
+        found = {tool: measure(tool, folder) for tool in tools if installed(tool)}
+    mine = found["ours"]
+    return 0 if mine and all(same_numbers(tool, mine, of) for tool, of in found.items()) else 1
 
 
-def measure(tool: str, folder: Path) -> float:
+def installed(tool: str) -> bool:
+    there = tool == "ours" or find_spec(PEERS[tool]) is not None
+    if not there:
+        print(f"{tool}: not installed, so not timed")
+    return there
+
+
+def same_numbers(tool: str, mine: dict[str, float], found: dict[str, float] | None) -> bool:
+    """Says how a tool compares with ours; returns whether it came to the same numbers."""
+    if found is None:
+        return False
+    if tool != "ours":
+        print(f"{tool}: {found['seconds'] / mine['seconds']:.2f} times our time")
+    apart = max(abs(found[key] - mine[key]) for key in _SHOWN)
+    if apart > 1e-9:
+        print(f"{tool}: OTHER NUMBERS than ours, by up to {apart:.1e}: not the same work")
+    return apart <= 1e-9
+
+
+def measure(tool: str, folder: Path) -> dict[str, float] | None:
+    """Returns seconds and scores of a tool, or None after saying how it failed."""
     command = [sys.executable, __file__, "--only", tool, "--folder", str(folder)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     start = time.perf_counter()
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT, env=one_thread
-    )
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     seconds = time.perf_counter() - start
-    print(f"{tool:16s} {seconds:7.1f} s  {done.stdout.strip().splitlines()[-1]}", flush=True)
-    return seconds
+    if done.returncode != 0:
+        print(f"{tool} FAILED ({done.returncode}): {done.stderr.strip()[-1000:]}", flush=True)
+        return None
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    shown = "  ".join(f"{key} {found[key]:.6f}" for key in _SHOWN)
+    print(
+        f"{tool:16s} {seconds:7.1f} s  cpu {found['cpu']:6.1f} s  peak {found['peak_gb']:.2f} GB"
+        f"  {shown}",
+        flush=True,
+    )
+    return found | {"seconds": seconds}
 
 
-def report(tool: str, folder: Path) -> None:
+def report(tool: str, folder: Path) -> dict[str, float]:
     sys.path.insert(0, str(ROOT))
+    # Not every tool's threads heed a variable.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     values = {
         "ours": ours, "lvis": official, "faster-coco-eval": faster_coco_eval, "hotcoco": hotcoco,
     }[tool](folder)  # fmt: skip
     used = resource.getrusage(resource.RUSAGE_SELF)
-    shown = "  ".join(f"{key} {values[key]:.6f}" for key in _SHOWN)
-    cpu = used.ru_utime + used.ru_stime
-    print(f"cpu {cpu:6.1f} s  peak {used.ru_maxrss / 1e6:.2f} GB  {shown}")
+    scores = {key: float(values[key]) for key in _SHOWN}
+    return scores | {"cpu": used.ru_utime + used.ru_stime, "peak_gb": used.ru_maxrss / 1e6}
 
 
 def ours(folder: Path) -> dict[str, float]:
@@ -208,4 +238,4 @@ def random_boxes(rng, count) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

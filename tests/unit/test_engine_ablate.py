@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -242,27 +243,43 @@ def test_rows_that_outlive_a_killed_ablation_hold_its_lock(tmp_path):
         pass
 
 
-def test_a_job_put_back_waits_for_the_lock_of_a_machine_that_died(tmp_path, monkeypatch, capsys):
-    dead = (tmp_path / ".lock").open("a")
-    fcntl.flock(dead, fcntl.LOCK_EX)
-    pauses: list[float] = []
+@pytest.fixture
+def held_elsewhere(tmp_path, monkeypatch):
+    """A folder that another process holds, and what is called at each pause of who waits for it."""
+    pauses: list[Callable[[], None]] = []
+    monkeypatch.setattr("time.sleep", lambda _seconds: pauses.pop(0)())
+    with (tmp_path / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        yield other, pauses
 
-    def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == 3:
-            dead.close()
 
-    monkeypatch.setattr("time.sleep", sleep)
+def test_a_job_put_back_waits_for_the_lock_of_a_machine_that_died(
+    tmp_path, monkeypatch, held_elsewhere, capsys
+):
+    other, pauses = held_elsewhere
     with pytest.raises(FolderLockedError), locked_folder(tmp_path, ""):
         pass
-    assert pauses == []
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    pauses += [lambda: None, lambda: None, other.close]
     with locked_folder(tmp_path, ""):
-        assert len(pauses) == 3
-        with pytest.raises(FolderLockedError), locked_folder(tmp_path, ""):
-            pass
-    assert sum(pauses[3:]) == 180
-    assert f"note: '{tmp_path}' is locked; waiting up to 180 s" in capsys.readouterr().err
+        assert not pauses
+    assert capsys.readouterr().err == f"note: '{tmp_path}' is locked; waiting up to 180 s\n"
+
+
+def test_a_job_put_back_does_not_wait_for_ever(tmp_path, monkeypatch, held_elsewhere):
+    pauses = held_elsewhere[1]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    pauses += [lambda: None] * 6
+    with pytest.raises(FolderLockedError), locked_folder(tmp_path, "", patience_s=30):
+        pass
+    assert not pauses
+
+
+def test_sigterm_ends_the_waiting(tmp_path, monkeypatch, held_elsewhere):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    held_elsewhere[1].append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(PreemptedError, match="goes on"), locked_folder(tmp_path, ""):
+        pass
 
 
 def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):

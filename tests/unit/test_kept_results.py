@@ -187,8 +187,10 @@ def test_three_weights_of_l1_are_of_the_records():
             kept = json.loads(path.read_text())
             beside = record(EXPERIMENTS / "results" / LONG, "skd", str(place))
             assert kept["cache_fingerprint"] == beside["cache_fingerprint"]
-            assert kept["config"]["kd"]["skd"]["weight"] == float(weight)
-            assert f"{place}/burn_in" in kept["commands"][0]
+            assert kept["config"]["kd"]["skd"].pop("weight") == float(weight)
+            table_6 = record(EXPERIMENTS / "results" / LONG, "skd_l1", str(place))["config"]
+            table_6["kd"]["skd"].pop("weight")
+            assert kept["config"] == table_6
         l1 = {group: scores(folder, "skd_l1", group) for group in GROUPS}
         assert len(l1["AP"]) == 3
         gains = {
@@ -213,6 +215,23 @@ def test_three_weights_of_l1_are_of_the_records():
     assert f"in AP is {ap['.1']} at .1, {ap['.3']} at .3 and {ap['1']} at 1;" in page
     novel = ", ".join(bracket(of["APr"]) for of in ahead.values())
     assert f"on novel names {novel}." in page
+    less_baseline = {
+        group: ", ".join(
+            f"{mean(scores(folder, 'skd_l1', group)) - mean(scores(LONG, 'baseline', group)):+.1f}"
+            for folder in (*(f"small_long_l1/weight_0{w}" for w in (".1", ".3")), LONG)
+        )
+        for group in GROUPS
+    }
+    ap = [mean(scores(folder, "skd_l1", "AP")) for folder in
+          (LONG, "small_long_l1/weight_0.3", "small_long_l1/weight_0.1")]  # fmt: skip
+    assert (
+        f"({ap[1]:.1f}, .1 {ap[2]:.1f}, 1 {ap[0]:.1f}; BCE {mean(scores(LONG, 'skd', 'AP')):.1f})"
+    ) in words_of("DIARY.md")
+    bce = {group: average(LONG, "skd", "baseline", group) for group in GROUPS}
+    assert (
+        f"common {bce['APc']} against {less_baseline['APc']}; "
+        f"novel {bce['APr']} against {less_baseline['APr']} |"
+    ) in page
     means = [[f"{mean(of[group]):.1f}" for of in ahead.values()] for group in ("AP", "APr")]
     assert f"(by {', '.join(means[0])} on average)" in studies
     assert f"at .1 and .3 (by {', '.join(means[1][:2])})" in studies

@@ -738,7 +738,9 @@ def train_command(
         int | None,
         typer.Option(min=1, help="End before this epoch, saved: makes a burn-in to share"),
     ] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="8 images through every phase")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="8 images through every phase, watched by no tracker")
+    ] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Deterministic algorithms only; slower")
     ] = False,
@@ -1267,12 +1269,12 @@ def fetch_command(
         Path | None, typer.Option(help="Put what this tar holds where the libraries look")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="As for cache-teacher", show_default=DEFAULT_TEACHER)
+        str | None, typer.Option(help=f"As for cache-teacher; default: {DEFAULT_TEACHER}")
     ] = None,
     experiment: Annotated[
         str | None,
         typer.Option(
-            help="Whose backbone: a shipped name or a TOML file", show_default=_DEFAULT_EXPERIMENT
+            help=f"Whose backbone: a shipped name or a TOML file; default: {_DEFAULT_EXPERIMENT}"
         ),
     ] = None,
     only: Annotated[str | None, typer.Option(help="teacher or backbone")] = None,
@@ -1289,12 +1291,14 @@ def fetch_command(
 
     if bundle and from_bundle:
         raise UsageError("--bundle writes one, --from-bundle reads one: give one of them")
-    if from_bundle and (teacher or experiment or only):
-        raise UsageError(
-            "--from-bundle puts in place all that its tar holds: --teacher, --experiment and "
-            "--only say what --bundle writes"
-        )
     wanted: Any = _one_of("--only", only, ("teacher", "backbone")) if only else None
+    if from_bundle:
+        others = {"--teacher": teacher, "--experiment": experiment, "--only": only}
+        _refuse_beside("--from-bundle, which puts all in place,", others)
+    elif wanted == "backbone":
+        _refuse_beside("--only backbone", {"--teacher": teacher})
+    elif wanted == "teacher":
+        _refuse_beside("--only teacher", {"--experiment": experiment})
     fetched = (
         install(from_bundle)
         if from_bundle

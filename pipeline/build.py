@@ -96,7 +96,8 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
         say(f"{split.name}: {note}")
     check_trainable(request, split, spec)
     embed_dim = teacher_embed_dim(request.teacher)
-    require_room(request, price_of(request, split, spec, embed_dim))
+    if not request.only_proposals:
+        require_room(request, price_of(request, split, spec, embed_dim))
     device = pick_device(request.device)
     teacher = load_teacher(
         request.teacher, device, precision=request.precision, encoder=request.encoder

@@ -51,6 +51,8 @@ def load_detector(
     """
     if words is not None and vocabulary_path is not None:
         raise UsageError("give words (-c) or a vocabulary (--vocab), not both")
+    if teacher is not None and words is None:
+        raise UsageError("--teacher is for words (-c): there are none to embed")
     place = model or require_newest_run("name a student with --model")
     given = load_vocabulary(vocabulary_path) if vocabulary_path else None
     subject = load_subject(place, given)

@@ -28,11 +28,26 @@ def check_words(request: CacheRequest) -> ProposalSpec:
         CacheError: `--out` is a folder of something else.
     """
     spec = parse_proposals(request.proposals)
+    if not spec.trains:
+        _refuse_words_of_fit(request)
     teacher_embed_dim(request.teacher)
     request.prompt_templates()
     spec.require()
     refuse_foreign_folder(request.out)
     return spec
+
+
+def _refuse_words_of_fit(request: CacheRequest) -> None:
+    words = {
+        "--experiment": request.experiment,
+        "--set": request.overrides,
+        "--fit-epochs": request.fit_epochs,
+    }
+    if given := [word for word, value in words.items() if value]:
+        raise UsageError(
+            f"--proposals {request.proposals} trains no network, and {', '.join(given)} would be "
+            "of it: leave it out"
+        )
 
 
 def check_trainable(request: CacheRequest, split: Split, spec: ProposalSpec) -> None:

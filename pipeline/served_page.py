@@ -15,7 +15,7 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import RUNS, RunFolder, newest_run
 from dkdetr.engine.subject import Subject, load_subject
-from dkdetr.errors import DataError, DkdetrError
+from dkdetr.errors import DataError, DkdetrError, UsageError
 from dkdetr.inference.picture_sources import PICTURE_SUFFIXES
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.serve import ServedParts
@@ -57,6 +57,7 @@ def open_page(request: PageRequest) -> ServedParts:
     """Returns the page's parts; everything that can fail fails here, not under a visitor.
 
     Raises:
+        UsageError: options of a student, and none is served.
         DataError: nothing to show, or a run, a cache or pictures that are not there.
         CacheError: a cache that cannot be shown.
         MismatchError: words of another teacher than the student's.
@@ -65,6 +66,13 @@ def open_page(request: PageRequest) -> ServedParts:
     runs = tuple(request.runs) or ((newest,) if newest is not None else ())
     if not runs and request.cache is None:
         raise DataError("nothing to show: name a run (dkdetr serve RUN) or a cache (--cache PATH)")
+    of_a_student = {
+        "--vocab": request.vocabulary,
+        "--teacher": request.teacher,
+        "--pictures": request.pictures,
+    }
+    if not runs and (given := [word for word, value in of_a_student.items() if value]):
+        raise UsageError(f"{', '.join(given)}: no student is served; name a run (dkdetr serve RUN)")
     about: dict[str, str] = {}
     detector, problem = None, ""
     if runs:

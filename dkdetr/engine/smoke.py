@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dkdetr.config import ExperimentConfig, RelationalKDConfig
-from dkdetr.engine.checkpoint import load_latest
+from dkdetr.engine.checkpoint import load_latest, open_checkpoint
 from dkdetr.engine.distributed import is_first_rank, num_ranks
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.train import TrainRequest, TrainSummary, Watch, train
@@ -19,13 +19,16 @@ def smoke(request: TrainRequest) -> TrainSummary:
     """Returns after burn-in, learning-rate step, distillation, a checkpoint and a resumed start.
 
     The student, the precision and the size of the pictures are the experiment's; epochs are two
-    of 8 images. It begins with a burn-in of its own, and trackers see nothing of it. The folder
-    RUN-smoke is removed if all went well.
+    of 8 images. It begins with a burn-in of its own, of another one sees that it can be opened, and
+    trackers see nothing of it. The folder RUN-smoke is removed if all went well.
 
     Raises:
         UsageError: more ranks than images.
+        DkdetrError: `start_from` names nothing that a training could begin with.
     """
     config = _shortened(request.config, num_ranks())
+    if request.start_from is not None:
+        open_checkpoint(request.start_from)
     folder = Path(f"{request.run}-smoke")
     first = is_first_rank()
     if first:

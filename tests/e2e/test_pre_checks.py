@@ -76,6 +76,22 @@ def test_a_cache_of_the_same_settings_has_a_price(request_: CacheRequest) -> Non
 
 
 @both
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("--experiment", {"experiment": "pictograms_tiny"}),
+        ("--set", {"overrides": OVERRIDES}),
+        ("--fit-epochs", {"fit_epochs": 2}),
+    ],
+)
+def test_words_of_a_network_that_is_not_trained(
+    request_: CacheRequest, command: Command, word: str, changed: dict
+) -> None:
+    with pytest.raises(UsageError, match=f"trains no network, and {word} would be"):
+        command(replace(request_, **changed))
+
+
+@both
 def test_fit_wants_a_split_to_train_on(
     request_: CacheRequest, command: Command, world: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_without_drawings_predictions_may_lie_beside_the_pictures(place: Path, m
     [
         (("absent.jpg",), 3, "no picture, folder or video 'absent.jpg'"),
         (("in", "-c", "a", "--vocab", "tools.vocab"), 2, "not both"),
+        (("in", "--teacher", "pictograms"), 2, "--teacher is for words"),
         (("in", "--class-threshold", "hammer"), 2, "NAME=SCORE"),
         (("in", "--class-threshold", "saw=0.5"), 2, "'saw', which is not looked for"),
         (("in", "--vocab", "names.txt"), 5, "is not a vocabulary file"),

@@ -12,7 +12,7 @@ from tiny_student import shake, tiny_config
 from cache.neighbors import NeighborSettings
 from cache.spec import CacheError
 from dkdetr.data.vocabulary import load_vocabulary
-from dkdetr.errors import DataError, MismatchError
+from dkdetr.errors import DataError, MismatchError, UsageError
 from dkdetr.student.build import build_student
 from dkdetr.student_file import StudentFile, save_student_file
 from pipeline.neighbor_stage import ensure_neighbors
@@ -137,3 +137,6 @@ def test_a_cache_alone(place: Path):
         parts.cache_page("99,")
     with pytest.raises(DataError, match="nothing to show"):
         open_page(PageRequest())
+    for given in ({"vocabulary": place}, {"teacher": "pictograms"}, {"pictures": place}):
+        with pytest.raises(UsageError, match="no student is served"):
+            open_page(PageRequest(cache=place / "world" / "cache", data_root=place, **given))

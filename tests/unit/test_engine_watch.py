@@ -19,7 +19,7 @@ from dkdetr.engine.smoke import _with_company, smoke
 from dkdetr.engine.step_parts import PARTS, REST
 from dkdetr.engine.trackers import TensorBoard
 from dkdetr.engine.train import Watch, train
-from dkdetr.errors import UsageError
+from dkdetr.errors import DataError, UsageError
 from dkdetr.losses import criterion
 from tests.training_world import checkpoint_of, difference, make_world, settings
 
@@ -119,14 +119,21 @@ def test_a_profile_leaves_trace_and_table_and_ends(world, capsys) -> None:
 
 
 def test_smoke_goes_through_every_phase_and_leaves_nothing(world, capsys) -> None:
-    # A burn-in that is to be gone on from and what is to be watched are not its concern.
+    # It begins afresh, whatever burn-in is named, and what is to be watched is not its concern.
     watch = Watch(trackers=("wandb",), pictures_every=1, profile_steps=1)
-    absent = world.root / "runs" / "nowhere"
-    summary = smoke(world.request("smoked", CONFIG, start_from=absent, watch=watch))
+    burn_in = world.root / "runs" / "plain"
+    summary = smoke(world.request("smoked", CONFIG, start_from=burn_in, watch=watch))
     assert summary.iterations == 4
     assert {"skd", "rkd_batch"} <= summary.last_losses.keys()
     assert not list((world.root / "runs").glob("smoked*"))
     assert "resumed" in capsys.readouterr().err
+
+
+def test_smoke_finds_that_the_burn_in_is_not_there(world) -> None:
+    absent = world.root / "runs" / "nowhere"
+    with pytest.raises(DataError, match="nowhere"):
+        smoke(world.request("smoked", CONFIG, start_from=absent))
+    assert not list((world.root / "runs").glob("smoked*"))
 
 
 @pytest.mark.parametrize(("share", "places"), [(1, 0), (4, 1), (8, 1)])

@@ -164,4 +164,11 @@ def test_as_typed(machine, tmp_path, monkeypatch):
 def test_a_part_of_a_bundle_is_not_put_in_place(choice):
     done = CliRunner().invoke(cli.app, ["fetch", "--from-bundle", "b.tar", choice, "teacher"])
     assert done.exit_code == 2
-    assert "all that its tar holds" in done.stderr
+    assert f"puts all in place, has no use for {choice}" in done.stderr
+
+
+@pytest.mark.parametrize(("part", "other"), [("teacher", "experiment"), ("backbone", "teacher")])
+def test_what_the_other_part_would_be_is_not_asked(part, other):
+    done = CliRunner().invoke(cli.app, ["fetch", "--only", part, f"--{other}", "nosuch"])
+    assert done.exit_code == 2
+    assert f"--only {part} has no use for --{other}" in done.stderr

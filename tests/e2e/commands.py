@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
@@ -50,7 +51,8 @@ def succeed(*words: str, cwd: Path) -> str:
 
 def call(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Returns what a `dkdetr` command of this process came to, whatever its exit code."""
-    with contextlib.chdir(cwd):
+    # What is typed is kept in caches and runs: these words, not those of the test run.
+    with contextlib.chdir(cwd), patch("sys.argv", ["dkdetr", *words]):
         done = CliRunner().invoke(cli.app, words, prog_name="dkdetr")
     error = done.exception
     escaped = error is not None and not isinstance(error, SystemExit)

@@ -122,12 +122,15 @@ def test_the_longer_schedules_table_is_of_its_records():
                 assert figures(shown[label][place + 4]) == pytest.approx(wanted, abs=0.0501)
 
 
-@pytest.mark.parametrize("folder", ["full_nine", "full_first"])
+@pytest.mark.parametrize("folder", ["full_nine", "full_first", "full70_first"])
 def test_the_tables_at_full_are_of_their_records(folder: str):
     """The style held out has no kept record: its two columns are not looked at."""
     page = (EXPERIMENTS / "FULL.md").read_text()
-    section = page[page.index("## `full`:") : page.index("## `full70`:")]
-    part = section.split("**Two epochs of nine**")[folder == "full_first"]
+    sections = {part.split(":")[0]: part for part in page.split("\n## ")}
+    whole, two_epochs = sections["`full`"].split("**Two epochs of nine**")
+    part = {
+        "full_nine": whole, "full_first": two_epochs, "full70_first": sections["`full70`"],
+    }[folder]  # fmt: skip
     shown = {row[0]: row[1:] for row in rows_of(part)[2:]}
     errors = (EXPERIMENTS / "results" / folder / "table_5.md").read_text().split("name by name")[1]
     over_names = {row[0]: row[1:] for row in rows_of(errors)}
@@ -154,6 +157,21 @@ def test_what_the_page_says_of_full_is_of_the_records():
     assert (
         f"less the baseline's {baseline}: SKD {told[0]}, RKD {told[1]}, both {told[2]}."
     ) in words_of("README.md")
+    few = [
+        " / ".join(f"{each:{sign}.1f}" for each in values)
+        for sign, values in (
+            ("+", [less("full70_first", "both", "baseline", group)[0] for group in GROUPS]),
+            ("", [scores("full70_first", "baseline", group)[0] for group in GROUPS]),
+        )
+    ]
+    assert f"both have {few[0]} over {few[1]}." in words_of("README.md")
+    rates = [
+        scores(folder, "both", "APr")[0] / scores(folder, "baseline", "APr")[0]
+        for folder in ("full70_first", "full_first")
+    ]
+    assert f"It is {rates[0]:.2f} times the baseline's novel AP ({rates[1]:.2f} at" in words_of(
+        "FULL.md"
+    )
 
 
 def test_figures_by_seed_and_of_short_are_of_the_records():

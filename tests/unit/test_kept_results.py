@@ -320,3 +320,23 @@ def test_the_head_of_full_has_the_recipe_that_was_run():
     wanted = re.search(r"--set (\S+)=(\S+)$", commands[-1])
     assert wanted
     assert f'{wanted[1]}="{wanted[2]}"' in kept
+
+
+def test_what_full_stands_on_is_of_the_records():
+    page = (EXPERIMENTS / "FULL.md").read_text()
+    section = page[page.index("## What the rows") : page.index("## `full70`")]
+    shown = {row[0]: row[1:] for row in rows_of(section)}
+    kept = json.loads((EXPERIMENTS / "results" / "material_full.json").read_text())
+    (recall,) = kept["recall"].values()
+    for place, group in enumerate(("base", "novel")):
+        said = [figures(cells[place]) for label, cells in shown.items() if "teacher" in label]
+        assert said == [[pytest.approx(100 * kept["teacher"][group]["top1"])]]
+        said = figures(shown["objects held by `fit`'s best 20, 100, 300 proposals"][place])
+        assert said == pytest.approx([100 * share for share in recall[group].values()])
+    labels = {"baseline": "baseline", "skd": "SKD", "rkd": "RKD", "both": "SKD + RKD"}
+    for each in json.loads((EXPERIMENTS / "results" / "agreement_full.json").read_text()):
+        ending = "" if each["queries"].startswith("detection") else ", its KD queries"
+        groups = [group for group in each["groups"] if group["group"] != "all"]
+        for cell, group in zip(shown[labels[each["row"]] + ending], groups, strict=True):
+            assert figures(cell)[0] == pytest.approx(group["cosine"], abs=0.0051)
+            assert figures(cell)[1] == pytest.approx(group["margin"], abs=0.00051)

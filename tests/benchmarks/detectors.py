@@ -34,10 +34,9 @@ def begin(options: argparse.Namespace) -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     print(describe("torch", "torchvision", "triton", "transformers"))
-    print(
-        f"{options.size} px, {options.classes} classes, {options.queries} queries, "
-        f"{options.layers} layers, {options.precision}, {device}, {' '.join(options.set)}"
-    )
+    sizes = (f"{options.size} px", f"{options.classes} classes", f"{options.queries} queries")
+    how = (f"{options.layers} layers", options.precision, str(device), *options.set)
+    print(", ".join((*sizes, *how)))
     return device
 
 

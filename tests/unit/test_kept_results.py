@@ -3,16 +3,26 @@
 import csv
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-EXPERIMENTS = Path(str(files("dkdetr.experiments")))
+from tests.kept_records import (
+    EXPERIMENTS,
+    GROUPS,
+    average,
+    bracket,
+    by_seed,
+    figures,
+    less,
+    record,
+    rows_of,
+    scores,
+    words_of,
+)
+
 TABLES = sorted(EXPERIMENTS.glob("results/*/table_*.csv"))
-SAME = {"layers_all": "both"}  # a row of the same settings is trained once
-GROUPS = ("APr", "APc", "APf", "AP")
 LONGER = {
     "baseline": "baseline",
     "SKD (BCE)": "skd",
@@ -25,48 +35,6 @@ LONGER = {
     "RKD, batch": "rkd_batch",
 }
 LONG, OTHER = "small_long_again", "small_long"
-
-
-def rows_of(markdown: str) -> list[list[str]]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def words_of(name: str) -> str:
-    """Returns a page without its line breaks."""
-    return " ".join((EXPERIMENTS / name).read_text().split())
-
-
-def figures(cell: str) -> list[float]:
-    return [float(number) for number in re.findall(r"[-+]?\d*\.\d+", cell)]
-
-
-def scores(folder: str, row: str, group: str) -> list[float]:
-    """Returns a row's percents by seed."""
-    kept = sorted((EXPERIMENTS / "results" / folder).glob(f"seed*/{row}/row.json"))
-    return [100 * json.loads(path.read_text())["metrics"][group] for path in kept]
-
-
-def less(folder: str, row: str, other: str, group: str) -> list[float]:
-    """Returns what a row has more than another, by seed."""
-    pairs = zip(scores(folder, row, group), scores(folder, other, group), strict=True)
-    return [mine - its for mine, its in pairs]
-
-
-def by_seed(*of: str) -> str:
-    return ", ".join(f"{each:+.1f}" for each in less(*of))
-
-
-def bracket(values: list[float]) -> str:
-    return f"{mean(values):+.1f} [{min(values):+.1f}, {max(values):+.1f}]"
-
-
-def average(*of: str) -> str:
-    return f"{mean(less(*of)):+.1f}"
-
-
-def record(folder: Path, run: str, seed: str) -> dict:
-    return json.loads((folder / f"seed{seed}" / SAME.get(run, run) / "row.json").read_text())
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -122,56 +90,32 @@ def test_the_longer_schedules_table_is_of_its_records():
                 assert figures(shown[label][place + 4]) == pytest.approx(wanted, abs=0.0501)
 
 
-@pytest.mark.parametrize("folder", ["full_nine", "full_first", "full70_first"])
-def test_the_tables_at_full_are_of_their_records(folder: str):
-    """The style held out has no kept record: its two columns are not looked at."""
-    page = (EXPERIMENTS / "FULL.md").read_text()
-    sections = {part.split(":")[0]: part for part in page.split("\n## ")}
-    whole, two_epochs = sections["`full`"].split("**Two epochs of nine**")
-    part = {
-        "full_nine": whole, "full_first": two_epochs, "full70_first": sections["`full70`"],
-    }[folder]  # fmt: skip
-    shown = {row[0]: row[1:] for row in rows_of(part)[2:]}
-    errors = (EXPERIMENTS / "results" / folder / "table_5.md").read_text().split("name by name")[1]
-    over_names = {row[0]: row[1:] for row in rows_of(errors)}
-    runs = {"baseline": "baseline", "SKD": "skd", "RKD": "rkd", "SKD + RKD": "both"}
-    trained = {path.name for path in (EXPERIMENTS / "results" / folder / "seed0").iterdir()}
-    assert {runs[label] for label in shown} == trained
-    for label, cells in shown.items():
-        assert [float(cell) for cell in cells[:4]] == pytest.approx(
-            [scores(folder, runs[label], group)[0] for group in GROUPS], abs=0.0501
-        )
-        if label != "baseline":
-            assert cells[4:7] == over_names[label]
-            gains = [less(folder, runs[label], "baseline", group)[0] for group in GROUPS]
-            found = [figures(cell)[0] for cell in cells[4:8]]
-            assert found == pytest.approx(gains, abs=0.0501)
-
-
-def test_what_the_page_says_of_full_is_of_the_records():
-    told = [
-        " / ".join(f"{less('full_nine', row, 'baseline', group)[0]:+.1f}" for group in GROUPS)
-        for row in ("skd", "rkd", "both")
-    ]
-    baseline = " / ".join(f"{scores('full_nine', 'baseline', group)[0]:.1f}" for group in GROUPS)
-    assert (
-        f"less the baseline's {baseline}: SKD {told[0]}, RKD {told[1]}, both {told[2]}."
-    ) in words_of("README.md")
-    few = [
-        " / ".join(f"{each:{sign}.1f}" for each in values)
-        for sign, values in (
-            ("+", [less("full70_first", "both", "baseline", group)[0] for group in GROUPS]),
-            ("", [scores("full70_first", "baseline", group)[0] for group in GROUPS]),
-        )
-    ]
-    assert f"both have {few[0]} over {few[1]}." in words_of("README.md")
-    rates = [
-        scores(folder, "both", "APr")[0] / scores(folder, "baseline", "APr")[0]
-        for folder in ("full70_first", "full_first")
-    ]
-    assert f"It is {rates[0]:.2f} times the baseline's novel AP ({rates[1]:.2f} at" in words_of(
-        "FULL.md"
-    )
+def test_the_earlier_start_s_table_is_of_its_records():
+    page = (EXPERIMENTS / "README.md").read_text()
+    section = page[page.index("### Earlier:") : page.index("### Longer:")]
+    shown = {row[0]: row[1:] for row in rows_of(section)[2:]}
+    starts = {"SKD + RKD, from 0 %": "small_start_0", "SKD + RKD, from 50 %": "small_start_50"}
+    assert shown.keys() == {"baseline", *starts}
+    for place, group in enumerate(GROUPS):
+        baseline = scores("small_start_0", "baseline", group)
+        assert len(baseline) == 3
+        for label, cells in shown.items():
+            values = scores(starts[label], "both", group) if label in starts else baseline
+            wanted = [mean(values), max(values) - min(values)]
+            assert figures(cells[place]) == pytest.approx(wanted, abs=0.0501)
+            if label in starts:
+                gains = [mine - its for mine, its in zip(values, baseline, strict=True)]
+                wanted = [mean(gains), min(gains), max(gains)]
+                assert figures(cells[place + 4]) == pytest.approx(wanted, abs=0.0501)
+    apart = {
+        group: [mine - its for mine, its in zip(scores("small_start_0", "both", group),
+                                                scores("small_start_50", "both", group),
+                                                strict=True)]
+        for group in GROUPS
+    }  # fmt: skip
+    novel, common, frequent, ap = (bracket(apart[group]) for group in GROUPS)
+    earlier = f"{novel} on novel, {common} on common, {frequent} on frequent names, {ap} in AP"
+    assert f"less 50 % {earlier}" in words_of("README.md")
 
 
 def test_figures_by_seed_and_of_short_are_of_the_records():
@@ -308,35 +252,3 @@ def test_figures_of_tuning_and_of_the_losses_alone_are_of_the_records():
         f"AP {ap[0]:.1f} against {ap[1]:.1f} with both, novel names {novel[0]:.2f} against "
         f"{novel[1]:.2f}"
     ) in words_of("STUDIES.md")
-
-
-def test_the_head_of_full_has_the_recipe_that_was_run():
-    head = (EXPERIMENTS / "pictograms_full.toml").read_text().split("# Expected")[0]
-    commands = re.findall(r"dkdetr [^\n]+", head)
-    assert len(commands) == 3
-    page = (EXPERIMENTS / "FULL.md").read_text().splitlines()
-    assert all(command in page for command in commands)
-    kept = record(EXPERIMENTS / "results" / "full_nine", "both", "0")["commands"][0]
-    wanted = re.search(r"--set (\S+)=(\S+)$", commands[-1])
-    assert wanted
-    assert f'{wanted[1]}="{wanted[2]}"' in kept
-
-
-def test_what_full_stands_on_is_of_the_records():
-    page = (EXPERIMENTS / "FULL.md").read_text()
-    section = page[page.index("## What the rows") : page.index("## `full70`")]
-    shown = {row[0]: row[1:] for row in rows_of(section)}
-    kept = json.loads((EXPERIMENTS / "results" / "material_full.json").read_text())
-    (recall,) = kept["recall"].values()
-    for place, group in enumerate(("base", "novel")):
-        said = [figures(cells[place]) for label, cells in shown.items() if "teacher" in label]
-        assert said == [[pytest.approx(100 * kept["teacher"][group]["top1"])]]
-        said = figures(shown["objects held by `fit`'s best 20, 100, 300 proposals"][place])
-        assert said == pytest.approx([100 * share for share in recall[group].values()])
-    labels = {"baseline": "baseline", "skd": "SKD", "rkd": "RKD", "both": "SKD + RKD"}
-    for each in json.loads((EXPERIMENTS / "results" / "agreement_full.json").read_text()):
-        ending = "" if each["queries"].startswith("detection") else ", its KD queries"
-        groups = [group for group in each["groups"] if group["group"] != "all"]
-        for cell, group in zip(shown[labels[each["row"]] + ending], groups, strict=True):
-            assert figures(cell)[0] == pytest.approx(group["cosine"], abs=0.0051)
-            assert figures(cell)[1] == pytest.approx(group["margin"], abs=0.00051)

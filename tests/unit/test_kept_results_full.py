@@ -1,0 +1,92 @@
+"""What the page of `full` and `full70` says is what their kept records say."""
+
+import json
+import re
+
+import pytest
+
+from tests.kept_records import EXPERIMENTS, GROUPS, figures, less, record, rows_of, scores, words_of
+
+
+@pytest.mark.parametrize("folder", ["full_nine", "full_first", "full70_first"])
+def test_the_tables_at_full_are_of_their_records(folder: str):
+    """The style held out has no kept record: its two columns are not looked at."""
+    page = (EXPERIMENTS / "FULL.md").read_text()
+    sections = {part.split(":")[0]: part for part in page.split("\n## ")}
+    whole, two_epochs = sections["`full`"].split("**Two epochs of nine**")
+    part = {
+        "full_nine": whole, "full_first": two_epochs, "full70_first": sections["`full70`"],
+    }[folder]  # fmt: skip
+    shown = {row[0]: row[1:] for row in rows_of(part)[2:]}
+    errors = (EXPERIMENTS / "results" / folder / "table_5.md").read_text().split("name by name")[1]
+    over_names = {row[0]: row[1:] for row in rows_of(errors)}
+    runs = {"baseline": "baseline", "SKD": "skd", "RKD": "rkd", "SKD + RKD": "both"}
+    trained = {path.name for path in (EXPERIMENTS / "results" / folder / "seed0").iterdir()}
+    assert {runs[label] for label in shown} == trained
+    for label, cells in shown.items():
+        assert [float(cell) for cell in cells[:4]] == pytest.approx(
+            [scores(folder, runs[label], group)[0] for group in GROUPS], abs=0.0501
+        )
+        if label != "baseline":
+            assert cells[4:7] == over_names[label]
+            gains = [less(folder, runs[label], "baseline", group)[0] for group in GROUPS]
+            found = [figures(cell)[0] for cell in cells[4:8]]
+            assert found == pytest.approx(gains, abs=0.0501)
+
+
+def test_what_the_page_says_of_full_is_of_the_records():
+    told = [
+        " / ".join(f"{less('full_nine', row, 'baseline', group)[0]:+.1f}" for group in GROUPS)
+        for row in ("skd", "rkd", "both")
+    ]
+    baseline = " / ".join(f"{scores('full_nine', 'baseline', group)[0]:.1f}" for group in GROUPS)
+    assert (
+        f"less the baseline's {baseline}: SKD {told[0]}, RKD {told[1]}, both {told[2]}."
+    ) in words_of("README.md")
+    few = [
+        " / ".join(f"{each:{sign}.1f}" for each in values)
+        for sign, values in (
+            ("+", [less("full70_first", "both", "baseline", group)[0] for group in GROUPS]),
+            ("", [scores("full70_first", "baseline", group)[0] for group in GROUPS]),
+        )
+    ]
+    assert f"both have {few[0]} over {few[1]}." in words_of("README.md")
+    rates = [
+        scores(folder, "both", "APr")[0] / scores(folder, "baseline", "APr")[0]
+        for folder in ("full70_first", "full_first")
+    ]
+    assert f"It is {rates[0]:.2f} times the baseline's novel AP ({rates[1]:.2f} at" in words_of(
+        "FULL.md"
+    )
+
+
+def test_the_head_of_full_has_the_recipe_that_was_run():
+    head = (EXPERIMENTS / "pictograms_full.toml").read_text().split("# Expected")[0]
+    commands = re.findall(r"dkdetr [^\n]+", head)
+    assert len(commands) == 3
+    page = (EXPERIMENTS / "FULL.md").read_text().splitlines()
+    assert all(command in page for command in commands)
+    kept = record(EXPERIMENTS / "results" / "full_nine", "both", "0")["commands"][0]
+    wanted = re.search(r"--set (\S+)=(\S+)$", commands[-1])
+    assert wanted
+    assert f'{wanted[1]}="{wanted[2]}"' in kept
+
+
+def test_what_full_stands_on_is_of_the_records():
+    page = (EXPERIMENTS / "FULL.md").read_text()
+    section = page[page.index("## What the rows") : page.index("## `full70`")]
+    shown = {row[0]: row[1:] for row in rows_of(section)}
+    kept = json.loads((EXPERIMENTS / "results" / "material_full.json").read_text())
+    (recall,) = kept["recall"].values()
+    for place, group in enumerate(("base", "novel")):
+        said = [figures(cells[place]) for label, cells in shown.items() if "teacher" in label]
+        assert said == [[pytest.approx(100 * kept["teacher"][group]["top1"])]]
+        said = figures(shown["objects held by `fit`'s best 20, 100, 300 proposals"][place])
+        assert said == pytest.approx([100 * share for share in recall[group].values()])
+    labels = {"baseline": "baseline", "skd": "SKD", "rkd": "RKD", "both": "SKD + RKD"}
+    for each in json.loads((EXPERIMENTS / "results" / "agreement_full.json").read_text()):
+        ending = "" if each["queries"].startswith("detection") else ", its KD queries"
+        groups = [group for group in each["groups"] if group["group"] != "all"]
+        for cell, group in zip(shown[labels[each["row"]] + ending], groups, strict=True):
+            assert figures(cell)[0] == pytest.approx(group["cosine"], abs=0.0051)
+            assert figures(cell)[1] == pytest.approx(group["margin"], abs=0.00051)

@@ -1295,20 +1295,18 @@ def fetch_command(
     if from_bundle:
         others = {"--teacher": teacher, "--experiment": experiment, "--only": only}
         _refuse_beside("--from-bundle, which puts all in place,", others)
-    elif wanted == "backbone":
-        _refuse_beside("--only backbone", {"--teacher": teacher})
-    elif wanted == "teacher":
-        _refuse_beside("--only teacher", {"--experiment": experiment})
-    fetched = (
-        install(from_bundle)
-        if from_bundle
-        else fetch(
+        fetched = install(from_bundle)
+    else:
+        if wanted == "backbone":
+            _refuse_beside("--only backbone", {"--teacher": teacher})
+        elif wanted == "teacher":
+            _refuse_beside("--only teacher", {"--experiment": experiment})
+        fetched = fetch(
             None if wanted == "backbone" else teacher or DEFAULT_TEACHER,
             None if wanted == "teacher" else experiment or _DEFAULT_EXPERIMENT,
             bundle,
             _say,
         )
-    )
     _tell(fetched.lines(), json_out)
     _report(fetched.as_json(), json_out)
 

@@ -31,10 +31,14 @@ def scores(folder: str, row: str, group: str) -> list[float]:
     return [100 * json.loads(path.read_text())["metrics"][group] for path in kept]
 
 
+def apart(values: list[float], others: list[float]) -> list[float]:
+    """Returns what the first have more than the second, by seed."""
+    return [mine - its for mine, its in zip(values, others, strict=True)]
+
+
 def less(folder: str, row: str, other: str, group: str) -> list[float]:
     """Returns what a row has more than another, by seed."""
-    pairs = zip(scores(folder, row, group), scores(folder, other, group), strict=True)
-    return [mine - its for mine, its in pairs]
+    return apart(scores(folder, row, group), scores(folder, other, group))
 
 
 def by_seed(*of: str) -> str:

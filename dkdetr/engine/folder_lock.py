@@ -44,9 +44,10 @@ def locked_folder(folder: Path, busy: str, *, patience_s: float = PATIENCE_S) ->
         PreemptedError: SIGTERM came while it waited.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     with (folder / _FILE).open("a") as file:
         try:
-            if not _lock(file, folder, patience_s):
+            if not (_locked(file) or (requeued and _locked_later(file, folder, patience_s))):
                 raise FolderLockedError(busy)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -59,26 +60,25 @@ def locked_folder(folder: Path, busy: str, *, patience_s: float = PATIENCE_S) ->
         yield file.fileno()
 
 
-def _lock(file: IO[str], folder: Path, patience_s: float) -> bool:
+def _locked(file: IO[str]) -> bool:
     """Returns whether the file is locked now; raises OSError where nothing can be."""
-    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    pauses = round(patience_s / _PAUSE_S) if requeued else 0
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _locked_later(file: IO[str], folder: Path, patience_s: float) -> bool:
+    """Returns whether who holds the lock has let go in time, and the file is locked."""
+    print(f"note: '{folder}' is locked; waiting up to {patience_s:.0f} s", file=sys.stderr)
     with stop_on_sigterm() as stop:
-        for left in range(pauses, -1, -1):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if left == pauses > 0:
-                    print(
-                        f"note: '{folder}' is locked; waiting up to {patience_s:.0f} s",
-                        file=sys.stderr,
-                    )
-                if left > 0:
-                    time.sleep(_PAUSE_S)
-                if stop.is_set:
-                    raise PreemptedError(
-                        f"stopped by SIGTERM, waiting for '{folder}'; the same command goes on"
-                    ) from None
-                continue
-            return True
+        for _ in range(round(patience_s / _PAUSE_S)):
+            time.sleep(_PAUSE_S)
+            if stop.is_set:
+                raise PreemptedError(
+                    f"stopped by SIGTERM, waiting for '{folder}'; the same command goes on"
+                )
+            if _locked(file):
+                return True
     return False

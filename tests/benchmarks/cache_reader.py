@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -53,12 +54,13 @@ def main() -> None:
             f"{options.images} images of {REGIONS} regions, {DIM} numbers, {options.storage}; "
             f"{platform.machine()}, one process, numpy {np.__version__}"
         )
+        arrays = _arrays(path)
         with load_resident(reader, max_base_iou=0.5) as resident:
             asked: dict[str, Read] = {
                 "Zarr": _ours(reader.regions),
                 "export": _ours(exported.regions),
-                "peer: zarr-python": _by_zarr_python(path),
-                "peer: numpy, mapped": _by_numpy(path, Path(folder) / "mapped"),
+                "peer: zarr-python": _theirs(arrays),
+                "peer: numpy, mapped": _theirs(_mapped(arrays, Path(folder) / "mapped")),
             }
             _require_equal(asked, options.images)
             asked["resident"] = _ours(resident.regions)  # which has fewer: those to choose from
@@ -90,26 +92,9 @@ def _ours(regions: Callable[[int], RegionRows]) -> Read:
     return read
 
 
-def _by_zarr_python(path: Path) -> Read:
-    arrays = _arrays(path)
+def _theirs(arrays: Mapping[str, Any]) -> Read:
     boxes, objectness, stored = (arrays[name] for name in _ASKED)
     scales = arrays.get("embedding_scale")
-
-    def read(image_id: int, choose: Choose) -> Asked:
-        scale = None if scales is None else scales[image_id]
-        rows = _unit_rows(stored[image_id], scale, choose(REGIONS))
-        return boxes[image_id], objectness[image_id], rows
-
-    return read
-
-
-def _by_numpy(path: Path, folder: Path) -> Read:
-    folder.mkdir()
-    for name, array in _arrays(path).items():
-        np.save(folder / f"{name}.npy", array[:])
-    mapped = {each.stem: np.load(each, mmap_mode="r") for each in folder.iterdir()}
-    boxes, objectness, stored = (mapped[name] for name in _ASKED)
-    scales = mapped.get("embedding_scale")
 
     def read(image_id: int, choose: Choose) -> Asked:
         scale = None if scales is None else scales[image_id]
@@ -117,6 +102,13 @@ def _by_numpy(path: Path, folder: Path) -> Read:
         return np.array(boxes[image_id]), np.array(objectness[image_id]), rows
 
     return read
+
+
+def _mapped(arrays: Mapping[str, zarr.Array], folder: Path) -> dict[str, np.ndarray]:
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array[:])
+    return {each.stem: np.load(each, mmap_mode="r") for each in folder.iterdir()}
 
 
 def _arrays(path: Path) -> dict[str, zarr.Array]:

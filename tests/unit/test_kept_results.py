@@ -11,6 +11,7 @@ import pytest
 from tests.kept_records import (
     EXPERIMENTS,
     GROUPS,
+    apart,
     average,
     bracket,
     by_seed,
@@ -104,16 +105,13 @@ def test_the_earlier_start_s_table_is_of_its_records():
             wanted = [mean(values), max(values) - min(values)]
             assert figures(cells[place]) == pytest.approx(wanted, abs=0.0501)
             if label in starts:
-                gains = [mine - its for mine, its in zip(values, baseline, strict=True)]
+                gains = apart(values, baseline)
                 wanted = [mean(gains), min(gains), max(gains)]
                 assert figures(cells[place + 4]) == pytest.approx(wanted, abs=0.0501)
-    apart = {
-        group: [mine - its for mine, its in zip(scores("small_start_0", "both", group),
-                                                scores("small_start_50", "both", group),
-                                                strict=True)]
+    novel, common, frequent, ap = (
+        bracket(apart(*(scores(starts[label], "both", group) for label in starts)))
         for group in GROUPS
-    }  # fmt: skip
-    novel, common, frequent, ap = (bracket(apart[group]) for group in GROUPS)
+    )
     earlier = f"{novel} on novel, {common} on common, {frequent} on frequent names, {ap} in AP"
     assert f"less 50 % {earlier}" in words_of("README.md")
 
@@ -166,16 +164,8 @@ def test_three_weights_of_l1_are_of_the_records():
             assert kept["config"] == table_6
         l1 = {group: scores(folder, "skd_l1", group) for group in GROUPS}
         assert len(l1["AP"]) == 3
-        gains = {
-            group: [mine - its for mine, its in zip(l1[group], scores(LONG, "baseline", group),
-                                                    strict=True)]
-            for group in GROUPS
-        }  # fmt: skip
-        ahead[weight] = {
-            group: [its - mine for mine, its in zip(l1[group], scores(LONG, "skd", group),
-                                                    strict=True)]
-            for group in GROUPS
-        }  # fmt: skip
+        gains = {group: apart(l1[group], scores(LONG, "baseline", group)) for group in GROUPS}
+        ahead[weight] = {group: apart(scores(LONG, "skd", group), l1[group]) for group in GROUPS}
         assert min(ahead[weight]["AP"]) > 0
         assert min(ahead[weight]["APf"]) > 0
         if weight != "1":

@@ -38,7 +38,7 @@ from pipeline.pictograms.teacher_assets import (
     save_half,
     weights_path,
 )
-from pipeline.pictograms.worlds import SIZES, plan_world
+from pipeline.pictograms.worlds import SIZES, World, plan_world
 
 _IMAGE_SIZE = 64
 _FRESH_SEED = 7001
@@ -48,11 +48,18 @@ _MAX_LOGIT_SCALE = 100.0
 def main() -> None:
     """Trains, measures on fresh crops, writes the assets and a log of the measurements."""
     parser = asset_parser(__doc__, out=assets_folder(), batch_size=192, seed=0)
+    parser.add_argument(
+        "--world",
+        choices=sorted(SIZES),
+        help="only its names (seed 0): a control that knows them better",
+    )
     arguments = parser.parse_args()
     recipe = recipe_of(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     drawings = named_drawings()
+    if arguments.world is not None:
+        drawings = tuple(category.drawing for category in _world(arguments.world).categories)
     model, tokenize = create_teacher(arguments.out, drawings)
     started = time.process_time()
     pool = make_pool(drawings, recipe.crops, seed=recipe.seed, held_out_style=False, title="crops")
@@ -61,12 +68,17 @@ def main() -> None:
     trained = time.process_time()
     log = {
         **asdict(recipe),
+        "world": arguments.world,
         "cpu_seconds": {"crops": round(rendered - started), "steps": round(trained - rendered)},
         "parameters": sum(p.numel() for p in model.parameters()),
-        **measure(model, tokenize, drawings),
+        **measure(model, tokenize, drawings, arguments.world or "tiny"),
     }
     save_half(model.state_dict(), weights_path(arguments.out))
     write_log(arguments.out / "teacher_training.log", log)
+
+
+def _world(size: str) -> World:
+    return plan_world(SIZES[size], protocol="lvis-like", seed=0)
 
 
 def create_teacher(folder: Path, drawings: tuple[Drawing, ...]) -> tuple[Any, Any]:
@@ -120,22 +132,25 @@ def train(model: Any, tokenize: Any, pool: CropPool, names: list[str], recipe: R
             advance(step + 1, f"loss {recent:.3f}")
 
 
-def measure(model: Any, tokenize: Any, drawings: tuple[Drawing, ...]) -> dict[str, Any]:
-    """Returns accuracies on scenes that training never saw, crops as the pipeline cuts them."""
+def measure(model: Any, tokenize: Any, drawings: tuple[Drawing, ...], size: str) -> dict[str, Any]:
+    """Returns accuracies on scenes that training never saw, crops as the pipeline cuts them.
+
+    `size` names the world whose validation boxes are tried.
+    """
     names = [drawing.name for drawing in drawings]
     results: dict[str, Any] = {"names": len(names)}
     for key, held in (("fresh_scenes", False), ("held_out_style", True)):
         pool = make_pool(drawings, 2500, seed=_FRESH_SEED, held_out_style=held, title=key)
         results[key] = _accuracy(model, tokenize, pool, names)
-    world = plan_world(SIZES["tiny"], protocol="lvis-like", seed=0)
+    world = _world(size)
     bank = SpriteBank([category.drawing for category in world.categories])
     scenes = [
         (render_scene(image.plan, bank), [each.label for each in image.plan.objects])
         for image in world.images
         if image.part == "val"
     ]
-    tiny_names = [category.drawing.name for category in world.categories]
-    results["tiny_val_boxes"] = _accuracy(model, tokenize, pool_of_scenes(scenes), tiny_names)
+    own_names = [category.drawing.name for category in world.categories]
+    results[f"{size}_val_boxes"] = _accuracy(model, tokenize, pool_of_scenes(scenes), own_names)
     results["mean_text_cosine"] = _mean_cosine(encode_names(model, tokenize, names))
     return results
 

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, hashed, and loaded without running anyone's code.
 
-The only file that calls `torch.load`. A checkpoint is a `.pt` file of tensors and plain types
-beside a `.json` marker with its size and hash; the marker is written last, and a file without a
-fitting marker does not count.
+The only file that loads checkpoints of ours with `torch.load`. One is a `.pt` file of tensors and
+plain types beside a `.json` marker with its size and hash; the marker is written last, and a file
+without a fitting marker does not count.
 """
 
 import json

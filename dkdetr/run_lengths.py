@@ -119,14 +119,6 @@ def boxes_xywh(rles: Sequence[Rle]) -> Float[np.ndarray, "num_masks 4"]:
     return np.concatenate([np.zeros((0, 4)), *(_routines().toBbox(part) for part in _parts(rles))])
 
 
-def overlaps(
-    rles: Sequence[Rle], others: Sequence[Rle], is_crowd: Bool[np.ndarray, "num_others"]
-) -> Float[np.ndarray, "num_masks num_others"]:
-    """Returns the IoU of masks; with a crowd, the covered part of the mask."""
-    first, second = [dict(rle) for rle in rles], [dict(rle) for rle in others]
-    return _routines().iou(first, second, is_crowd.astype(np.uint8))
-
-
 def _parts(rles: Sequence[Rle]) -> Iterator[list[dict[str, Any]]]:
     # pycocotools 2.0.11 keeps the number of masks in eight bits on its way.
     for start in range(0, len(rles), _MASKS_AT_ONCE):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dkdetr.evaluation.ground_truth import GroundTruth
-from dkdetr.evaluation.precision import RECALL_THRESHOLDS
 from dkdetr.evaluation.protocols import group_of, in_group_order
 from dkdetr.evaluation.verdicts import Judged, Verdict
+
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 
 ERROR_KINDS = {
     "classification": "lies on an object of another name",

@@ -12,8 +12,14 @@ from dkdetr.errors import DataError
 from dkdetr.evaluation.fast import fast_evaluator_name, precision_table
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.official import official_evaluator_name, official_scores
-from dkdetr.evaluation.overlaps import IOU_TYPES, IouType
-from dkdetr.evaluation.protocols import GROUP_KEYS, MASK_PREFIX, OVERALL_KEYS, group_of
+from dkdetr.evaluation.protocols import (
+    GROUP_KEYS,
+    IOU_TYPES,
+    MASK_PREFIX,
+    OVERALL_KEYS,
+    IouType,
+    group_of,
+)
 from dkdetr.evaluation.results import Results
 from dkdetr.evaluation.voc import voc_scores
 
@@ -90,13 +96,12 @@ def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast"
     groups = [group_of(truth.protocol, category) for category in truth.categories]
     values: dict[str, float] = {}
     tables: dict[IouType, np.ndarray] = {}
-    name = fast_evaluator_name()
+    name_of = official_evaluator_name if evaluator == "official" else fast_evaluator_name
     if truth.protocol == "voc":
         values, precision = voc_scores(truth, results, evaluator)
         tables["bbox"] = precision
     for iou_type in _iou_types(truth, results):
         if evaluator == "official":
-            name = official_evaluator_name(truth.protocol)
             precision, overall = official_scores(truth, results, iou_type)
         else:
             precision, overall = precision_table(truth, results, iou_type=iou_type), {}
@@ -107,7 +112,7 @@ def score(truth: GroundTruth, results: Results, *, evaluator: Evaluator = "fast"
     return Metrics(
         split=truth.name,
         protocol=truth.protocol,
-        evaluator=name,
+        evaluator=name_of(truth.protocol),
         values=values,
         per_category=_per_category(truth, results, groups, tables),
         num_images=len(truth.images),

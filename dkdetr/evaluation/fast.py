@@ -1,30 +1,37 @@
-"""The precision table of a data set, by our own vectorised matcher.
+"""The precision table of a data set, by `hotcoco` (its one home).
 
-The numbers are those of `lvis` and `pycocotools` to 1e-12, which tests hold on random sets and on
-real annotations. This file does what those tools do before they match: LVIS's cut to the best 300
-detections of an image and its federated filter, COCO's best 100 of a class in an image.
+The numbers are those of `lvis` and `pycocotools` to the last bit, which tests hold on random sets
+and on real annotations. Where hotcoco is not what `lvis` is, or asks for more, it is done here:
+the cut to the best 300 detections of an image before all else, what has no area, crowds, and ids.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 
+from dkdetr.data.annotations import ImageInfo
+from dkdetr.data.split_sources import Protocol
+from dkdetr.errors import DataError
 from dkdetr.evaluation.ground_truth import GroundTruth
-from dkdetr.evaluation.matching import Cells, match
-from dkdetr.evaluation.overlaps import Geometry, IouType, geometry_of
-from dkdetr.evaluation.precision import precision_of_categories, rank_detections
-from dkdetr.evaluation.protocols import MAX_DETECTIONS_PER_CLASS, MAX_DETECTIONS_PER_IMAGE
+from dkdetr.evaluation.mask_column import MaskColumn
+from dkdetr.evaluation.protocols import (
+    MAX_DETECTIONS_PER_CLASS,
+    MAX_DETECTIONS_PER_IMAGE,
+    IouType,
+)
 from dkdetr.evaluation.results import Results
 from dkdetr.progress import progress
 
-_DETECTIONS_AT_ONCE = 500_000
+_IMAGES_AT_ONCE = 200
 _LONG_SCORING = 500_000
 
 
-def fast_evaluator_name() -> str:
-    """Returns what computes the numbers and its version, as reports print it."""
+def fast_evaluator_name(protocol: Protocol) -> str:
+    """Returns what computes a protocol's numbers and its version, as reports print it."""
+    if protocol != "voc":
+        return f"hotcoco {version('hotcoco')}"
     try:
         return f"dkdetr {version('dkdetr')}"
     except PackageNotFoundError:  # a checkout that was never installed
@@ -43,39 +50,45 @@ def precision_table(
         truth: what should have been found.
         results: in file order, which breaks ties of score.
         iou_type: `bbox`, or `segm` for masks, which both sides must then have.
+
+    Raises:
+        DataError: masks are asked for, and a side has none or of another size than its image.
     """
-    if truth.protocol == "lvis":
+    import hotcoco
+
+    is_lvis = truth.protocol == "lvis"
+    if is_lvis:
         results = keep_best_per_image(results, MAX_DETECTIONS_PER_IMAGE)
     results = results.take(is_known(truth, results))
-    geometry = geometry_of(truth, results, iou_type)
-    boxes = np.arange(len(truth.image_ids))
-    detections = np.arange(len(results))
-    if truth.protocol == "lvis":
-        # The official tool asks for areas strictly between 0 and infinity on both sides.
-        boxes = boxes[truth.areas > 0]
-        detections = detections[geometry.detection_areas > 0]
-        detections = detections[_is_judged(truth, boxes, results, detections)]
-    problem = _Problem(truth, results, geometry)
-    table = np.full((10, 101, len(truth.categories), 4), -1.0)
-    keys, box_keys = problem.keys(results), problem.keys(truth)
-    detections = detections[np.lexsort((-results.scores[detections], keys[detections]))]
-    if truth.protocol != "lvis":
-        detections = detections[rank_in_run(keys[detections]) < MAX_DETECTIONS_PER_CLASS]
-    boxes = boxes[np.argsort(box_keys[boxes], kind="stable")]
-    edges = np.arange(len(truth.categories) + 1) * len(truth.images)
-    starts = np.searchsorted(keys[detections], edges)
-    box_starts = np.searchsorted(box_keys[boxes], edges)
-    is_quick = len(results) < _LONG_SCORING
-    with progress("scoring categories", len(truth.categories), quiet=is_quick) as advance:
-        # Categories do not influence each other; a block at a time bounds the memory.
-        for first, last in _blocks(starts):
-            table[:, :, problem.order[first:last], :] = problem.block(
-                detections[starts[first] : starts[last]],
-                boxes[box_starts[first] : box_starts[last]],
-                keys, box_keys, first, last,
-            )  # fmt: skip
-            advance(last, "")
-    return table
+    if iou_type == "segm":
+        _check_masks(truth, results)
+    rows = np.argsort(results.image_ids, kind="stable")
+    boxes = np.argsort(truth.image_ids, kind="stable")
+    if is_lvis:
+        # The official tool loads nothing without area; a mask without has a frame without.
+        rows = rows[results.boxes_xywh[rows, 2:].prod(axis=1) > 0]
+        boxes = boxes[truth.areas[boxes] > 0]
+    found, wanted = results.image_ids[rows], truth.image_ids[boxes]
+    problem = _Problem(truth, results, iou_type)
+    params = hotcoco.Params(iou_type)
+    params.max_dets = [MAX_DETECTIONS_PER_IMAGE if is_lvis else MAX_DETECTIONS_PER_CLASS]
+    categories = [{"id": place, "name": str(place)} for place in range(len(truth.categories))]
+    evaluation = hotcoco.StreamingEval(categories, iou_type, lvis_style=is_lvis, params=params)
+    images = sorted(truth.images, key=lambda image: image.image_id)
+    with progress("scoring images", len(images), quiet=len(results) < _LONG_SCORING) as advance:
+        # Images do not influence each other's matches; some at a time bound the memory.
+        for first in range(0, len(images), _IMAGES_AT_ONCE):
+            block = images[first : first + _IMAGES_AT_ONCE]
+            evaluation.update(
+                [problem.image(image, first + place) for place, image in enumerate(block)],
+                problem.objects(boxes[_of_images(wanted, block)]),
+                **problem.detections(rows[_of_images(found, block)]),
+            )
+            advance(first + len(block), "")
+    done = evaluation.finalize()
+    done.accumulate()
+    assert done.eval is not None
+    return done.eval["precision"][..., 0]
 
 
 def keep_best_per_image(results: Results, limit: int) -> Results:
@@ -99,107 +112,105 @@ def is_known(truth: GroundTruth, results: Results) -> np.ndarray:
     return np.isin(results.category_ids, known)
 
 
-def _is_judged(
-    truth: GroundTruth, boxes: np.ndarray, results: Results, detections: np.ndarray
-) -> np.ndarray:
-    """Returns which detections say something that the image's annotations can confirm or deny."""
-    image_ids = np.array([image.image_id for image in truth.images])
-    category_ids = np.array([category.category_id for category in truth.categories])
-    images, categories = _Lookup(image_ids), _Lookup(category_ids)
-    judged = np.zeros((len(image_ids), len(category_ids)), dtype=bool)
-    judged[images(truth.image_ids[boxes]), categories(truth.category_ids[boxes])] = True
-    known = set(category_ids.tolist())
-    for place, image in enumerate(truth.images):
-        absent = [each for each in image.neg_category_ids if each in known]
-        judged[place, categories(np.array(absent, dtype=np.int64))] = True
-    return judged[
-        images(results.image_ids[detections]), categories(results.category_ids[detections])
-    ]
-
-
-def _blocks(starts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields (first, last) of runs of categories that have about as many detections."""
-    first, num_categories = 0, len(starts) - 1
-    while first < num_categories:
-        last = int(np.searchsorted(starts, starts[first] + _DETECTIONS_AT_ONCE, side="right")) - 1
-        last = min(max(last, first + 1), num_categories)
-        yield first, last
-        first = last
-
-
-class _Lookup:
-    """Gives values of a set their places in it as it was given."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._order = np.argsort(values, kind="stable")
-        self._sorted = values[self._order]
-
-    def __call__(self, wanted: np.ndarray) -> np.ndarray:
-        return self._order[np.searchsorted(self._sorted, wanted)]
-
-
-@dataclass(frozen=True, eq=False)
 class _Problem:
-    """Cells are numbered category by category, ids ascending, and in each by ascending image id."""
+    """Images, objects and detections as hotcoco takes them.
 
-    truth: GroundTruth
-    results: Results
-    geometry: Geometry
+    It takes no negative ids, and reads those in an array as floating-point numbers. So its ids are
+    places: of an image in the order of the ids, of a category in the split.
+    """
 
-    @property
-    def order(self) -> np.ndarray:
-        """The places of the categories in the order of their ids."""
-        return np.argsort([category.category_id for category in self.truth.categories])
+    def __init__(self, truth: GroundTruth, results: Results, iou_type: IouType) -> None:
+        self._truth = truth
+        self._results = results
+        self._with_masks = iou_type == "segm"
+        self._image_ids = np.sort([image.image_id for image in truth.images])
+        category_ids = [category.category_id for category in truth.categories]
+        self._places = {category_id: place for place, category_id in enumerate(category_ids)}
+        self._order = np.argsort(category_ids)
+        self._category_ids = np.array(category_ids)[self._order]
 
-    def keys(self, columns: GroundTruth | Results) -> np.ndarray:
-        """Returns the number of the cell of each detection or box."""
-        image_ids = np.sort([image.image_id for image in self.truth.images])
-        category_ids = np.sort([each.category_id for each in self.truth.categories])
-        images = np.searchsorted(image_ids, columns.image_ids)
-        return np.searchsorted(category_ids, columns.category_ids) * len(image_ids) + images
+    def image(self, image: ImageInfo, place: int) -> dict[str, Any]:
+        """Returns an image and what LVIS's annotators say of it."""
+        return {
+            "id": place,
+            "height": image.height,
+            "width": image.width,
+            "neg_category_ids": self._known(image.neg_category_ids),
+            "not_exhaustive_category_ids": self._known(image.not_exhaustive_category_ids),
+        }
 
-    def block(
-        self, detections: np.ndarray, boxes: np.ndarray, keys: np.ndarray, box_keys: np.ndarray,
-        first: int, last: int,
-    ) -> np.ndarray:  # fmt: skip
-        """Returns the table of the categories first to last; rows are sorted by cell."""
-        federated = self.truth.protocol == "lvis"
-        num_images = len(self.truth.images)
-        own_keys = keys[detections]
-        cells = Cells(
-            detection_keys=own_keys,
-            detection_areas=self.geometry.detection_areas[detections],
-            can_miss=self._is_exhaustive(own_keys),
-            box_keys=box_keys[boxes],
-            box_areas=self.truth.areas[boxes],
-            # LVIS has no crowds: its tool never looks at the flag.
-            is_crowd=self.truth.is_crowd[boxes] & (not federated),
+    def objects(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """Returns what should have been found."""
+        truth = self._truth
+        # LVIS has no crowds: its tool never looks at the flag.
+        is_crowd = truth.is_crowd[rows] & (truth.protocol != "lvis")
+        columns = {
+            "id": range(1, len(rows) + 1),
+            "image_id": self._images(truth.image_ids[rows]).tolist(),
+            "category_id": self._categories(truth.category_ids[rows]).tolist(),
+            "bbox": truth.boxes_xywh[rows].tolist(),
+            "area": truth.areas[rows].tolist(),
+            "iscrowd": is_crowd.astype(int).tolist(),
+        }
+        return _records(columns | self._segmentations(truth.masks, rows))
+
+    def detections(self, rows: np.ndarray) -> dict[str, Any]:
+        """Returns detections, as arguments of `hotcoco.StreamingEval.update`."""
+        results = self._results
+        images = self._images(results.image_ids[rows])
+        categories = self._categories(results.category_ids[rows])
+        masks = self._segmentations(results.masks, rows)
+        if results.has_boxes:
+            columns = (images, results.boxes_xywh[rows], results.scores[rows], categories)
+            return {"dt_anns": np.column_stack(columns), **masks}
+        # Where there is a box, its area decides the size.
+        columns = {
+            "image_id": images.tolist(),
+            "category_id": categories.tolist(),
+            "score": results.scores[rows].tolist(),
+        }
+        return {"dt_anns": _records(columns | masks)}
+
+    def _segmentations(self, masks: MaskColumn | None, rows: np.ndarray) -> dict[str, Any]:
+        if not self._with_masks:
+            return {}
+        assert masks is not None
+        return {"segmentation": masks.objects(rows)}
+
+    def _known(self, category_ids: tuple[int, ...]) -> list[int]:
+        return [self._places[each] for each in category_ids if each in self._places]
+
+    def _images(self, image_ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._image_ids, image_ids)
+
+    def _categories(self, category_ids: np.ndarray) -> np.ndarray:
+        return self._order[np.searchsorted(self._category_ids, category_ids)]
+
+
+def _of_images(image_ids: np.ndarray, images: Sequence[ImageInfo]) -> slice:
+    """Returns where the ids of consecutive images lie; all ascend."""
+    start = np.searchsorted(image_ids, images[0].image_id, side="left")
+    return slice(start, np.searchsorted(image_ids, images[-1].image_id, side="right"))
+
+
+def _records(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _check_masks(truth: GroundTruth, results: Results) -> None:
+    if truth.masks is None:
+        raise DataError(f"the annotations of '{truth.name}' have no segmentations to score against")
+    if results.masks is None:
+        raise DataError("the results have no segmentations to score")
+    image_ids = np.array([image.image_id for image in truth.images], dtype=np.int64)
+    sizes = np.array([(image.height, image.width) for image in truth.images]).reshape(-1, 2)
+    order = np.argsort(image_ids)
+    wanted = sizes[order[np.searchsorted(image_ids[order], results.image_ids)]]
+    wrong = np.flatnonzero((results.masks.sizes_hw != wanted).any(axis=1))
+    if len(wrong):
+        first = int(wrong[0])
+        raise DataError(
+            f"{len(wrong)} masks have another size than their image; the first, of image "
+            f"{results.image_ids[first]}, is {results.masks.sizes_hw[first].tolist()} (height, "
+            f"width), its image {wanted[first].tolist()}: they would lie elsewhere"
         )
-
-        def overlaps(rows: np.ndarray, box_rows: np.ndarray) -> np.ndarray:
-            return self.geometry.overlaps(
-                detections[rows], boxes[box_rows], cells.is_crowd[box_rows]
-            )
-
-        matches = match(cells, overlaps)
-        categories = own_keys // num_images - first
-        ranked = rank_detections(categories, self.results.scores[detections], last - first)
-        box_categories = cells.box_keys // num_images - first
-        return precision_of_categories(cells, matches, ranked, box_categories)
-
-    def _is_exhaustive(self, keys: np.ndarray) -> np.ndarray:
-        if self.truth.protocol != "lvis":
-            return np.ones(len(keys), dtype=bool)
-        return ~np.isin(keys, self._unsure_cells())
-
-    def _unsure_cells(self) -> np.ndarray:
-        category_ids = np.sort([each.category_id for each in self.truth.categories])
-        places = {category_id: place for place, category_id in enumerate(category_ids.tolist())}
-        images = sorted(self.truth.images, key=lambda image: image.image_id)
-        unsure = [
-            places[category_id] * len(images) + place
-            for place, image in enumerate(images)
-            for category_id in image.not_exhaustive_category_ids
-            if category_id in places
-        ]
-        return np.array(unsure, dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dkdetr.run_lengths import areas, boxes_xywh, overlaps, segmentation_rle
+from dkdetr.run_lengths import boxes_xywh, segmentation_rle
 
 _AT_ONCE = 20_000
 _MOST_CHARACTERS = 10
@@ -111,28 +111,9 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> bytes:
     return segmentation_rle(segmentation, (height, width))["counts"].encode("ascii")
 
 
-def mask_areas(masks: MaskColumn) -> np.ndarray:
-    """Returns f64[n]: the pixels of each mask."""
-    return np.concatenate([np.zeros(0), *(areas(chunk) for chunk in _chunks(masks))])
-
-
 def mask_boxes(masks: MaskColumn) -> np.ndarray:
     """Returns f64[n, 4]: the frame of each mask as x, y, width, height."""
     return np.concatenate([np.zeros((0, 4)), *(boxes_xywh(chunk) for chunk in _chunks(masks))])
-
-
-def mask_ious(
-    first: MaskColumn, second: MaskColumn, first_rows: np.ndarray, second_rows: np.ndarray,
-    is_crowd: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Returns f64[n], the IoU of each pair; pairs of one `first` mask stand together."""
-    ious = np.zeros(len(first_rows))
-    edges = np.flatnonzero(np.diff(first_rows, prepend=-1, append=-1))
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        mask = first.objects(first_rows[start : start + 1])
-        others = second.objects(second_rows[start:stop])
-        ious[start:stop] = overlaps(mask, others, is_crowd[start:stop])[0]
-    return ious
 
 
 def _chunks(masks: MaskColumn) -> Iterator[list[dict[str, Any]]]:

@@ -25,8 +25,7 @@ from dkdetr.data.split_sources import Protocol
 from dkdetr.errors import DataError
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.mask_column import MaskColumn
-from dkdetr.evaluation.overlaps import IouType
-from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS
+from dkdetr.evaluation.protocols import GROUP_KEYS, OVERALL_KEYS, IouType
 from dkdetr.evaluation.results import Results
 
 

@@ -1,9 +1,14 @@
 """What the benchmarks average: their groups, their keys and their limits (method D)."""
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from dkdetr.data.annotations import Category
 from dkdetr.data.split_sources import Protocol
+
+IouType = Literal["bbox", "segm"]
+"""What overlaps: boxes or masks."""
+IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
 
 MAX_DETECTIONS_PER_IMAGE = 300
 """LVIS: over all categories of an image."""

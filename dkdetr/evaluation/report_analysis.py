@@ -11,6 +11,7 @@ from dkdetr.data.splits import Split
 from dkdetr.evaluation.charts import Chart, Line, line_chart
 from dkdetr.evaluation.curves import (
     ERROR_KINDS,
+    RECALL_THRESHOLDS,
     ErrorKind,
     GroupCurve,
     error_kinds,
@@ -18,7 +19,6 @@ from dkdetr.evaluation.curves import (
 )
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.inline_pictures import data_uri
-from dkdetr.evaluation.precision import RECALL_THRESHOLDS
 from dkdetr.evaluation.results import Results
 from dkdetr.evaluation.verdicts import Judged, Verdict, judge
 

@@ -3,8 +3,9 @@
 python -m tests.benchmarks.scoring [--images 1981] [--detections 300] [--classes 1203] [--peers]
 
 The whole of LVIS val is --images 19809. Each tool runs in a process of its own and on one core,
-reading included. A peer that is not installed is told and left out; one that fails or comes to
-other numbers is told too, and makes the exit code 1.
+reading included. We score by hotcoco, which as a peer reads the files itself. A peer that is not
+installed is told and left out; one that fails or comes to other numbers is told too, and makes the
+exit code 1.
 """
 
 import argparse

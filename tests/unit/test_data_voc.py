@@ -215,6 +215,7 @@ def test_average_precision_equals_a_plain_implementation(seed, tmp_path):
     )
     metrics = score(truth, results)
     assert list(metrics.values) == ["AP50", "AP75"]
+    assert metrics.evaluator.startswith("dkdetr")
     for key, threshold in (("AP50", 0.5), ("AP75", 0.75)):
         plain = [plain_voc_ap(truth, results, c.category_id, threshold) for c in truth.categories]
         assert metrics.values[key] == pytest.approx(np.nanmean(plain), abs=1e-12)

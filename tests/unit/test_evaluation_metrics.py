@@ -54,6 +54,7 @@ def test_a_perfect_answer_scores_one(protocol):
     groups = {"lvis": ("APr", "APc", "APf"), "ovcoco": ("AP50_novel", "AP50_base", "AP50_all")}
     for key in ("AP", "AP50", "AP75", "APm", *groups.get(protocol, ())):
         assert metrics.values[key] == pytest.approx(1.0)
+    assert metrics.evaluator.startswith("hotcoco ")
     assert math.isnan(metrics.values["APs"])
     assert metrics.as_json()["APs"] is None
 

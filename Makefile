@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 VERSIONS := .venv/versions
 
-.PHONY: install demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
+.PHONY: install constraints demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -76,6 +76,12 @@ $(INSTALLED): pyproject.toml $(VERSIONS)
 	$(BIN)/python -m pip uninstall -qq --yes faiss-$(if $(filter gpu,$(FAISS)),cpu,gpu)  # never both
 	$(BIN)/python -m pip install --quiet --editable ".[$(FAISS),demo,dev,serve,track,video,export]"
 	touch $(INSTALLED)
+
+# Not what `install` takes: an index may lack one of these, a newer Python want newer ones. PyTorch and
+# what its builds bring is each machine's choice.
+constraints: $(INSTALLED)
+	@echo "# Written by 'make constraints' on $$($(BIN)/python -V): what 'make test' passes with." > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | grep -Ev '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' >> constraints.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

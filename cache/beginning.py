@@ -31,7 +31,7 @@ from cache.plan import Plan
 from cache.spec import CacheError, CorruptCacheError, StaleCacheError, diff_parts
 from cache.zarr_files import metadata_files
 
-_PLACES = ("split", "data_root", "teacher_spec", "command", "request")
+_PLACES = ("split", "data_root", "teacher_spec", "teacher_weights", "command", "request")
 """What provenance says of where things lie: the latest command knows best."""
 
 

@@ -13,6 +13,7 @@ from cache.spec import SCHEMA
 from dkdetr.data.splits import Split
 from pipeline.crops import CropRule
 from pipeline.decoding import choose_decoder, decoder_name
+from pipeline.hub_weights import weights_record
 from pipeline.leaks import LeakCheck
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.request import CacheRequest, request_record
@@ -77,6 +78,7 @@ def cache_provenance(
     request: CacheRequest, split: Split, teacher: Teacher, leaks: LeakCheck, canary: str
 ) -> dict[str, Any]:
     """Returns what is kept of a cache's making but never compared."""
+    weights = weights_record(teacher.weights_file)
     return {
         "command": request.command,
         "request": request_record(request),
@@ -87,6 +89,7 @@ def cache_provenance(
         "split": split.name,
         "data_root": str(request.data_root.resolve()),
         "teacher_spec": request.teacher,
+        **({"teacher_weights": weights} if weights else {}),
         "proposals": leaks.provenance(),
         "uses_novel_names": leaks.provenance()["uses_novel_names"],
         "canary": canary,

@@ -7,8 +7,10 @@ weights from the hub. Here each of these is an error or is recorded.
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +21,7 @@ from torch import nn
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.offline import is_offline
 from pipeline.fused_tower import can_be_fused
+from pipeline.hub_weights import kept_weights
 from pipeline.teacher_model import Encoder, Preprocessing, Teacher
 from pipeline.teacher_source import TeacherSource, openai_evidence, parse_teacher_spec
 
@@ -62,14 +65,16 @@ def load_teacher(
     with _quiet_about_random_weights(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
         model, tokenize = _build(source, config)
+    path = None
     if source.kind != "random":
-        _load_weights(model, source.path or _fetch(source), source)
+        path = source.path or _fetch(source)
+        _load_weights(model, path, source)
     chosen = precision if precision != "auto" else "fp16" if device.type == "cuda" else "fp32"
     return Teacher(
         model,
         tokenize,
         preprocessing,
-        source,
+        replace(source, path=path),
         config,
         device=device,
         precision=chosen,
@@ -244,13 +249,21 @@ def _merges_file(source: TeacherSource, config: Mapping[str, Any]) -> dict[str, 
 
 def _fetch(source: TeacherSource) -> Path:
     tag = open_clip.get_pretrained_cfg(source.model, source.tag)
-    kept = url_weights_folder() / str(tag.get("url", "")).rsplit("/", 1)[-1]
+    hub, url = str(tag.get("hf_hub") or ""), str(tag.get("url") or "")
     try:
-        if is_offline() and not tag.get("hf_hub") and not kept.is_file():
+        kept = kept_weights(hub) if hub else url_weights_folder() / url.rsplit("/", 1)[-1]
+        if hub and kept is not None:
+            return kept  # a hub that is asked again may have other weights by now
+        is_here = kept is not None and kept.is_file()
+        if is_offline() and not hub and not is_here:
             raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
+        if not is_offline() and not is_here:
+            place = f"the hub ({hub.strip('/')})" if hub else url
+            told = f"fetching the weights of teacher {source.spec} from {place}, once"
+            print(told, file=sys.stderr, flush=True)
         return Path(open_clip.download_pretrained(tag))
     except (OSError, RuntimeError, ValueError) as error:
-        where = str(tag.get("hf_hub") or tag.get("url")).strip("/")
+        where = (hub or url).strip("/")
         raise DataError(
             f"the weights of teacher '{source.spec}' are neither in the local cache nor reachable "
             f"({_one_line(error)}). On a machine with a network: dkdetr fetch --teacher "

@@ -56,6 +56,7 @@ class Teacher:
     Attributes:
         spec: what the user typed.
         random: True if its weights are random, for trials only.
+        weights_file: what its weights were read from; None if they are random.
         embed_dim: length of its vectors.
         preprocessing: as frozen.
         activation: `quick_gelu` or `gelu`.
@@ -78,6 +79,7 @@ class Teacher:
         self.spec = source.spec
         self.model_name = source.model
         self.random = source.kind == "random"
+        self.weights_file = source.path
         self.embed_dim = int(config["embed_dim"])
         self.preprocessing = preprocessing
         self.activation = "quick_gelu" if config.get("quick_gelu") else "gelu"

@@ -24,7 +24,7 @@ _FAVOURITES = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_m
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A spec, taken apart; `path` is the weights' file for kind `file`."""
+    """A spec, taken apart; `path` is the weights' file, a tag's once it is loaded."""
 
     spec: str
     model: str

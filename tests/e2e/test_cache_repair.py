@@ -1,5 +1,6 @@
 """`cache repair` on a cache that stage 1 made: the teacher makes the same bytes again."""
 
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_damaged_shards_and_files_are_made_again_to_the_same_bytes(cache, monkey
     assert repair_cache(cache).lines() == [f"{cache}: nothing is damaged"]
 
 
-def test_the_command_line_repairs_one_shard_and_tells(cache):
+def test_the_command_line_repairs_one_shard_and_tells(cache, teacher_spec):
     before = committed_bytes(cache)
     _flip(cache / "data.zarr/objectness/c/0/0")
     runner = CliRunner()
@@ -81,6 +82,9 @@ def test_the_command_line_repairs_one_shard_and_tells(cache):
     assert committed_bytes(cache) == before
     result = runner.invoke(app, ["cache", "info", str(cache)])
     assert "1 - cosine = " in result.output
+    weights = (Path(teacher_spec.partition(":")[2]) / "w.safetensors").read_bytes()
+    sha256 = hashlib.sha256(weights).hexdigest()
+    assert f"teacher_weights: file w.safetensors, sha256 {sha256}\n" in result.output
     size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
     assert describe_cache(cache).as_json()["bytes_on_disk"] == size
     export = cache.with_name("export")

@@ -142,6 +142,15 @@ def test_a_finished_cache_is_returned_finished(tmp_path):
     assert open_cache(tmp_path / "c").info.provenance == {"host": "h"}
 
 
+def test_a_later_command_tells_where_the_teacher_is_from(tmp_path):
+    write_sample_cache(tmp_path / "c")
+    later = {"host": "other", "teacher_weights": {"sha256": "ab"}}
+    create_or_resume(
+        tmp_path / "c", parts=parts(), plan=sample_plan(), provenance=later
+    ).__exit__(None, None, None)  # fmt: skip
+    assert open_cache(tmp_path / "c").info.provenance == later | {"host": "h"}
+
+
 def test_a_lost_shard_made_again_to_other_bytes_is_sealed_again(tmp_path):
     path, plan = tmp_path / "c", sample_plan()
     old = write_sample_cache(path, plan)

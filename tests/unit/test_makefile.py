@@ -22,14 +22,29 @@ def installs(folder: Path, target: str = "install", **versions: str) -> str:
     return log.read_text()
 
 
-def test_other_versions_install_anew(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "pyproject.toml").touch()
-    programs = tmp_path / ".venv" / "bin"
+def stand_ins(folder: Path, installed: str = "") -> None:
+    """Writes a project whose programs note what they are asked for; `pip freeze` says a text."""
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "pyproject.toml").touch()
+    (folder / "installed").write_text(installed)
+    programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name in ("python", "dkdetr"):
-        (programs / name).write_text('#!/bin/sh\necho "$@" >> pip.log\n')
+        text = '#!/bin/sh\necho "$@" >> pip.log\n[ "$3" != freeze ] || cat installed\n'
+        (programs / name).write_text(text)
         (programs / name).chmod(0o755)
+
+
+def test_constraints_are_what_is_installed_but_pytorch(tmp_path: Path) -> None:
+    stand_ins(tmp_path, "torch==9.9\nnvidia-nccl-cu13==2\ntorchmetrics==1.0\nzarr==3.1.6\n")
+    assert "pip freeze --exclude-editable" in installs(tmp_path, "constraints")
+    head, *versions = (tmp_path / "constraints.txt").read_text().splitlines()
+    assert head.startswith("#")
+    assert versions == ["torchmetrics==1.0", "zarr==3.1.6"]
+
+
+def test_other_versions_install_anew(tmp_path: Path) -> None:
+    stand_ins(tmp_path)
     first = installs(tmp_path, "demo")
     assert "install --quiet torch==" in first
     assert "demo" in first

@@ -21,6 +21,7 @@ import cli
 from dkdetr.errors import DataError
 from pipeline import fetch as fetch_module
 from pipeline.fetch import fetch, install, places
+from pipeline.hub_weights import kept_weights, weights_record
 from pipeline.teacher import load_teacher
 from tests.e2e.tiny_stage_one import TINY_CLIP
 
@@ -116,6 +117,44 @@ def test_from_a_server_by_a_bundle_to_a_machine_without_network(machine, no_netw
     # What is there may be bundled without a network.
     fetch(spec, None, tmp_path / "again.tar", print)
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("tag", "told"), [("hub", "the hub (acme/tiny), once"), ("url", "weights.safetensors, once")]
+)
+def test_a_download_is_announced_and_happens_once(machine, capsys, monkeypatch, tag, told):
+    machine("here")
+    first = load_teacher(f"tiny-fetch:{tag}").weights_file
+    said = capsys.readouterr().err
+    assert said.count(f"fetching the weights of teacher tiny-fetch:{tag} from ") == 1
+    assert told in said
+    # Whatever the hub's newest is by now, the teacher stays.
+    monkeypatch.setitem(globals(), "COMMIT", "d" * 40)
+    assert load_teacher(f"tiny-fetch:{tag}").weights_file == first
+    assert "fetching" not in capsys.readouterr().err
+
+
+def test_a_revision_is_kept_with_the_hash_of_its_weights(machine):
+    machine("here")
+    path = load_teacher("tiny-fetch:hub").weights_file
+    hashed = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert weights_record(path) == hashed | {"hub": f"acme/tiny@{COMMIT}"}
+    assert weights_record(path.resolve()) == hashed | {"file": path.resolve().name}
+    assert load_teacher("tiny-fetch:random").weights_file is None
+    assert weights_record(None) == {}
+
+
+def test_every_file_that_open_clip_would_take_is_found_where_it_is_kept(machine):
+    repository = machine("here") / "hub/models--acme--other"
+    snapshot = repository / "snapshots" / COMMIT
+    for folder in (snapshot, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs/main").write_text(COMMIT)
+    assert kept_weights("acme/other/") is None
+    for name in ("pytorch_model.bin", "open_clip_pytorch_model.bin", "open_clip_model.safetensors"):
+        (snapshot / name).touch()
+        where = "acme/other/" if name.startswith("open") else f"acme/other/{name}"
+        assert kept_weights(where) == snapshot / name
 
 
 def test_the_backbone_of_an_experiment(machine, monkeypatch, tmp_path):

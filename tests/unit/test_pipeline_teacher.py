@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -164,7 +165,11 @@ def test_a_file_of_other_weights_is_corrupt(weights: Path, tmp_path: Path) -> No
         load_teacher(f"tiny-clip:{path}")
 
 
-def test_unreachable_hub_weights_say_how_to_provide_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_weights_say_how_to_provide_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
     def unreachable(_: object) -> str:
         raise FileNotFoundError("no network")
 

@@ -43,6 +43,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         'dkdetr predict photos/ --model runs/mine -c "cat, traffic cone"',
         "dkdetr predict photos/ -c @coco --class-threshold cat=0.5 --nms 0.7",
         "dkdetr predict clip.mp4 --model student.safetensors --vocab tools.vocab --every 10",
+        "dkdetr predict photos/ --model new.safetensors -c cat --teacher ViT-B-32-quickgelu:openai",
     ),
     "cache-teacher": (
         "dkdetr cache-teacher --split lvis_train --dry-run",
@@ -979,7 +980,11 @@ def predict_command(
     masks: Annotated[bool, typer.Option(help="Masks too, if the student has a mask head")] = True,
     out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
     teacher: Annotated[
-        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+        str | None,
+        typer.Option(
+            help="The text tower for words; default: the run's teacher. Of converted weights "
+            "without a vocabulary: the one that they learned from"
+        ),
     ] = None,
     precision: Annotated[
         str | None,

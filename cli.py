@@ -159,6 +159,10 @@ _DEFAULT_EXPERIMENT = "lvis_r50_70e"
 """The experiment whose student `convert` makes, and whose backbone `fetch` gets."""
 _MOST_UNREADABLE = 20
 """Pictures that `predict` names one by one."""
+_PREDICT_STOPPED = (
+    "stopped by SIGTERM: predictions.json and predictions.csv were not written; the same command "
+    "predicts from the start"
+)
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -998,37 +1002,41 @@ def predict_command(
     verbose: Verbose = False,
 ) -> None:
     """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
-    from dkdetr.errors import DataError
-    from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
-    from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
-    from pipeline.open_vocabulary import load_detector
+    from dkdetr.engine.interruption import end_on_sigterm
 
-    sources = find_sources(pictures)
-    _require_another_answer(json_out, sources)
-    if draw:  # predictions.json and .csv are no picture's name
-        require_sources_apart(sources, out)
-    detector, looked_for = load_detector(
-        model,
-        words,
-        vocab,
-        teacher,
-        device,
-        precision=_precision(precision) or "auto",
-        compiled=compiled,
-    )
-    unreadable: list[DataError] = []
-    summary = predict_to_folder(
-        detector,
-        open_pictures(sources, every=every, unreadable=unreadable),
-        looked_for,
-        out,
-        draw=draw,
-        threshold=threshold,
-        thresholds=_scores_by_name(class_thresholds or ()),
-        nms_iou=nms,
-        batch_size=batch_size,
-        masks=masks,
-    )
+    with end_on_sigterm(_PREDICT_STOPPED):
+        from dkdetr.errors import DataError
+        from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
+        from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
+        from pipeline.open_vocabulary import load_detector
+
+        sources = find_sources(pictures)
+        _require_another_answer(json_out, sources)
+        if draw:  # predictions.json and .csv are no picture's name
+            require_sources_apart(sources, out)
+        detector, looked_for = load_detector(
+            model,
+            words,
+            vocab,
+            teacher,
+            device,
+            precision=_precision(precision) or "auto",
+            compiled=compiled,
+        )
+        unreadable: list[DataError] = []
+        summary = predict_to_folder(
+            detector,
+            open_pictures(sources, every=every, unreadable=unreadable),
+            looked_for,
+            out,
+            num_files=len(sources),
+            draw=draw,
+            threshold=threshold,
+            thresholds=_scores_by_name(class_thresholds or ()),
+            nms_iou=nms,
+            batch_size=batch_size,
+            masks=masks,
+        )
     _tell(summary.lines(), json_out)
     _report(summary.as_json() | {"unreadable": [str(each) for each in unreadable]}, json_out)
     for each in unreadable[:_MOST_UNREADABLE]:

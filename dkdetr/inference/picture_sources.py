@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,14 @@ _MOST_AHEAD = 2 * _DECODERS
 
 @dataclass(frozen=True, eq=False)
 class NamedPicture:
-    """RGB pixels [height, width, 3] and what documents call them; a frame's name has its number."""
+    """RGB pixels [height, width, 3] and what documents call them; a frame's name has its number.
+
+    `files_done` counts the files that are through with this picture; a frame ends none.
+    """
 
     name: str
     pixels: np.ndarray
+    files_done: int = 0
 
 
 def find_sources(words: Sequence[str], *, stdin: Iterable[str] | None = None) -> dict[Path, str]:
@@ -117,11 +121,12 @@ def open_pictures(
         ThreadPoolExecutor(_DECODERS) as pool,
         closing(done_ahead(pool, _decoded, sources, _MOST_AHEAD)) as decoded,
     ):
-        for path, pixels in decoded:
+        for number, (path, pixels) in enumerate(decoded):
+            files_done = number if _is_video(path) else number + 1
             try:
                 for each in _named(path, sources[path], pixels, every):
                     any_read = True
-                    yield each
+                    yield replace(each, files_done=files_done)
             except DataError as error:
                 if unreadable is None:
                     raise

@@ -75,7 +75,7 @@ def _files_of(words: Sequence[str], lines: Iterable[str]) -> Iterator[tuple[Path
         if path.is_dir():
             inside = sorted(each for each in path.iterdir() if _is_known(each))
             if not inside:
-                raise DataError(f"the folder '{word}' holds no picture and no video")
+                raise DataError(f"the folder '{word}' holds no picture and no video{_deeper(path)}")
             yield from ((each, each.name) for each in inside)
         elif path.is_file():
             if not _is_known(path):
@@ -86,8 +86,21 @@ def _files_of(words: Sequence[str], lines: Iterable[str]) -> Iterator[tuple[Path
             matches = sorted(glob.glob(word, recursive=True))  # noqa: PTH207
             inside = [each for each in matches if Path(each).is_file() and _is_known(Path(each))]
             if not inside:
+                if "://" in word:
+                    raise DataError(
+                        f"'{word}' is an address, and nothing is fetched: download it, and name "
+                        "the file"
+                    )
                 raise DataError(f"no picture, folder or video '{word}'")
             yield from ((Path(each), _as_posix(each)) for each in inside)
+
+
+def _deeper(folder: Path) -> str:
+    """Returns the end of a sentence: how to name pictures of folders in this one, if it has any."""
+    if not any(each.is_dir() for each in folder.iterdir()):
+        return ""
+    pattern = f"{glob.escape(folder.as_posix())}/**/*"
+    return f"; folders in it are not looked into, but by a pattern, in quotes: '{pattern}'"
 
 
 def _as_posix(word: str) -> str:

@@ -976,7 +976,8 @@ def predict_command(
         list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
     ] = None,
     nms: Annotated[
-        float | None, typer.Option(help="Suppress overlaps above this IoU, whatever the names")
+        float | None,
+        typer.Option(min=0, max=1, help="Suppress overlaps above this IoU, whatever the names"),
     ] = None,
     every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
@@ -1005,6 +1006,7 @@ def predict_command(
     from dkdetr.engine.interruption import end_on_sigterm
 
     with end_on_sigterm(_PREDICT_STOPPED):
+        from dkdetr.data.vocabulary_check import describe_vocabulary
         from dkdetr.errors import DataError
         from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
         from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
@@ -1023,6 +1025,9 @@ def predict_command(
             precision=_precision(precision) or "auto",
             compiled=compiled,
         )
+        if words is not None:
+            for line in describe_vocabulary(looked_for).warnings():
+                _say(line)
         unreadable: list[DataError] = []
         summary = predict_to_folder(
             detector,

@@ -86,6 +86,18 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
     assert json.loads((place / "r.json").read_text())["detections"] == 72
 
 
+def test_words_that_mean_the_same_are_warned_of_once(place: Path, monkeypatch, capsys):
+    common = ("predict", "in", "--model", "s.safetensors", "--no-draw", "--batch-size", "1")
+    assert exit_code(monkeypatch, *common, "-c", "hammer, Hammer", "--json", "-") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["pictures"] == 2
+    warned = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert warned == [
+        "warning: hammer and Hammer read the same",
+        "warning: 'hammer' and 'Hammer' are near-duplicates (cosine 1.000)",
+    ]
+
+
 def test_what_cannot_be_read_is_told_and_the_others_are_written(place: Path, monkeypatch, capsys):
     for number in range(22):
         (place / "in" / f"b{number:02}.jpg").write_bytes(b"a download that broke off")

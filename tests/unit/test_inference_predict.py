@@ -174,6 +174,9 @@ def test_thresholds_and_suppression(detector: DKDETR):
         names(thresholds={"horse": 0.5})
     with pytest.raises(UsageError, match=r"0\.\.1"):
         names(threshold=1.5)
+    for beyond in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match=r"IoU of .*0\.\.1"):
+            names(nms_iou=beyond)
     with pytest.raises(UsageError, match="batch_size=0"):
         names(batch_size=0)
 

@@ -43,6 +43,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
         'dkdetr predict photos/ --model runs/mine -c "cat, traffic cone"',
         "dkdetr predict photos/ -c @coco --class-threshold cat=0.5 --nms 0.7",
         "dkdetr predict clip.mp4 --model student.safetensors --vocab tools.vocab --every 10",
+        "dkdetr predict photos/ --model new.safetensors -c cat --teacher ViT-B-32-quickgelu:openai",
     ),
     "cache-teacher": (
         "dkdetr cache-teacher --split lvis_train --dry-run",
@@ -158,6 +159,10 @@ _DEFAULT_EXPERIMENT = "lvis_r50_70e"
 """The experiment whose student `convert` makes, and whose backbone `fetch` gets."""
 _MOST_UNREADABLE = 20
 """Pictures that `predict` names one by one."""
+_PREDICT_STOPPED = (
+    "stopped by SIGTERM: predictions.json and predictions.csv were not written; the same command "
+    "predicts from the start"
+)
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -971,7 +976,8 @@ def predict_command(
         list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
     ] = None,
     nms: Annotated[
-        float | None, typer.Option(help="Suppress overlaps above this IoU, whatever the names")
+        float | None,
+        typer.Option(min=0, max=1, help="Suppress overlaps above this IoU, whatever the names"),
     ] = None,
     every: Annotated[int, typer.Option(help="Of a video, each N-th frame")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at once")] = None,
@@ -979,7 +985,11 @@ def predict_command(
     masks: Annotated[bool, typer.Option(help="Masks too, if the student has a mask head")] = True,
     out: Annotated[Path, typer.Option(help="Folder for what it writes")] = Path("predictions"),
     teacher: Annotated[
-        str | None, typer.Option(help="The text tower for words; default: the run's teacher")
+        str | None,
+        typer.Option(
+            help="The text tower for words; default: the run's teacher. Of converted weights "
+            "without a vocabulary: the one that they learned from"
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -993,37 +1003,45 @@ def predict_command(
     verbose: Verbose = False,
 ) -> None:
     """Find what words name in pictures: boxes, names, scores and, if it has a mask head, masks."""
-    from dkdetr.errors import DataError
-    from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
-    from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
-    from pipeline.open_vocabulary import load_detector
+    from dkdetr.engine.interruption import end_on_sigterm
 
-    sources = find_sources(pictures)
-    _require_another_answer(json_out, sources)
-    if draw:  # predictions.json and .csv are no picture's name
-        require_sources_apart(sources, out)
-    detector, looked_for = load_detector(
-        model,
-        words,
-        vocab,
-        teacher,
-        device,
-        precision=_precision(precision) or "auto",
-        compiled=compiled,
-    )
-    unreadable: list[DataError] = []
-    summary = predict_to_folder(
-        detector,
-        open_pictures(sources, every=every, unreadable=unreadable),
-        looked_for,
-        out,
-        draw=draw,
-        threshold=threshold,
-        thresholds=_scores_by_name(class_thresholds or ()),
-        nms_iou=nms,
-        batch_size=batch_size,
-        masks=masks,
-    )
+    with end_on_sigterm(_PREDICT_STOPPED):
+        from dkdetr.data.vocabulary_check import describe_vocabulary
+        from dkdetr.errors import DataError
+        from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
+        from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
+        from pipeline.open_vocabulary import load_detector
+
+        sources = find_sources(pictures)
+        _require_another_answer(json_out, sources)
+        if draw:  # predictions.json and .csv are no picture's name
+            require_sources_apart(sources, out)
+        detector, looked_for = load_detector(
+            model,
+            words,
+            vocab,
+            teacher,
+            device,
+            precision=_precision(precision) or "auto",
+            compiled=compiled,
+        )
+        if words is not None:
+            for line in describe_vocabulary(looked_for).warnings():
+                _say(line)
+        unreadable: list[DataError] = []
+        summary = predict_to_folder(
+            detector,
+            open_pictures(sources, every=every, unreadable=unreadable),
+            looked_for,
+            out,
+            num_files=len(sources),
+            draw=draw,
+            threshold=threshold,
+            thresholds=_scores_by_name(class_thresholds or ()),
+            nms_iou=nms,
+            batch_size=batch_size,
+            masks=masks,
+        )
     _tell(summary.lines(), json_out)
     _report(summary.as_json() | {"unreadable": [str(each) for each in unreadable]}, json_out)
     for each in unreadable[:_MOST_UNREADABLE]:

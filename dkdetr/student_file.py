@@ -29,6 +29,7 @@ STUDENT_SUFFIX = ".safetensors"
 _FORMAT = "dkdetr-student-1"
 _TEXT = "vocabulary.embeddings"
 _TRUNK = "trunk."
+_FIRST_CLASSIFIER = "classifiers.0.projection.weight"
 TRAINING_ONLY = (KD_PREFIX, "denoising_content.")
 """How the names of tensors begin that only training uses: a student speaks without them."""
 
@@ -111,6 +112,12 @@ def build_from_file(path: Path, file: StudentFile, *, text_dim: int) -> DKDETR:
     Raises:
         MismatchError: tensors are missing, or have other shapes.
     """
+    learned = file.tensors.get(_FIRST_CLASSIFIER)
+    if learned is not None and len(learned) != text_dim:
+        raise MismatchError(
+            f"'{path}' compares with text embeddings of {len(learned)} numbers, these have "
+            f"{text_dim}: it learned from another teacher"
+        )
     student = build_student(file.config, text_dim=text_dim, load_weights=False)
     missing = load_into(path, file, student)
     lost = _needed(missing)

@@ -1,7 +1,10 @@
 """Where words meet the teacher's text tower: vocabularies of names, detectors that take words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from dkdetr.config import Precision
 from dkdetr.data.annotations import Category
@@ -41,7 +44,8 @@ def load_detector(
         model: a run, a checkpoint or a student file; None: the newest run below `runs`.
         words: names parted by commas, or @LIST, a shipped list or a file; embedded by the teacher.
         vocabulary_path: a vocabulary file instead; with neither, the student's own names.
-        teacher: the specification of the text tower; None: the one the student learned from.
+        teacher: the specification of the text tower; None: the one the student learned from. Of a
+            file that brings no vocabulary it says which one that is.
         device: see `pick_device`.
         precision: see `dkdetr.precision.computing`.
         compiled: see `dkdetr.evaluation.compiled`.
@@ -55,8 +59,11 @@ def load_detector(
         raise UsageError("--teacher is for words (-c): there are none to embed")
     place = model or require_newest_run("name a student with --model")
     given = load_vocabulary(vocabulary_path) if vocabulary_path else None
-    subject = load_subject(place, given)
     chosen = pick_device(device)
+    fallback: Vocabulary | Callable[[], Vocabulary] | None = given
+    if words is not None and teacher is not None:
+        fallback = partial(_of_words, words, teacher, chosen)
+    subject = load_subject(place, fallback)
     detector = DKDETR(
         subject.student,
         subject.config,
@@ -67,21 +74,26 @@ def load_detector(
     )
     if words is None:
         return detector, detector.resolve(given)
+    if not subject.brings_vocabulary:
+        return detector, subject.vocabulary  # these words
     spec = teacher or subject.provenance.get("teacher_spec")
     if spec is None:
         raise UsageError(
             f"'{subject.path}' does not say whose text tower made its embeddings "
             f"({subject.vocabulary.teacher}): name it with --teacher"
         )
-    encoder = load_teacher(spec, chosen)
-    prompts = subject.vocabulary.prompts
-    if words.startswith("@"):
-        spoken = embed_entries(
-            read_entries(words[1:]), prompts or read_templates(DEFAULT_PROMPTS), encoder
-        )
-    else:
-        spoken = words_vocabulary(words.split(","), encoder, prompts)
-    return detector, detector.resolve(spoken)
+    return detector, detector.resolve(_of_words(words, spec, chosen, subject.vocabulary.prompts))
+
+
+def _of_words(
+    words: str, teacher: str, device: torch.device, prompts: Sequence[str] = ()
+) -> Vocabulary:
+    """Returns the vocabulary of `load_detector`'s words; without prompts by the usual ones."""
+    encoder = load_teacher(teacher, device)
+    if not words.startswith("@"):
+        return words_vocabulary(words.split(","), encoder, prompts)
+    templates = prompts or read_templates(DEFAULT_PROMPTS)
+    return embed_entries(read_entries(words[1:]), templates, encoder)
 
 
 def build_vocabulary_file(

@@ -37,14 +37,18 @@ class VocabularyDescription:
             f"prompts: {len(self.prompts)}, e.g. '{self.prompts[0]}'" if self.prompts else "",
             f"hash: {self.hash[:16]}",
         ]
-        lines += [f"warning: {' and '.join(group)} read the same" for group in self.merged]
+        return [line for line in lines if line] + self.warnings()
+
+    def warnings(self) -> list[str]:
+        """Returns the doubts alone, a line each."""
+        lines = [f"warning: {' and '.join(group)} read the same" for group in self.merged]
         lines += [
             f"warning: '{first}' and '{second}' are near-duplicates (cosine {cosine:.3f})"
             for first, second, cosine in self.near[:_SHOWN]
         ]
         if len(self.near) > _SHOWN:
             lines.append(f"warning: {len(self.near) - _SHOWN} more pairs above {NEAR}")
-        return [line for line in lines if line]
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """Returns everything as a plain table."""

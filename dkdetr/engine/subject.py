@@ -1,6 +1,6 @@
 """What is scored or shared: a run, one of its checkpoints, or a student file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from dkdetr.student_file import STUDENT_SUFFIX, build_from_file, load_student_fi
 class Subject:
     """A student and what belongs to it.
 
-    `train_split` is None where the file does not say; `folder` is where results go.
+    `train_split` is None where the file does not say; `folder` is where results go;
+    `brings_vocabulary` is False where the vocabulary is the caller's.
     """
 
     path: Path
@@ -28,23 +29,28 @@ class Subject:
     train_split: str | None
     provenance: Mapping[str, Any]
     folder: Path
+    brings_vocabulary: bool = True
 
 
 def load_subject(
-    place: Path, vocabulary: Vocabulary | None = None, *, averaged: bool = False
+    place: Path,
+    vocabulary: Vocabulary | Callable[[], Vocabulary] | None = None,
+    *,
+    averaged: bool = False,
 ) -> Subject:
     """Returns the student of a run folder, a `.pt` checkpoint or a `.safetensors` student file.
 
     Args:
         place: the folder or the file.
-        vocabulary: taken where a student file brings none of its own.
+        vocabulary: taken, or made, where a student file brings none of its own.
         averaged: with the run's average of its weights (`optim.ema_decay`), not the last ones.
 
     Raises:
         DataError: there is nothing.
         CorruptArtefactError: it is damaged or something else.
         UsageError: an average is asked for and there is none.
-        MismatchError: the file holds no whole student, or no vocabulary and none is given.
+        MismatchError: the file holds no whole student, one of another teacher's width, or no
+            vocabulary and none is given.
     """
     if place.suffix == STUDENT_SUFFIX:
         if averaged:
@@ -63,12 +69,14 @@ def load_subject(
     )
 
 
-def _from_file(path: Path, vocabulary: Vocabulary | None) -> Subject:
+def _from_file(path: Path, vocabulary: Vocabulary | Callable[[], Vocabulary] | None) -> Subject:
     file = load_student_file(path)
-    known = file.vocabulary or vocabulary
+    known = file.vocabulary or (vocabulary() if callable(vocabulary) else vocabulary)
     if known is None:
         raise MismatchError(
-            f"'{path}' brings no vocabulary: give the text embeddings it learned with (--vocab)"
+            f"'{path}' brings no vocabulary: say whose words it understands, by a vocabulary of "
+            "its teacher (--vocab FILE, made by `dkdetr vocab build`) or, to predict, by words and "
+            "that teacher (-c WORDS --teacher SPEC)"
         )
     return Subject(
         path=path,
@@ -78,4 +86,5 @@ def _from_file(path: Path, vocabulary: Vocabulary | None) -> Subject:
         train_split=file.provenance.get("train_split"),
         provenance=file.provenance,
         folder=path.with_suffix(""),
+        brings_vocabulary=file.vocabulary is not None,
     )

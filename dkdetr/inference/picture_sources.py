@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,14 @@ _MOST_AHEAD = 2 * _DECODERS
 
 @dataclass(frozen=True, eq=False)
 class NamedPicture:
-    """RGB pixels [height, width, 3] and what documents call them; a frame's name has its number."""
+    """RGB pixels [height, width, 3] and what documents call them; a frame's name has its number.
+
+    `files_done` counts the files that are through with this picture; a frame ends none.
+    """
 
     name: str
     pixels: np.ndarray
+    files_done: int = 0
 
 
 def find_sources(words: Sequence[str], *, stdin: Iterable[str] | None = None) -> dict[Path, str]:
@@ -71,7 +75,7 @@ def _files_of(words: Sequence[str], lines: Iterable[str]) -> Iterator[tuple[Path
         if path.is_dir():
             inside = sorted(each for each in path.iterdir() if _is_known(each))
             if not inside:
-                raise DataError(f"the folder '{word}' holds no picture and no video")
+                raise DataError(f"the folder '{word}' holds no picture and no video{_deeper(path)}")
             yield from ((each, each.name) for each in inside)
         elif path.is_file():
             if not _is_known(path):
@@ -82,8 +86,21 @@ def _files_of(words: Sequence[str], lines: Iterable[str]) -> Iterator[tuple[Path
             matches = sorted(glob.glob(word, recursive=True))  # noqa: PTH207
             inside = [each for each in matches if Path(each).is_file() and _is_known(Path(each))]
             if not inside:
+                if "://" in word:
+                    raise DataError(
+                        f"'{word}' is an address, and nothing is fetched: download it, and name "
+                        "the file"
+                    )
                 raise DataError(f"no picture, folder or video '{word}'")
             yield from ((Path(each), _as_posix(each)) for each in inside)
+
+
+def _deeper(folder: Path) -> str:
+    """Returns the end of a sentence: how to name pictures of folders in this one, if it has any."""
+    if not any(each.is_dir() for each in folder.iterdir()):
+        return ""
+    pattern = f"{glob.escape(folder.as_posix())}/**/*"
+    return f"; folders in it are not looked into, but by a pattern, in quotes: '{pattern}'"
 
 
 def _as_posix(word: str) -> str:
@@ -117,11 +134,12 @@ def open_pictures(
         ThreadPoolExecutor(_DECODERS) as pool,
         closing(done_ahead(pool, _decoded, sources, _MOST_AHEAD)) as decoded,
     ):
-        for path, pixels in decoded:
+        for number, (path, pixels) in enumerate(decoded):
+            files_done = number if _is_video(path) else number + 1
             try:
                 for each in _named(path, sources[path], pixels, every):
                     any_read = True
-                    yield each
+                    yield replace(each, files_done=files_done)
             except DataError as error:
                 if unreadable is None:
                     raise

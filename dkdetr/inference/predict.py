@@ -133,15 +133,16 @@ class DKDETR:
                 text encoder is there; None: the student's own names.
             threshold: least score.
             thresholds: least scores by name, instead of `threshold` for these names.
-            nms_iou: of boxes of whatever name that overlap by more only the best stays; None: all
-                stay, as in evaluation.
+            nms_iou: of boxes of whatever name that overlap by more, 0..1, only the best stays;
+                None: all stay, as in evaluation.
             max_detections: the most of one picture.
             batch_size: pictures at once; None: the experiment's `eval.batch_size`.
             masks: whether a student that has a mask head draws them, of what is kept alone.
 
         Raises:
             DataError: a picture cannot be read.
-            UsageError: bare words without a text encoder, or a threshold for an unknown name.
+            UsageError: bare words without a text encoder, a threshold for an unknown name, or an
+                overlap or score beyond 0..1.
             MismatchError: the vocabulary is of another teacher than the student's.
         """
         single = isinstance(images, Picture)
@@ -177,6 +178,8 @@ class DKDETR:
         """
         spoken = self.resolve(vocabulary)
         least = _least_scores(spoken, threshold, thresholds or {})
+        if nms_iou is not None and not 0 <= nms_iou <= 1:
+            raise UsageError(f"suppression above an IoU of {nms_iou}: it lies in 0..1")
         size = self.config.eval.batch_size if batch_size is None else batch_size
         begun: deque[np.ndarray] = deque()
         found = detect(

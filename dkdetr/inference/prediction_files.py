@@ -15,6 +15,7 @@ from dkdetr.errors import UsageError
 from dkdetr.inference.picture_sources import NamedPicture
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.prediction import Prediction
+from dkdetr.progress import progress
 from dkdetr.run_lengths import areas
 
 _COLUMNS = ("file", "name", "score", "category_id", "left", "top", "right", "bottom")
@@ -36,8 +37,7 @@ class PredictionSummary:
         """Returns a short table for people."""
         width = max((len(name) for name, _ in self.per_picture), default=0)
         table = [f"{name:{width}s}  {found}" for name, found in self.per_picture]
-        pictures = "picture" if self.pictures == 1 else "pictures"
-        total = f"{self.detections} boxes in {self.pictures} {pictures}"
+        total = _so_far(self.detections, self.pictures)
         return [*table, total, *(f"{kind}: {path}" for kind, path in self.files.items())]
 
     def as_json(self) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def predict_to_folder(
     vocabulary: Vocabulary,
     out: Path,
     *,
+    num_files: int,
     draw: bool = True,
     **options: Any,
 ) -> PredictionSummary:
@@ -92,6 +93,7 @@ def predict_to_folder(
         pictures: as they come; one batch is held at a time.
         vocabulary: what to look for.
         out: the folder, made if need be; files of the same names are replaced.
+        num_files: how many the pictures are of, for the progress on stderr.
         draw: whether to write annotated pictures.
         options: of `DKDETR.stream`.
     """
@@ -102,10 +104,14 @@ def predict_to_folder(
     counts: Counter[str] = Counter()
     table: list[tuple[str, str]] = []
     drawings: set[str] = set()
-    with atomic_file(out / "predictions.csv") as raw:
+    with (
+        progress("predict, files", num_files) as advance,
+        atomic_file(out / "predictions.csv") as raw,
+    ):
         rows = csv.writer(_Utf8(raw), lineterminator="\n")
         rows.writerow(_COLUMNS)
-        for name, prediction in zip((each.name for each in named), found, strict=True):
+        for each, prediction in zip(named, found, strict=True):
+            name = each.name
             rows.writerows(
                 [name, *(row[key] for key in _COLUMNS[1:])] for row in prediction.to_rows()
             )
@@ -118,6 +124,8 @@ def predict_to_folder(
             own = Counter(prediction.names)
             counts += own
             table.append((name, _described(own)))
+            advance(each.files_done, _so_far(counts.total(), len(table)))
+        advance(num_files, _so_far(counts.total(), len(table)))
     write_text(out / "predictions.json", json.dumps(document.content))
     files = {"json": str(out / "predictions.json"), "csv": str(out / "predictions.csv")}
     if draw:
@@ -177,6 +185,11 @@ def _drawing_name(name: str, taken: set[str]) -> str:
         free, number = f"{stem}-{number}", number + 1
     taken.add(free)
     return f"{free}.jpg"
+
+
+def _so_far(num_boxes: int, num_pictures: int) -> str:
+    pictures = "picture" if num_pictures == 1 else "pictures"
+    return f"{num_boxes} boxes in {num_pictures} {pictures}"
 
 
 def _described(counts: Counter[str]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tiny_student import save_speaking_student
 
+from dkdetr import progress
 from dkdetr.data.vocabulary import load_vocabulary
+from dkdetr.inference import prediction_files
 from tests.e2e.commands import exit_code
 
 
@@ -83,13 +86,26 @@ def test_words_in_boxes_out(place: Path, monkeypatch, capsys):
     assert json.loads((place / "r.json").read_text())["detections"] == 72
 
 
+def test_words_that_mean_the_same_are_warned_of_once(place: Path, monkeypatch, capsys):
+    common = ("predict", "in", "--model", "s.safetensors", "--no-draw", "--batch-size", "1")
+    assert exit_code(monkeypatch, *common, "-c", "hammer, Hammer", "--json", "-") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["pictures"] == 2
+    warned = [line for line in printed.err.splitlines() if line.startswith("warning: ")]
+    assert warned == [
+        "warning: hammer and Hammer read the same",
+        "warning: 'hammer' and 'Hammer' are near-duplicates (cosine 1.000)",
+    ]
+
+
 def test_what_cannot_be_read_is_told_and_the_others_are_written(place: Path, monkeypatch, capsys):
     for number in range(22):
         (place / "in" / f"b{number:02}.jpg").write_bytes(b"a download that broke off")
     common = ("predict", "--model", "s.safetensors", "--no-draw", "--json", "r.json")
     assert exit_code(monkeypatch, *common, "in") == 3
     printed = capsys.readouterr()
-    *named, rest, error = printed.err.strip().splitlines()
+    done, *named, rest, error = printed.err.strip().splitlines()
+    assert done.startswith("predict, files: 24/24 in ")
     assert len(named) == 20
     assert all(line.startswith(f"left out: image in/b{n:02}.jpg") for n, line in enumerate(named))
     assert rest == "left out: 2 more"
@@ -102,6 +118,40 @@ def test_what_cannot_be_read_is_told_and_the_others_are_written(place: Path, mon
     assert (place / "predictions/predictions.csv").is_file()
     answer = json.loads((place / "r.json").read_text())
     assert (answer["pictures"], len(answer["unreadable"])) == (2, 22)
+
+
+def test_progress_counts_files_and_says_what_was_found(place: Path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    common = ("predict", "in", "in/sub", "--model", "s.safetensors", "--threshold", "0")
+    assert exit_code(monkeypatch, *common, "--batch-size", "2", "--json", "-") == 0
+    printed = capsys.readouterr()
+    shown = [line for line in printed.err.splitlines() if line.startswith("predict, files: ")]
+    assert [line.split()[2] for line in shown] == ["1/3", "2/3", "3/3", "3/3", "3/3"]
+    assert shown[0].endswith("36 boxes in 1 picture")
+    assert shown[-1].endswith("108 boxes in 3 pictures")
+    assert json.loads(printed.out)["detections"] == 108
+
+
+def test_sigterm_leaves_no_half_file(place: Path, monkeypatch, capsys):
+    """It comes while the second picture is drawn."""
+    calls: list[str] = []
+    real = prediction_files.Prediction.plot
+
+    def plot(prediction):
+        calls.append("plot")
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(prediction)
+
+    monkeypatch.setattr(prediction_files.Prediction, "plot", plot)
+    before = signal.getsignal(signal.SIGTERM)
+    common = ("predict", "in", "--model", "s.safetensors", "--out", "found")
+    assert exit_code(monkeypatch, *common) == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [each.name for each in (place / "found").iterdir()] == ["a.jpg"]
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error [75]: stopped by SIGTERM: predictions.json and predictions.csv")
+    assert len(error.splitlines()) == 1
 
 
 def test_where_nothing_can_be_read_nothing_is_written(place: Path, monkeypatch, capsys):

@@ -22,7 +22,12 @@ TEXT_DIM = 16
 
 
 def make_student(
-    *, neck_bias: bool, norm: str = "batch", embed_dim: int = 32, mask_head: bool = False
+    *,
+    neck_bias: bool,
+    norm: str = "batch",
+    embed_dim: int = 32,
+    mask_head: bool = False,
+    text_dim: int = TEXT_DIM,
 ) -> DKDETR:
     config = config_from_dict(
         {
@@ -40,7 +45,7 @@ def make_student(
             },
         }
     )
-    return build_student(config, text_dim=TEXT_DIM)
+    return build_student(config, text_dim=text_dim)
 
 
 def scramble(student: DKDETR, seed: int) -> DKDETR:

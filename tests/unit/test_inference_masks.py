@@ -95,7 +95,9 @@ def test_a_plot_tints_masks_and_nothing_else(detector):
 
 def test_the_document_holds_masks_and_their_areas(detector, tmp_path: Path):
     pictures = [NamedPicture("x/a.png", picture(1)), NamedPicture("y/a.png", picture(2))]
-    predict_to_folder(detector, pictures, VOCABULARY, tmp_path, threshold=0.0, max_detections=3)
+    predict_to_folder(
+        detector, pictures, VOCABULARY, tmp_path, num_files=2, threshold=0.0, max_detections=3
+    )
     coco = COCO(str(tmp_path / "predictions.json"))
     assert len(coco.anns) == 6
     for annotation in coco.anns.values():

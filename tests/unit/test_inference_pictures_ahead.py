@@ -57,8 +57,8 @@ def test_bad_files_are_left_out_for_who_keeps_their_errors(files):
     files[7].write_bytes(files[7].read_bytes()[:-30])
     unreadable = list[DataError]()
     opened = list(open_pictures(named(files), unreadable=unreadable))
-    assert [each.name for each in opened] == [
-        path.name for number, path in enumerate(files) if number not in (3, 7)
+    assert [(each.name, each.files_done) for each in opened] == [
+        (path.name, number + 1) for number, path in enumerate(files) if number not in (3, 7)
     ]
     assert ["03.png" in str(unreadable[0]), "07.png" in str(unreadable[1])] == [True, True]
     assert len(unreadable) == 2
@@ -81,7 +81,8 @@ def test_a_video_is_left_out_from_its_fault_on(files, monkeypatch: pytest.Monkey
     monkeypatch.setattr(picture_sources, "_frames", frames)
     unreadable = list[DataError]()
     found = open_pictures(named([files[0], Path("clip.mp4"), files[1]]), unreadable=unreadable)
-    assert [picture.name for picture in found] == ["00.png", "clip_000000.jpg", "01.png"]
+    shown = [(picture.name, picture.files_done) for picture in found]
+    assert shown == [("00.png", 1), ("clip_000000.jpg", 1), ("01.png", 3)]
     assert [str(error) for error in unreadable] == ["video clip.mp4, frame 1: cut"]
 
 

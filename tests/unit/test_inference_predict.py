@@ -174,6 +174,9 @@ def test_thresholds_and_suppression(detector: DKDETR):
         names(thresholds={"horse": 0.5})
     with pytest.raises(UsageError, match=r"0\.\.1"):
         names(threshold=1.5)
+    for beyond in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match=r"IoU of .*0\.\.1"):
+            names(nms_iou=beyond)
     with pytest.raises(UsageError, match="batch_size=0"):
         names(batch_size=0)
 
@@ -240,7 +243,7 @@ def test_from_pretrained(tmp_path: Path, detector: DKDETR):
 def write_names(folder: Path, *names: str) -> None:
     """Files of these names, of which nobody reads more."""
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
 
 
@@ -258,6 +261,21 @@ def test_sources(tmp_path: Path, monkeypatch):
     for word in ("notes.txt", "absent.jpg", "*.gif"):
         with pytest.raises(DataError, match=r"'[^']+'"):
             names(word)
+    with pytest.raises(DataError, match=r"'https://host/a\.jpg' is an address.*download it"):
+        names("https://host/a.jpg")
+
+
+def test_a_folder_of_folders_is_told_the_pattern_that_takes_them(tmp_path: Path, monkeypatch):
+    write_names(tmp_path, "[2026] all/a/c.jpg", "[2026] all/b/b/d.mp4", "notes/notes.txt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="not looked into") as caught:
+        find_sources(["[2026] all/"])
+    pattern = str(caught.value).split("'")[-2]
+    assert list(map(str, find_sources([pattern]))) == [
+        "[2026] all/a/c.jpg", "[2026] all/b/b/d.mp4",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"no picture and no video$"):
+        find_sources(["notes"])
 
 
 def test_files_are_called_as_they_were_named(tmp_path: Path, monkeypatch):

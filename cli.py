@@ -63,7 +63,8 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
     "ablate": (
         "dkdetr ablate --cache cache/lvis --table 5 --dry-run",
-        "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16",
+        "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16 "
+        "--set compute.activation_checkpointing=true",
     ),
     "report": ("dkdetr report runs/baseline runs/mine",),
     "export": (

@@ -64,7 +64,8 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
     "ablate": (
         "dkdetr ablate --cache cache/lvis --table 5 --dry-run",
-        "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16",
+        "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16 "
+        "--set compute.activation_checkpointing=true",
     ),
     "report": ("dkdetr report runs/baseline runs/mine",),
     "export": (
@@ -289,9 +290,10 @@ def _sentence(error: Exception, code: int) -> str:
     if code == 9:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
-            "compute.micro_batches=K (the same steps in K parts), "
-            "compute.activation_checkpointing=true or a smaller student.masks_at_once; eval, "
-            "predict: --batch-size 1; training anew: a smaller data.image_size"
+            "compute.micro_batches=K, a larger K (the same steps in K parts), "
+            "compute.activation_checkpointing=true or, of masks, a smaller student.masks_at_once; "
+            "eval, predict: --batch-size 1; training anew: optim.precision=auto (half precision on "
+            "a GPU) or a smaller data.image_size"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"

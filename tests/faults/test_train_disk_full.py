@@ -133,7 +133,7 @@ def test_a_run_goes_on_from_before_the_disk_was_full_as_if_nothing_had_been(tmp_
     assert difference(checkpoint_of(world, "whole"), checkpoint_of(world, "full")) == ""
 
 
-def test_a_device_without_memory_has_exit_code_9_with_figures_and_three_settings() -> None:
+def test_a_device_without_memory_has_exit_code_9_with_figures_and_settings() -> None:
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 31.7 GiB "
         "of which 1.1 GiB is free.\nfurther lines"
@@ -142,7 +142,8 @@ def test_a_device_without_memory_has_exit_code_9_with_figures_and_three_settings
     said = cli._sentence(error, 9)
     assert "Tried to allocate 2.00 GiB" in said
     assert "further lines" not in said
-    for setting in ("compute.micro_batches", "compute.activation_checkpointing", "data.image_size"):
+    compute = ("compute.micro_batches", "compute.activation_checkpointing")
+    for setting in (*compute, "optim.precision=auto", "data.image_size"):
         assert setting in said
     assert "eval, predict: --batch-size 1" in said
     for command in ("eval", "predict"):

@@ -136,8 +136,10 @@ class _Run:
                 f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
                 file=sys.stderr,
             )
-        weights = config.student.weights
-        start = None if weights is None else load_student_file(Path(weights))
+        weights, start = config.student.weights, None
+        # A run that goes on has its mark and its weights, wherever the file is by now.
+        if weights is not None and not RunFolder(request.run).goes_on:
+            start = load_student_file(Path(weights))
         seen = boxes_seen_before(start, request.start_from, split)
         self.folder = self._open_folder(seen)
         self.state = RunState(

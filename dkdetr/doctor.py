@@ -1,6 +1,5 @@
 """`dkdetr doctor`: does this machine fit this installation? Looks only; needs no network."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -8,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from dkdetr.installation import nvidia_driver, package_version
 
 Verdict = Literal["ok", "warning", "problem"]
 
@@ -121,7 +122,7 @@ def _versions() -> list[Finding]:
         return [*findings, Finding("torch", "ok", torch.__version__)]
     if torch.version.cuda is None:
         return [*findings, Finding("torch", "ok", f"{torch.__version__}, built for CPUs")]
-    if not Path("/proc/driver/nvidia/version").is_file():
+    if nvidia_driver() is None:
         advice = "no NVIDIA driver is loaded: in a container, start it with --gpus all"
         found = f"{torch.__version__} for CUDA {torch.version.cuda} sees no GPU"
         return [*findings, Finding("torch", "warning", found, advice)]
@@ -135,7 +136,8 @@ def _gpus() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return [Finding("gpu", "ok", "none: training on the CPU, for trials")]
-    findings = [Finding("driver", "ok", _driver()), compiler_finding()]
+    driver = nvidia_driver() or "not told by this system"
+    findings = [Finding("driver", "ok", driver), compiler_finding()]
     for index in range(torch.cuda.device_count()):
         findings += gpu_findings(
             torch.cuda.get_device_name(index),
@@ -160,11 +162,6 @@ def compiler_finding() -> Finding:
     return Finding("C compiler", "warning", f"none: {named[0] if named else 'gcc, clang'}", advice)
 
 
-def _driver() -> str:
-    path = Path("/proc/driver/nvidia/version")
-    return path.read_text().splitlines()[0] if path.is_file() else "not told by this system"
-
-
 def _disk(runs: Path) -> Finding:
     place = next(each for each in (runs.absolute(), *runs.absolute().parents) if each.exists())
     free = shutil.disk_usage(place).free / _GIB
@@ -185,8 +182,9 @@ def _shared_memory(path: Path = Path("/dev/shm")) -> Finding:
 
 
 def _faiss() -> Finding:
-    installed = [name for name in _faiss_packages() if _version(name)]
-    described = ", ".join(f"{name} {_version(name)}" for name in installed) or "none"
+    versions = {name: package_version(name) for name in _faiss_packages()}
+    installed = [name for name, version in versions.items() if version]
+    described = ", ".join(f"{name} {versions[name]}" for name in installed) or "none"
     if len(installed) > 1:
         advice = f"one overwrites the other: pip uninstall {' '.join(installed)}, then take one"
         return Finding("faiss", "problem", described, advice)
@@ -198,13 +196,6 @@ def _faiss() -> Finding:
 
 def _faiss_packages() -> tuple[str, ...]:
     return ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _backbone_weights() -> Finding:

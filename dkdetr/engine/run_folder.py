@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def provenance(self) -> Path:
-        """Versions, device, cache and command of the first start."""
+        """Cache, seed, device and command of the first start, and `starts`: each, with versions."""
         return self.path / "run.json"
 
     @property

@@ -32,7 +32,7 @@ def test_a_gpu_against_a_build(capability, built, verdict, said) -> None:
 
 def test_two_faiss_are_a_problem(monkeypatch) -> None:
     installed = {"faiss-cpu": "1", "faiss-gpu": "2"}
-    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr(doctor, "package_version", installed.get)
     finding = doctor._faiss()
     assert finding.verdict == "problem"
     assert "pip uninstall faiss-cpu faiss-gpu" in finding.advice

@@ -124,6 +124,7 @@ def test_a_run_goes_on_without_the_files_it_began_from(
     assert difference(checkpoint_of(world, "cut"), checkpoint_of(world, "never cut")) == ""
     described = json.loads((world.root / "runs" / "cut" / "run.json").read_text())
     assert described["saw_boxes_of"] == SEEN
+    assert [start["iteration"] for start in described["starts"]] == [0, 2]
     # With no whole checkpoint it begins again, and wants them.
     for saved in (world.root / "runs" / "cut" / "checkpoints").glob("*.pt"):
         saved.write_bytes(b"damaged")

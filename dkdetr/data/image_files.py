@@ -121,12 +121,19 @@ class ImageFolder:
 
 
 def read_image(path: Path, *, expected_hw: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the RGB pixels of a file; raises UnreadableImageError that names it."""
+    """Returns the RGB pixels of a data set's file.
+
+    Raises:
+        UnreadableImageError: see `decode_image`; or there is no such file. It says how to find all
+            such pictures, for training and scoring end at the first.
+    """
     try:
-        data = path.read_bytes()
+        return decode_image(path.read_bytes(), path, expected_hw=expected_hw)
+    except UnreadableImageError as error:
+        why = str(error)
     except OSError as error:
-        raise UnreadableImageError(f"image {path}: {error.strerror or error}") from None
-    return decode_image(data, path, expected_hw=expected_hw)
+        why = f"image {path}: {error.strerror or error}"
+    raise UnreadableImageError(f"{why}; dkdetr data check SPLIT --decode names all such pictures")
 
 
 def decode_upright(data: bytes, path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], int]:

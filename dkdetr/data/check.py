@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dkdetr.data.annotations import ImageInfo
-from dkdetr.data.image_files import check_file_name
+from dkdetr.data.image_files import ALLOW_LINKS, check_file_name, links_allowed
 from dkdetr.data.picture_faults import check_pictures
 from dkdetr.data.problems import Problem, Problems
 from dkdetr.data.prompts import same_reading
@@ -129,8 +129,8 @@ def check_split(name: str, data_root: Path, *, decode: bool = False) -> SplitRep
             raise
         problems.add("the split", str(error), [name])
         return SplitReport(name, None, tuple(problems.found), ())
-    pictures = _check_files(split, problems, decode=decode)
     odd = Problems(name)
+    pictures = _check_files(split, problems, odd, decode=decode)
     _note_oddities(split, odd)
     found, oddities = tuple(problems.found), tuple(odd.found)
     return SplitReport(name, count_split(split), found, oddities, pictures)
@@ -163,7 +163,7 @@ def count_split(split: Split) -> SplitSummary:
     )
 
 
-def _check_files(split: Split, problems: Problems, *, decode: bool) -> str:
+def _check_files(split: Split, problems: Problems, odd: Problems, *, decode: bool) -> str:
     """Returns what of the pictures was looked at, in words."""
     refused: list[str] = []
     for image in split.images:
@@ -181,16 +181,15 @@ def _check_files(split: Split, problems: Problems, *, decode: bool) -> str:
             "image files", f"missing (looked for under {', '.join(roots)})", _named(missing)
         )
     gone = {image.image_id for image in missing}
-    outside: list[ImageInfo] = []
-    there: list[ImageInfo] = []
-    for image in split.images:
-        if image.image_id not in gone:
-            try:
-                split.image_path(image)
-                there.append(image)
-            except DataError:
-                outside.append(image)
-    problems.add("image files", "reached through a link that leaves the folder", _named(outside))
+    there = [image for image in split.images if image.image_id not in gone]
+    outside = [image for image in there if split.folder.leads_out(image.file_name)]
+    why = "reached through a link that leaves the folder"
+    if links_allowed():
+        odd.add("image files", f"{why}, which is followed", _named(outside))
+    else:
+        left_out = {image.image_id for image in outside}
+        there = [image for image in there if image.image_id not in left_out]
+        problems.add("image files", f"{why}: {ALLOW_LINKS}=1 follows it", _named(outside))
     return check_pictures(split, there, problems, decode=decode)
 
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from dkdetr.data import picture_faults
 from dkdetr.data.check import GroupCount, check_split, count_split
+from dkdetr.data.image_files import ALLOW_LINKS
 from dkdetr.data.prepare import prepare_derived
 from dkdetr.data.splits import load_split
 from dkdetr.errors import DataError, UsageError
@@ -147,13 +148,19 @@ def test_paths_that_leave_the_folder_are_named(file_name, tmp_path):
     assert error.first == (f"{file_name!r} (id 2)",)
 
 
-def test_links_that_leave_the_folder_are_named(tmp_path):
+def test_links_that_leave_the_folder_are_named(tmp_path, monkeypatch):
     name = write_world(tmp_path, coco_document(3), "val")
     (tmp_path / "images/2.png").rename(tmp_path / "secret.png")
     (tmp_path / "images/2.png").symlink_to(tmp_path / "secret.png")
     (error,) = check_split(name, tmp_path).errors
-    assert error.why == "reached through a link that leaves the folder"
+    assert error.why.startswith("reached through a link that leaves the folder: DKDETR_ALLOW")
     assert error.first == ("2.png (id 2)",)
+    monkeypatch.setenv(ALLOW_LINKS, "1")
+    report = check_split(name, tmp_path, decode=True)
+    assert not report.errors
+    (odd,) = report.oddities
+    assert odd.why.endswith("leaves the folder, which is followed")
+    assert odd.first == ("2.png (id 2)",)
 
 
 def test_pictures_annotated_as_a_viewer_turns_them_are_named(tmp_path, monkeypatch):

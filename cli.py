@@ -1315,13 +1315,14 @@ def fetch_command(
 def doctor_command(
     data_root: DataRoot = Path("data"),
     runs: Annotated[Path, typer.Option(help="Where runs go")] = Path("runs"),
+    cache: Annotated[Path, typer.Option(help="Where caches go")] = Path("cache"),
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Look at this machine: GPU against torch, disk, shared memory, offline assets."""
     from dkdetr.doctor import examine
 
-    examination = examine(data_root, runs)
+    examination = examine(data_root, runs, cache)
     _tell(examination.lines(), json_out)
     _report(examination.as_json(), json_out)
     if not examination.healthy:

@@ -13,9 +13,11 @@ from dkdetr.installation import nvidia_driver, package_version
 Verdict = Literal["ok", "warning", "problem"]
 
 _GIB = 1 << 30
-_LEAST_DISK_GIB = 20
+_LEAST_RUNS_GIB = 20
+_LEAST_CACHE_GIB = 30
 _LEAST_SHARED_GIB = 1
 _RESNET = "resnet50-0676ba61.pth"
+_WEIGHTS = (".safetensors", ".bin")
 _TEACHER = "models--timm--vit_base_patch32_clip_224.openai"
 
 
@@ -54,17 +56,18 @@ class Examination:
         return {"healthy": self.healthy, "findings": [asdict(each) for each in self.findings]}
 
 
-def examine(data_root: Path, runs: Path) -> Examination:
+def examine(data_root: Path, runs: Path, cache: Path) -> Examination:
     """Returns what this machine and installation have and lack.
 
     Args:
         data_root: where data sets should lie.
         runs: where runs go; its disk is looked at.
+        cache: where caches go; likewise.
     """
     checks: tuple[Callable[[], Sequence[Finding]], ...] = (
         _versions,
         _gpus,
-        lambda: [_disk(runs)],
+        lambda: [_runs_disk(runs), _cache_disk(cache)],
         lambda: [_shared_memory()],
         lambda: [_faiss()],
         lambda: [_backbone_weights(), _teacher_weights()],
@@ -162,13 +165,23 @@ def compiler_finding() -> Finding:
     return Finding("C compiler", "warning", f"none: {named[0] if named else 'gcc, clang'}", advice)
 
 
-def _disk(runs: Path) -> Finding:
-    place = next(each for each in (runs.absolute(), *runs.absolute().parents) if each.exists())
+def _runs_disk(runs: Path) -> Finding:
+    advice = "two checkpoints of the paper's student are 1.2 GB, and every run keeps two"
+    return _disk("disk", runs, "runs", _LEAST_RUNS_GIB, advice)
+
+
+def _cache_disk(cache: Path) -> Finding:
+    advice = "LVIS's cache is 31 GB, 10 GB with --keep 100; --out names another place"
+    return _disk("cache disk", cache, "caches", _LEAST_CACHE_GIB, advice)
+
+
+def _disk(subject: str, folder: Path, used_for: str, least_gib: float, advice: str) -> Finding:
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(place).free / _GIB
-    if free < _LEAST_DISK_GIB:
-        advice = "two checkpoints of the paper's student are 1.2 GB, LVIS's cache is 31 GB"
-        return Finding("disk", "warning", f"{free:.1f} GiB free at {place}", advice)
-    return Finding("disk", "ok", f"{free:.1f} GiB free at {place}")
+    found = f"{free:.1f} GiB free at {place}, for {used_for}"
+    if free < least_gib:
+        return Finding(subject, "warning", found, advice)
+    return Finding(subject, "ok", found)
 
 
 def _shared_memory(path: Path = Path("/dev/shm")) -> Finding:
@@ -211,7 +224,9 @@ def _backbone_weights() -> Finding:
 def _teacher_weights() -> Finding:
     home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", str(Path(home) / "hub")))
-    if (hub / _TEACHER).is_dir():
+    # A download that was cut leaves the folder; its weights are linked there when they are whole.
+    found = (hub / _TEACHER / "snapshots").glob("*/*")
+    if any(each.suffix in _WEIGHTS and each.is_file() for each in found):
         return Finding("teacher", "ok", f"CLIP ViT-B/32 of OpenAI below {hub}")
     advice = "dkdetr fetch, or --teacher MODEL:/path/to/weights; training never needs it"
     return Finding("teacher", "warning", f"no CLIP ViT-B/32 below {hub}", advice)

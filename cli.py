@@ -93,7 +93,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "vocab show": ("dkdetr vocab show tools.vocab",),
     "data list": ("dkdetr data list",),
-    "data check": ("dkdetr data check lvis_train",),
+    "data check": ("dkdetr data check lvis_train", "dkdetr data check lvis_train --decode"),
     "data prepare": ("dkdetr data prepare pictograms --size tiny",),
     "config check": ("dkdetr config check mine.toml",),
     "fetch": ("dkdetr fetch --bundle b.tar", "dkdetr fetch --from-bundle b.tar"),
@@ -1335,13 +1335,14 @@ def fetch_command(
 def doctor_command(
     data_root: DataRoot = Path("data"),
     runs: Annotated[Path, typer.Option(help="Where runs go")] = Path("runs"),
+    cache: Annotated[Path, typer.Option(help="Where caches go")] = Path("cache"),
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Look at this machine: GPU against torch, disk, shared memory, offline assets."""
     from dkdetr.doctor import examine
 
-    examination = examine(data_root, runs)
+    examination = examine(data_root, runs, cache)
     _tell(examination.lines(), json_out)
     _report(examination.as_json(), json_out)
     if not examination.healthy:
@@ -1435,6 +1436,9 @@ def data_list(
 @_command(data_app, "check")
 def data_check(
     split: Annotated[str, typer.Argument(help="A split's name")],
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every picture: finds truncated ones, too")
+    ] = False,
     data_root: DataRoot = Path("data"),
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1442,7 +1446,7 @@ def data_check(
     """Read a split, check its records and files, and print its numbers and every fault."""
     from dkdetr.data.check import check_split
 
-    report = check_split(split, data_root)
+    report = check_split(split, data_root, decode=decode)
     _tell(report.lines(), json_out)
     _report(report.as_json(), json_out)
     report.raise_problems()

@@ -1,6 +1,5 @@
 """`dkdetr doctor`: does this machine fit this installation? Looks only; needs no network."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -9,12 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dkdetr.installation import nvidia_driver, package_version
+
 Verdict = Literal["ok", "warning", "problem"]
 
 _GIB = 1 << 30
-_LEAST_DISK_GIB = 20
+_LEAST_RUNS_GIB = 20
+_LEAST_CACHE_GIB = 30
 _LEAST_SHARED_GIB = 1
 _RESNET = "resnet50-0676ba61.pth"
+_WEIGHTS = (".safetensors", ".bin")
 _TEACHER = "models--timm--vit_base_patch32_clip_224.openai"
 
 
@@ -53,17 +56,18 @@ class Examination:
         return {"healthy": self.healthy, "findings": [asdict(each) for each in self.findings]}
 
 
-def examine(data_root: Path, runs: Path) -> Examination:
+def examine(data_root: Path, runs: Path, cache: Path) -> Examination:
     """Returns what this machine and installation have and lack.
 
     Args:
         data_root: where data sets should lie.
         runs: where runs go; its disk is looked at.
+        cache: where caches go; likewise.
     """
     checks: tuple[Callable[[], Sequence[Finding]], ...] = (
         _versions,
         _gpus,
-        lambda: [_disk(runs)],
+        lambda: [_runs_disk(runs), _cache_disk(cache)],
         lambda: [_shared_memory()],
         lambda: [_faiss()],
         lambda: [_backbone_weights(), _teacher_weights()],
@@ -121,7 +125,7 @@ def _versions() -> list[Finding]:
         return [*findings, Finding("torch", "ok", torch.__version__)]
     if torch.version.cuda is None:
         return [*findings, Finding("torch", "ok", f"{torch.__version__}, built for CPUs")]
-    if not Path("/proc/driver/nvidia/version").is_file():
+    if nvidia_driver() is None:
         advice = "no NVIDIA driver is loaded: in a container, start it with --gpus all"
         found = f"{torch.__version__} for CUDA {torch.version.cuda} sees no GPU"
         return [*findings, Finding("torch", "warning", found, advice)]
@@ -135,7 +139,8 @@ def _gpus() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return [Finding("gpu", "ok", "none: training on the CPU, for trials")]
-    findings = [Finding("driver", "ok", _driver()), compiler_finding()]
+    driver = nvidia_driver() or "not told by this system"
+    findings = [Finding("driver", "ok", driver), compiler_finding()]
     for index in range(torch.cuda.device_count()):
         findings += gpu_findings(
             torch.cuda.get_device_name(index),
@@ -160,18 +165,23 @@ def compiler_finding() -> Finding:
     return Finding("C compiler", "warning", f"none: {named[0] if named else 'gcc, clang'}", advice)
 
 
-def _driver() -> str:
-    path = Path("/proc/driver/nvidia/version")
-    return path.read_text().splitlines()[0] if path.is_file() else "not told by this system"
+def _runs_disk(runs: Path) -> Finding:
+    advice = "two checkpoints of the paper's student are 1.2 GB, and every run keeps two"
+    return _disk("disk", runs, "runs", _LEAST_RUNS_GIB, advice)
 
 
-def _disk(runs: Path) -> Finding:
-    place = next(each for each in (runs.absolute(), *runs.absolute().parents) if each.exists())
+def _cache_disk(cache: Path) -> Finding:
+    advice = "LVIS's cache is 31 GB, 10 GB with --keep 100; --out names another place"
+    return _disk("cache disk", cache, "caches", _LEAST_CACHE_GIB, advice)
+
+
+def _disk(subject: str, folder: Path, used_for: str, least_gib: float, advice: str) -> Finding:
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(place).free / _GIB
-    if free < _LEAST_DISK_GIB:
-        advice = "two checkpoints of the paper's student are 1.2 GB, LVIS's cache is 31 GB"
-        return Finding("disk", "warning", f"{free:.1f} GiB free at {place}", advice)
-    return Finding("disk", "ok", f"{free:.1f} GiB free at {place}")
+    found = f"{free:.1f} GiB free at {place}, for {used_for}"
+    if free < least_gib:
+        return Finding(subject, "warning", found, advice)
+    return Finding(subject, "ok", found)
 
 
 def _shared_memory(path: Path = Path("/dev/shm")) -> Finding:
@@ -185,8 +195,9 @@ def _shared_memory(path: Path = Path("/dev/shm")) -> Finding:
 
 
 def _faiss() -> Finding:
-    installed = [name for name in _faiss_packages() if _version(name)]
-    described = ", ".join(f"{name} {_version(name)}" for name in installed) or "none"
+    versions = {name: package_version(name) for name in _faiss_packages()}
+    installed = [name for name, version in versions.items() if version]
+    described = ", ".join(f"{name} {versions[name]}" for name in installed) or "none"
     if len(installed) > 1:
         advice = f"one overwrites the other: pip uninstall {' '.join(installed)}, then take one"
         return Finding("faiss", "problem", described, advice)
@@ -198,13 +209,6 @@ def _faiss() -> Finding:
 
 def _faiss_packages() -> tuple[str, ...]:
     return ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _backbone_weights() -> Finding:
@@ -220,7 +224,9 @@ def _backbone_weights() -> Finding:
 def _teacher_weights() -> Finding:
     home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", str(Path(home) / "hub")))
-    if (hub / _TEACHER).is_dir():
+    # A download that was cut leaves the folder; its weights are linked there when they are whole.
+    found = (hub / _TEACHER / "snapshots").glob("*/*")
+    if any(each.suffix in _WEIGHTS and each.is_file() for each in found):
         return Finding("teacher", "ok", f"CLIP ViT-B/32 of OpenAI below {hub}")
     advice = "dkdetr fetch, or --teacher MODEL:/path/to/weights; training never needs it"
     return Finding("teacher", "warning", f"no CLIP ViT-B/32 below {hub}", advice)

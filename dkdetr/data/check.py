@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dkdetr.data.annotations import ImageInfo
-from dkdetr.data.image_files import check_file_name
-from dkdetr.data.picture_headers import check_headers
+from dkdetr.data.image_files import ALLOW_LINKS, check_file_name, links_allowed
+from dkdetr.data.picture_faults import check_pictures
 from dkdetr.data.problems import Problem, Problems
 from dkdetr.data.prompts import same_reading
 from dkdetr.data.splits import Split, load_split
@@ -70,17 +70,20 @@ class SplitSummary:
 class SplitReport:
     """What `data check` found: numbers of what could be read, errors, and mere oddities.
 
-    `summary` is None where too little could be read.
+    `summary` is None where too little could be read. `pictures` says in words how closely they
+    were looked at; nothing where they were not.
     """
 
     name: str
     summary: SplitSummary | None
     errors: tuple[Problem, ...]
     oddities: tuple[Problem, ...]
+    pictures: str = ""
 
     def lines(self) -> list[str]:
         """Returns the report as a person reads it."""
         text = [] if self.summary is None else self.summary.lines()
+        text += [f"pictures: {self.pictures}"] if self.pictures else []
         text += [f"odd: {each}" for each in self.oddities]
         return text + [f"error: {each}" for each in self.errors]
 
@@ -89,22 +92,30 @@ class SplitReport:
         table = {} if self.summary is None else asdict(self.summary)
         return table | {
             "name": self.name,
-            "errors": [asdict(each) for each in self.errors],
-            "oddities": [asdict(each) for each in self.oddities],
+            "pictures": self.pictures,
+            "errors": [each.as_json() for each in self.errors],
+            "oddities": [each.as_json() for each in self.oddities],
         }
 
     def raise_problems(self) -> None:
         """Raises DataError if the split cannot be used as it is."""
         if self.errors:
             total = sum(each.total for each in self.errors)
+            more = any(each.total > len(each.first) for each in self.errors)
+            rest = " (all of them by --json FILE)" if more else ""
             raise DataError(
-                f"{self.name}: {total:,} faults of {len(self.errors)} kinds, named above: neither "
-                "training nor scoring will read it"
+                f"{self.name}: {total:,} faults of {len(self.errors)} kinds, named above{rest}: "
+                "neither training nor scoring will read it"
             )
 
 
-def check_split(name: str, data_root: Path) -> SplitReport:
+def check_split(name: str, data_root: Path, *, decode: bool = False) -> SplitReport:
     """Returns everything that is wrong with a split, and the numbers of what is not.
+
+    Args:
+        name: the split.
+        data_root: where the named ones lie.
+        decode: decodes every picture, too (`check_pictures`).
 
     Raises:
         UsageError: there is no such split.
@@ -118,10 +129,11 @@ def check_split(name: str, data_root: Path) -> SplitReport:
             raise
         problems.add("the split", str(error), [name])
         return SplitReport(name, None, tuple(problems.found), ())
-    _check_files(split, problems)
     odd = Problems(name)
+    pictures = _check_files(split, problems, odd, decode=decode)
     _note_oddities(split, odd)
-    return SplitReport(name, count_split(split), tuple(problems.found), tuple(odd.found))
+    found, oddities = tuple(problems.found), tuple(odd.found)
+    return SplitReport(name, count_split(split), found, oddities, pictures)
 
 
 def count_split(split: Split) -> SplitSummary:
@@ -151,7 +163,8 @@ def count_split(split: Split) -> SplitSummary:
     )
 
 
-def _check_files(split: Split, problems: Problems) -> None:
+def _check_files(split: Split, problems: Problems, odd: Problems, *, decode: bool) -> str:
+    """Returns what of the pictures was looked at, in words."""
     refused: list[str] = []
     for image in split.images:
         try:
@@ -160,7 +173,7 @@ def _check_files(split: Split, problems: Problems) -> None:
             refused.append(f"{image.file_name[:100]!r} (id {image.image_id})")
     problems.add("/images", "file_name leads out of the image folder", refused)
     if refused:
-        return
+        return ""
     missing = split.missing_images()
     if missing:
         roots = dict.fromkeys(str(root) for root, _ in split.folder.places(missing[0].file_name))
@@ -168,17 +181,16 @@ def _check_files(split: Split, problems: Problems) -> None:
             "image files", f"missing (looked for under {', '.join(roots)})", _named(missing)
         )
     gone = {image.image_id for image in missing}
-    outside: list[ImageInfo] = []
-    there: list[ImageInfo] = []
-    for image in split.images:
-        if image.image_id not in gone:
-            try:
-                split.image_path(image)
-                there.append(image)
-            except DataError:
-                outside.append(image)
-    problems.add("image files", "reached through a link that leaves the folder", _named(outside))
-    check_headers(split, there, problems)
+    there = [image for image in split.images if image.image_id not in gone]
+    outside = [image for image in there if split.folder.leads_out(image.file_name)]
+    why = "reached through a link that leaves the folder"
+    if links_allowed():
+        odd.add("image files", f"{why}, which is followed", _named(outside))
+    else:
+        left_out = {image.image_id for image in outside}
+        there = [image for image in there if image.image_id not in left_out]
+        problems.add("image files", f"{why}: {ALLOW_LINKS}=1 follows it", _named(outside))
+    return check_pictures(split, there, problems, decode=decode)
 
 
 def _note_oddities(split: Split, odd: Problems) -> None:

@@ -5,10 +5,14 @@ on the pixels as they are stored, and rotating only some readers' pictures is ho
 part. `decode_upright` is for pictures that a person brings, which have none.
 """
 
+import functools
 import io
+import os
 import struct
+import sys
 import zlib
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
@@ -24,6 +28,8 @@ MAX_IMAGE_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 """Kinds of pixels, as Pillow calls them, with 8 bits a channel or fewer."""
+ALLOW_LINKS = "DKDETR_ALLOW_SYMLINKS"
+"""The variable that lets links leave an image folder: DVC and git-annex link every picture."""
 _LONGEST_NAME = 255
 _COCO_FOLDERS = ("train2017", "val2017")
 FolderLayout = Literal["plain", "coco", "patches"]
@@ -66,20 +72,46 @@ def check_file_name(file_name: str) -> None:
         raise DataError(f"file_name {shown} is no path inside an image folder: refused")
 
 
+def links_allowed() -> bool:
+    """Returns whether links out of image folders are followed: the user's word, by `ALLOW_LINKS`.
+
+    A variable and no option, so that loader processes, ranks and workers elsewhere have it alike.
+    """
+    return os.environ.get(ALLOW_LINKS, "") not in ("", "0")
+
+
+@functools.cache
+def say_links_are_followed() -> None:
+    """Says so once a command: no child process does, nor any rank but the first."""
+    if parent_process() is None and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: {ALLOW_LINKS} is set: links that leave an image folder are followed, wherever "
+            "they lead; dkdetr data check SPLIT lists them",
+            file=sys.stderr,
+        )
+
+
 def safe_join(root: Path, file_name: str) -> Path:
-    """Returns `root / file_name` if that lies inside `root`, links followed.
+    """Returns `root / file_name` if that lies inside `root`, links followed, or links may leave it.
 
     Raises:
         DataError: see `check_file_name`, or the path goes through a link that leaves the root.
     """
     check_file_name(file_name)
+    if not links_allowed() and _leads_out(root, file_name):
+        raise DataError(
+            f"file_name {file_name!r} leads out of the image root {root}: refused, for it may show "
+            "any file of this machine; where such links are meant (DVC, git-annex), set "
+            f"{ALLOW_LINKS}=1 for every process"
+        )
+    return root / file_name
+
+
+def _leads_out(root: Path, file_name: str) -> bool:
     try:
-        inside = (root / file_name).resolve().is_relative_to(root.resolve())
+        return not (root / file_name).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
         raise DataError(f"file_name {file_name!r} under {root}: {error}") from None
-    if not inside:
-        raise DataError(f"file_name {file_name!r} leads out of the image root {root}: refused")
-    return root / file_name
 
 
 @dataclass(frozen=True)
@@ -101,11 +133,21 @@ class ImageFolder:
         Raises:
             DataError: the name leaves the root (see `safe_join`).
         """
+        return safe_join(*self._place(file_name))
+
+    def leads_out(self, file_name: str) -> bool:
+        """Returns whether the file is reached through a link that leaves the root, or a loop."""
+        try:
+            return _leads_out(*self._place(file_name))
+        except DataError:
+            return True
+
+    def _place(self, file_name: str) -> tuple[Path, str]:
         check_file_name(file_name)
         places = self.places(file_name)
         if len(places) > 1:
             places = [each for each in places if (each[0] / each[1]).is_file()] or places
-        return safe_join(*places[0])
+        return places[0]
 
     def places(self, file_name: str) -> list[tuple[Path, str]]:
         """Returns where the file may lie, best first, as (trusted folder, name below it)."""
@@ -121,12 +163,19 @@ class ImageFolder:
 
 
 def read_image(path: Path, *, expected_hw: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the RGB pixels of a file; raises UnreadableImageError that names it."""
+    """Returns the RGB pixels of a data set's file.
+
+    Raises:
+        UnreadableImageError: see `decode_image`; or there is no such file. It says how to find all
+            such pictures, for training and scoring end at the first.
+    """
     try:
-        data = path.read_bytes()
+        return decode_image(path.read_bytes(), path, expected_hw=expected_hw)
+    except UnreadableImageError as error:
+        why = str(error)
     except OSError as error:
-        raise UnreadableImageError(f"image {path}: {error.strerror or error}") from None
-    return decode_image(data, path, expected_hw=expected_hw)
+        why = f"image {path}: {error.strerror or error}"
+    raise UnreadableImageError(f"{why}; dkdetr data check SPLIT --decode names all such pictures")
 
 
 def decode_upright(data: bytes, path: Path) -> tuple[UInt8[np.ndarray, "height width 3"], int]:

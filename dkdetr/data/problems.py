@@ -14,15 +14,34 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of fault: where, why, how often, and the first 20 of them.
+    """One kind of fault: where, why, and the names of all that have it.
 
     `table` is the JSON pointer of a list of records (`/annotations`), or a word for a set of files.
     """
 
     table: str
     why: str
-    total: int
-    first: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """How often it was found."""
+        return len(self.names)
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The first 20, which a line shows."""
+        return self.names[:_SHOWN]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fault as plain values, with every name."""
+        return {
+            "table": self.table,
+            "why": self.why,
+            "total": self.total,
+            "first": self.first,
+            "names": self.names,
+        }
 
     def __str__(self) -> str:
         """The fault in a line."""
@@ -47,7 +66,7 @@ class Problems:
     def add(self, table: str, why: str, names: Sequence[str]) -> None:
         """Notes that the records of these names have a fault; nothing if there are none."""
         if names:
-            self.found.append(Problem(table, why, len(names), tuple(names[:_SHOWN])))
+            self.found.append(Problem(table, why, tuple(names)))
 
     def refuse(self, bad: Sequence[int], records: Sequence[Any], table: str, why: str) -> None:
         """Notes that the records at these indices have a fault; pointer and id name them.

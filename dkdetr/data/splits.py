@@ -26,7 +26,14 @@ from dkdetr.data.category_groups import (
     lvis_categories,
     ovcoco_categories,
 )
-from dkdetr.data.image_files import FolderLayout, ImageFolder, check_file_name, read_image
+from dkdetr.data.image_files import (
+    FolderLayout,
+    ImageFolder,
+    check_file_name,
+    links_allowed,
+    read_image,
+    say_links_are_followed,
+)
 from dkdetr.data.problems import Problems
 from dkdetr.data.split_sources import (
     KINDS,
@@ -244,6 +251,8 @@ def _build(
 ) -> Split:  # fmt: skip
     if not image_root.is_dir():
         raise DataError(f"{name}: no image folder {image_root}")
+    if links_allowed():
+        say_links_are_followed()
     if protocol == "voc":
         annotations = read_voc(path, problems)
     else:

@@ -28,17 +28,28 @@ def start_from_file(
             f"'{path}' has seen {seen}: a student that starts from it cannot be scored on "
             "OV-COCO's novel classes. Start from a backbone alone"
         )
-    lines: list[str] = []
-    if seen is not None and _novel_names(split):
-        lines.append(
-            f"LEAK: '{path}' has seen {seen}: the run is marked, and its scores on novel names "
-            "compare with no other's"
-        )
+    lines = leak_lines(f"'{path}'", seen, split)
     fresh = load_into(path, file, student)
     if fresh:
         rooms = ", ".join(dict.fromkeys(name.partition(".")[0] for name in fresh))
         lines.append(f"start: {len(fresh)} tensors are fresh, '{path}' has none for them: {rooms}")
     return tuple(lines)
+
+
+def leak_lines(start: str, seen: str | None, split: Split) -> list[str]:
+    """Returns a line for the user if what a run began from has seen more than it may.
+
+    Args:
+        start: what it began from, as the line calls it.
+        seen: the mark (`boxes_seen`); None: it saw nothing it should not.
+        split: what is trained on.
+    """
+    if seen is None or not _novel_names(split):
+        return []
+    return [
+        f"LEAK: {start} has seen {seen}: the run is marked, and its scores on novel names "
+        "compare with no other's"
+    ]
 
 
 def boxes_seen(file: StudentFile, split: Split) -> str | None:

@@ -59,8 +59,13 @@ class RunFolder:
 
     @property
     def provenance(self) -> Path:
-        """Versions, device, cache and command of the first start."""
+        """Cache, seed, device and command of the first start, and `starts`: each, with versions."""
         return self.path / "run.json"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a run is there that has saved: the next start goes on, and keeps its record."""
+        return self.config.is_file() and any(self.checkpoints.glob(_MARKERS))
 
     def read_provenance(self) -> dict[str, Any]:
         """Returns what `provenance` holds; nothing if it is not there: a checkpoint may have been
@@ -92,7 +97,7 @@ def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -
     if run.config.is_file():
         _refuse_other_settings(run, config)
         _refuse_other_cache(run, provenance)
-        if any(run.checkpoints.glob(_MARKERS)):
+        if run.goes_on:
             _refuse_late_burn_in(run, provenance)
             return run
     write_text(run.provenance, json.dumps(provenance, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """What changes with every step, as one thing: trained on, saved, found again."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from dkdetr.engine.checkpoint import (
     write_checkpoint,
 )
 from dkdetr.engine.distributed import Ranks
-from dkdetr.engine.initial_weights import start_from_file
+from dkdetr.engine.initial_weights import leak_lines, start_from_file
 from dkdetr.engine.optim import load_optimizer, make_optimizer
 from dkdetr.engine.pairing import TeacherSide
 from dkdetr.engine.run_folder import RunFolder
@@ -33,7 +34,7 @@ from dkdetr.structures import LoadedBatch
 from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
-from dkdetr.student_file import StudentFile
+from dkdetr.student_file import StudentFile, load_student_file
 
 
 class RunState:
@@ -47,7 +48,8 @@ class RunState:
         ranks: this process among the job's.
         folder: the run's.
         teacher: what the settings' options want of the teacher and the training set.
-        start: what the file `student.weights` holds, if it is set.
+        start: what the file `student.weights` holds, where a run begins with it. One that goes on
+            wants neither it nor the backbone's weights: its checkpoint has all.
     """
 
     def __init__(
@@ -63,13 +65,15 @@ class RunState:
     ) -> None:
         self._config, self._vocabulary, self._cache = config, vocabulary, cache
         self._ranks, self._folder = ranks, folder
+        latest = load_latest(folder.checkpoints)
+        self._found = None if latest is None else latest[1]
         torch.manual_seed(config.seed)
-        self.student: DKDETR = build_student(config, text_dim=vocabulary.embed_dim)
-        if start is not None:
-            path = Path(str(config.student.weights))
-            for line in start_from_file(self.student, path, start, split):
-                if ranks.is_first:
-                    print(line, file=sys.stderr)
+        self.student: DKDETR = build_student(
+            config, text_dim=vocabulary.embed_dim, load_weights=self._found is None
+        )
+        for line in self._begun_from(start, split):
+            if ranks.is_first:
+                print(line, file=sys.stderr)
         self.student.to(ranks.device)
         use_backend(self.student, config.ops.backend, ranks.device)
         prepare_student(self.student, config.compute)
@@ -98,9 +102,8 @@ class RunState:
         Raises:
             MismatchError: the burn-in does not fit this run.
         """
-        found = load_latest(self._folder.checkpoints)
-        if found is not None:
-            _, checkpoint = found
+        checkpoint, self._found = self._found, None
+        if checkpoint is not None:
             self.student.load_state_dict(dict(checkpoint.student))
             load_optimizer(self._optimizer, checkpoint.optimizer)
             if self._average is not None:
@@ -116,6 +119,18 @@ class RunState:
             return
         self._step.load_state_dict(checkpoint.step)
         self.progress = checkpoint.progress
+
+    def _begun_from(self, start: StudentFile | None, split: Split) -> Sequence[str]:
+        """Fills a student that begins from a file; returns what a user should know, in lines."""
+        if self._found is not None:
+            seen = self._folder.read_provenance().get("saw_boxes_of")
+            return leak_lines("what this run began from", seen, split)
+        weights = self._config.student.weights
+        if weights is None:
+            return ()
+        path = Path(weights)
+        # Not read yet, where the run has checkpoints and none of them is whole.
+        return start_from_file(self.student, path, start or load_student_file(path), split)
 
     def train_on(self, group: list[LoadedBatch], *, epoch_length: int) -> StepResult:
         """Returns the figures of a step on a batch's micro-batches; progress has moved."""

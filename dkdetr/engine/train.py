@@ -27,6 +27,7 @@ from dkdetr.engine.pairing import TeacherBuilder, teacher_side
 from dkdetr.engine.profiling import WARMUP_STEPS, profiled
 from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
+from dkdetr.engine.run_starts import note_start
 from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
 from dkdetr.engine.step_parts import marked
@@ -136,8 +137,10 @@ class _Run:
                 f"RANDOM TEACHER: the embeddings of {request.cache} mean nothing; for trials only",
                 file=sys.stderr,
             )
-        weights = config.student.weights
-        start = None if weights is None else load_student_file(Path(weights))
+        weights, start = config.student.weights, None
+        # A run that goes on has its mark and its weights, wherever the file is by now.
+        if weights is not None and not RunFolder(request.run).goes_on:
+            start = load_student_file(Path(weights))
         seen = boxes_seen_before(start, request.start_from, split)
         self.folder = self._open_folder(seen)
         self.state = RunState(
@@ -180,6 +183,7 @@ class _Run:
             watch = self.request.watch
             if self.ranks.is_first:
                 at = self.state.progress.iteration
+                note_start(self.folder, self.ranks, at)
                 log = MetricLog(self.folder.metrics, after_iteration=at)
                 closing.callback(log.close)
                 opened = open_trackers(
@@ -286,6 +290,7 @@ class _Run:
         provenance = {
             "experiment": self.config.name,
             "config_hash": config_hash(self.config),
+            "seed": self.config.seed,
             "cache_fingerprint": self.cache.fingerprint,
             "vocabulary_hash": self.vocabulary.hash,
             "split": self.cache.split,

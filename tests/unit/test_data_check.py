@@ -3,8 +3,9 @@ import json
 import pytest
 from PIL import Image
 
-from dkdetr.data import picture_headers
+from dkdetr.data import picture_faults
 from dkdetr.data.check import GroupCount, check_split, count_split
+from dkdetr.data.image_files import ALLOW_LINKS
 from dkdetr.data.prepare import prepare_derived
 from dkdetr.data.splits import load_split
 from dkdetr.errors import DataError, UsageError
@@ -147,13 +148,19 @@ def test_paths_that_leave_the_folder_are_named(file_name, tmp_path):
     assert error.first == (f"{file_name!r} (id 2)",)
 
 
-def test_links_that_leave_the_folder_are_named(tmp_path):
+def test_links_that_leave_the_folder_are_named(tmp_path, monkeypatch):
     name = write_world(tmp_path, coco_document(3), "val")
     (tmp_path / "images/2.png").rename(tmp_path / "secret.png")
     (tmp_path / "images/2.png").symlink_to(tmp_path / "secret.png")
     (error,) = check_split(name, tmp_path).errors
-    assert error.why == "reached through a link that leaves the folder"
+    assert error.why.startswith("reached through a link that leaves the folder: DKDETR_ALLOW")
     assert error.first == ("2.png (id 2)",)
+    monkeypatch.setenv(ALLOW_LINKS, "1")
+    report = check_split(name, tmp_path, decode=True)
+    assert not report.errors
+    (odd,) = report.oddities
+    assert odd.why.endswith("leaves the folder, which is followed")
+    assert odd.first == ("2.png (id 2)",)
 
 
 def test_pictures_annotated_as_a_viewer_turns_them_are_named(tmp_path, monkeypatch):
@@ -176,10 +183,36 @@ def test_pictures_annotated_as_a_viewer_turns_them_are_named(tmp_path, monkeypat
     with pytest.raises(DataError, match="4 faults of 3 kinds"):
         report.raise_problems()
 
-    monkeypatch.setattr(picture_headers, "_MOST", 2)  # the first and the fifth
+    monkeypatch.setattr(picture_faults, "_MOST", 2)  # the first and the fifth
     (size,) = check_split(name, tmp_path).errors
     assert size.first == ("5.png (id 5: 56 x 64, annotated 64 x 56)",)
     assert size.why.endswith("(2 of 8 looked at)")
+
+
+def test_truncated_pictures_are_found_by_decoding_every_one(tmp_path, monkeypatch):
+    name = write_world(tmp_path, coco_document(30), "val")
+    monkeypatch.setattr(picture_faults, "_MOST", 2)
+    for number in range(5, 30):
+        path = tmp_path / "images" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:-3000])  # the header is whole
+    write_images(tmp_path / "images", {"2.png": (9, 9)})
+    report = check_split(name, tmp_path)
+    assert not report.errors
+    assert "pictures: headers of 2 of 30 read; --decode decodes every one" in report.lines()
+    report = check_split(name, tmp_path, decode=True)
+    size, pixels = report.errors
+    assert size.first == ("2.png (id 2: 9 x 9, annotated 64 x 56)",)
+    assert pixels.names[0].startswith("5.png (id 5: ")
+    assert "truncated" in pixels.names[0]
+    assert (pixels.total, len(pixels.first)) == (25, 20)
+    told = report.as_json()["errors"][1]
+    assert [each.split(" ")[0] for each in told["names"]] == [f"{n}.png" for n in range(5, 30)]
+    assert "pictures: 30 decoded" in report.lines()
+    with pytest.raises(DataError, match=r"26 faults of 2 kinds, named above \(all .* by --json"):
+        report.raise_problems()
+    split = load_split(name, tmp_path)
+    with pytest.raises(DataError, match=r"5\.png.* data check SPLIT --decode names all such"):
+        split.read(split.images[4])
 
 
 def test_prepare_writes_derived_files_and_touches_no_other(tmp_path):

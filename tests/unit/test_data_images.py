@@ -16,10 +16,14 @@ from dkdetr.data.image_files import (
     ImageFolder,
     UnreadableImageError,
     decode_image,
+    links_allowed,
     read_image,
     safe_join,
+    say_links_are_followed,
 )
+from dkdetr.data.splits import load_split
 from dkdetr.errors import DataError
+from tests.unit.data_world import coco_document, write_world
 
 HERE = Path("x.jpg")
 
@@ -202,6 +206,38 @@ def test_links_that_leave_the_root_are_refused_and_those_inside_are_not(tmp_path
     linked_root = tmp_path / "linked"
     linked_root.symlink_to(root)
     assert safe_join(linked_root, "in.jpg").read_bytes() == b"y"
+
+
+def test_links_may_leave_where_the_user_says_so_and_names_still_may_not(
+    tmp_path, monkeypatch, capsys
+):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "object").write_bytes(b"x")
+    (root / "a.jpg").symlink_to(tmp_path / "object")
+    with pytest.raises(DataError, match="DKDETR_ALLOW_SYMLINKS=1"):
+        ImageFolder(root).path("a.jpg")
+    for said in ("", "0"):
+        monkeypatch.setenv("DKDETR_ALLOW_SYMLINKS", said)
+        assert not links_allowed()
+    monkeypatch.setenv("DKDETR_ALLOW_SYMLINKS", "1")
+    assert ImageFolder(root).path("a.jpg").read_bytes() == b"x"
+    assert ImageFolder(root).leads_out("a.jpg")
+    for name in ("../object", "/etc/passwd"):
+        with pytest.raises(DataError, match="no path inside"):
+            ImageFolder(root).path(name)
+    (root / "loop.jpg").symlink_to(root / "loop.jpg")
+    assert ImageFolder(root).leads_out("loop.jpg")
+    with pytest.raises(UnreadableImageError):
+        read_image(ImageFolder(root).path("loop.jpg"), expected_hw=(1, 1))
+
+    split = write_world(tmp_path, coco_document(2))
+    for rank, notes in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        say_links_are_followed.cache_clear()
+        for _ in range(2):
+            load_split(split, tmp_path)
+        assert capsys.readouterr().err.count("note: DKDETR_ALLOW_SYMLINKS is set") == notes
 
 
 def test_coco_folders_are_tried_in_turn(tmp_path):

@@ -68,7 +68,7 @@ def test_only_inference_turns_pictures():
     assert knowing == {
         "dkdetr/data/upright.py",
         "dkdetr/data/image_files.py",
-        "dkdetr/data/picture_headers.py",  # which names those that annotators saw turned
+        "dkdetr/data/picture_faults.py",  # which names those that annotators saw turned
         "dkdetr/data/picture_input.py",
         "dkdetr/inference/picture_sources.py",
         "dkdetr/inference/predict.py",

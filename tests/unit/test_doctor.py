@@ -32,7 +32,7 @@ def test_a_gpu_against_a_build(capability, built, verdict, said) -> None:
 
 def test_two_faiss_are_a_problem(monkeypatch) -> None:
     installed = {"faiss-cpu": "1", "faiss-gpu": "2"}
-    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr(doctor, "package_version", installed.get)
     finding = doctor._faiss()
     assert finding.verdict == "problem"
     assert "pip uninstall faiss-cpu faiss-gpu" in finding.advice
@@ -58,7 +58,10 @@ def test_little_room_is_named(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage)
     assert "--shm-size" in doctor._shared_memory(tmp_path).advice
-    assert doctor._disk(tmp_path / "not" / "there").verdict == "warning"
+    assert "checkpoints" in doctor._runs_disk(tmp_path / "not" / "there").advice
+    cache = doctor._cache_disk(tmp_path / "not")
+    assert (cache.verdict, cache.subject) == ("warning", "cache disk")
+    assert cache.found.endswith(f"GiB free at {tmp_path}, for caches")
 
 
 def test_offline_assets_are_looked_for_where_the_libraries_look(monkeypatch, tmp_path) -> None:
@@ -68,15 +71,21 @@ def test_offline_assets_are_looked_for_where_the_libraries_look(monkeypatch, tmp
     weights = tmp_path / "hub" / "checkpoints" / doctor._RESNET
     weights.parent.mkdir(parents=True)
     weights.touch()
-    (tmp_path / "hub" / doctor._TEACHER).mkdir()
+    snapshot = tmp_path / "hub" / doctor._TEACHER / "snapshots" / "0f3a"
+    snapshot.mkdir(parents=True)
+    blob = tmp_path / "blob"
+    (snapshot / "open_clip_model.safetensors").symlink_to(blob)
+    (snapshot / "open_clip_config.json").touch()
+    assert doctor._teacher_weights().verdict == "warning"  # a download that was cut
+    blob.touch()
     assert doctor._backbone_weights().verdict == doctor._teacher_weights().verdict == "ok"
 
 
 def test_a_whole_examination_of_this_machine() -> None:
-    found = examine(Path("nowhere"), Path("runs"))
+    found = examine(Path("nowhere"), Path("runs"), Path("cache"))
     subjects = {each.subject for each in found.findings}
-    assert {"python", "torch", "gpu", "disk", "shared memory", "faiss", "backbone", "teacher",
-            "data"} <= subjects  # fmt: skip
+    assert {"python", "torch", "gpu", "disk", "cache disk", "shared memory", "faiss", "backbone",
+            "teacher", "data"} <= subjects  # fmt: skip
     assert all(each.advice for each in found.findings if each.verdict != "ok")
     assert len(found.lines()) >= len(found.findings)
     assert found.as_json()["healthy"] == found.healthy

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dkdetr.data.splits import load_split
 from dkdetr.engine.initial_weights import boxes_seen, boxes_seen_before, start_from_file
@@ -17,7 +18,7 @@ from dkdetr.student_file import StudentFile, build_from_file, save_student_file
 from pipeline.leaks import check_leaks
 from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
 from pipeline.teacher_model import tensors_sha256
-from tests.training_world import DIM, make_world, settings
+from tests.training_world import DIM, checkpoint_of, difference, make_world, settings
 from tests.unit.data_world import vocabulary_of
 
 CONFIG = settings()
@@ -98,6 +99,40 @@ def test_the_run_keeps_the_mark(world, split, tmp_path: Path, monkeypatch, capsy
     proposals = open_source(prepared, torch.device("cpu"), batch_size=1)
     with pytest.raises(DataError, match=f"began from weights that had seen {re.escape(SEEN)}"):
         check_leaks(proposals.seen, split)
+
+
+def test_a_run_goes_on_without_the_files_it_began_from(
+    world, split, tmp_path: Path, monkeypatch, capsys
+):
+    path, backbone = tmp_path / "start.safetensors", tmp_path / "backbone.safetensors"
+    file = student_file(split, all_base=True)
+    bare = {k: v for k, v in file.tensors.items() if not k.startswith("trunk.backbone.")}
+    save_student_file(path, replace(file, tensors=bare))
+    trunk = build_student(CONFIG, text_dim=DIM).trunk.backbone
+    save_file(trunk.state_dict(), backbone)
+    monkeypatch.setattr(
+        "dkdetr.engine.train.load_cached_split", lambda *_: replace(split, protocol="lvis")
+    )
+    config = settings(student={"weights": str(path), "backbone": {"weights": str(backbone)}})
+    train(world.request("never cut", config, until_iteration=4))
+    train(world.request("cut", config, until_iteration=2))
+    path.unlink()
+    backbone.unlink()
+    capsys.readouterr()
+    train(world.request("cut", config, until_iteration=4))
+    assert f"LEAK: what this run began from has seen {SEEN}" in capsys.readouterr().err
+    assert difference(checkpoint_of(world, "cut"), checkpoint_of(world, "never cut")) == ""
+    described = json.loads((world.root / "runs" / "cut" / "run.json").read_text())
+    assert described["saw_boxes_of"] == SEEN
+    assert [start["iteration"] for start in described["starts"]] == [0, 2]
+    # With no whole checkpoint it begins again, and wants them.
+    for saved in (world.root / "runs" / "cut" / "checkpoints").glob("*.pt"):
+        saved.write_bytes(b"damaged")
+    with pytest.raises(DataError, match="no backbone weights at"):
+        train(world.request("cut", config, until_iteration=4))
+    save_file(trunk.state_dict(), backbone)
+    with pytest.raises(DataError, match="no student file"):
+        train(world.request("cut", config, until_iteration=4))
 
 
 def test_a_student_file_proposes_as_the_student_does_and_keeps_its_mark(split, tmp_path: Path):

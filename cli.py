@@ -346,8 +346,8 @@ def serve_command(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Runs, checkpoints or student files: the first one's student looks at pictures, "
-            "the curves are of all; default: the newest run"
+            help="Runs, checkpoints, student files or owner/name on the Hugging Face hub: the "
+            "first one's student looks at pictures, the curves are of all; default: the newest run"
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="A cache to browse")] = None,
@@ -967,7 +967,11 @@ def predict_command(
         list[str], typer.Argument(help="Pictures, folders, globs, videos, or - for a list on stdin")
     ],
     model: Annotated[
-        Path | None, typer.Option(help="A run, a checkpoint or a student file; default: newest run")
+        Path | None,
+        typer.Option(
+            help="A run, a checkpoint, a student file or owner/name on the Hugging Face hub; "
+            "default: newest run"
+        ),
     ] = None,
     words: Annotated[
         str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')

@@ -23,6 +23,7 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.run_folder import require_newest_run
 from dkdetr.engine.subject import load_subject
 from dkdetr.errors import UsageError
+from dkdetr.inference.hub import student_place
 from dkdetr.inference.predict import DKDETR, words_vocabulary
 from pipeline.teacher import load_teacher
 from pipeline.text_bank import Background, import_vocabulary
@@ -41,7 +42,8 @@ def load_detector(
     """Returns a detector and what it is to look for.
 
     Args:
-        model: a run, a checkpoint or a student file; None: the newest run below `runs`.
+        model: a run, a checkpoint, a student file or `owner/name` on the hub; None: the newest run
+            below `runs`.
         words: names parted by commas, or @LIST, a shipped list or a file; embedded by the teacher.
         vocabulary_path: a vocabulary file instead; with neither, the student's own names.
         teacher: the specification of the text tower; None: the one the student learned from. Of a
@@ -57,7 +59,7 @@ def load_detector(
         raise UsageError("give words (-c) or a vocabulary (--vocab), not both")
     if teacher is not None and words is None:
         raise UsageError("--teacher is for words (-c): there are none to embed")
-    place = model or require_newest_run("name a student with --model")
+    place = student_place(model or require_newest_run("name a student with --model"))
     given = load_vocabulary(vocabulary_path) if vocabulary_path else None
     chosen = pick_device(device)
     fallback: Vocabulary | Callable[[], Vocabulary] | None = given

@@ -16,6 +16,7 @@ from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import RUNS, RunFolder, newest_run
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, DkdetrError, UsageError
+from dkdetr.inference.hub import student_place
 from dkdetr.inference.picture_sources import PICTURE_SUFFIXES
 from dkdetr.inference.predict import DKDETR
 from dkdetr.inference.serve import ServedParts
@@ -30,8 +31,9 @@ class PageRequest:
     """What to show.
 
     Args:
-        runs: runs, checkpoints or student files; the first one's student looks at pictures, the
-            curves are of all that keep a diary. None: the newest run below `runs/`, if any.
+        runs: runs, checkpoints, student files or `owner/name` on the hub; the first one's student
+            looks at pictures, the curves are of all that keep a diary. None: the newest run below
+            `runs/`, if any.
         cache: a sealed cache with neighbour lists.
         vocabulary: a vocabulary file instead of the student's own names.
         teacher: the text tower for words; None: the one the student learned from.
@@ -102,7 +104,7 @@ def open_page(request: PageRequest) -> ServedParts:
 def _load_student(run: Path, request: PageRequest, about: dict[str, str]) -> tuple[DKDETR, str]:
     """Returns the student and why it cannot be asked for words ('' if it can)."""
     given = load_vocabulary(request.vocabulary) if request.vocabulary else None
-    subject = load_subject(run, given)
+    subject = load_subject(student_place(run), given)
     device = pick_device(request.device)
     encoder, problem = _text_encoder(subject, request.teacher, device)
     own = DKDETR(

@@ -7,6 +7,8 @@ from dkdetr.errors import DataError, UsageError
 from dkdetr.offline import is_offline
 
 FILE_NAME = "model.safetensors"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_SUFFIXES = (".safetensors", ".pt")
 
 
 def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> Path:
@@ -32,7 +34,7 @@ def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> P
                 f"'{path.parent}' holds no {FILE_NAME}; of a run make one with "
                 f"`dkdetr export {path.parent}`"
             )
-    if path.is_file() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_hub_id):
+    if path.is_file() or not _HUB_ID.fullmatch(path_or_hub_id):
         if not path.is_file():
             raise DataError(f"no student file '{path}'")
         return path
@@ -55,3 +57,18 @@ def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> P
             f"'{path_or_hub_id}' is neither a file here nor a repository with {FILE_NAME} on the "
             f"hub that can be reached{' offline' if is_offline() else ''}: {first_line}"
         ) from None
+
+
+def student_place(place: Path) -> Path:
+    """Returns a place as it was given, but for `owner/name` of the hub the student file's path.
+
+    What lies in a folder that is here, or is called as a file, is never asked of the hub: a run
+    whose name is mistyped is no repository.
+
+    Raises:
+        DataError: neither here nor a repository in reach.
+    """
+    in_reach = place.exists() or place.parent.is_dir()
+    if in_reach or place.suffix in _FILE_SUFFIXES or not _HUB_ID.fullmatch(place.as_posix()):
+        return place
+    return fetch_student_file(place.as_posix())

@@ -10,7 +10,10 @@ from tiny_student import TEXT_DIM, tiny_config, tiny_student
 from dkdetr import DKDETR
 from dkdetr.data.vocabulary import Vocabulary, save_vocabulary
 from dkdetr.errors import DataError, UsageError
+from dkdetr.inference.hub import student_place
 from dkdetr.student_file import StudentFile, save_student_file
+from pipeline.open_vocabulary import load_detector
+from pipeline.served_page import PageRequest, open_page
 
 REVISIONS = ("a" * 40, "b" * 40)
 
@@ -70,3 +73,20 @@ def test_a_vocabularys_file_will_do(hub):
         assert detector.resolve(form).names == ("cone", "cat", "dog")
     with pytest.raises(UsageError, match=r"given as a list: \['cat'\]"):
         detector.resolve("cat")
+
+
+def test_commands_take_a_repository(hub):
+    detector, looked_for = load_detector(Path("owner/student"), None, None, None, "cpu")
+    assert detector.vocabulary.names == looked_for.names == ("cat", "dog")
+    page = open_page(PageRequest((Path("owner/student"),), device="cpu"))
+    assert page.detector.vocabulary.names == ("cat", "dog")
+    with pytest.raises(DataError, match=r"'owner/other'.* offline"):
+        load_detector(Path("owner/other"), None, None, None, "cpu")
+
+
+@pytest.mark.parametrize("word", ["runs/mistyped", "away/s.safetensors", "away/last.pt", "absent"])
+def test_what_is_meant_to_be_here_is_not_asked_of_the_hub(hub, monkeypatch, word: str):
+    monkeypatch.chdir(hub)
+    Path("runs").mkdir()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", pytest.fail)
+    assert student_place(Path(word)) == Path(word)

@@ -15,10 +15,11 @@ import torch
 
 from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig
+from dkdetr.defaults import DEFAULT_RUNS
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError
 from dkdetr.experiment_file import config_from_dict, deciding_settings, dump_toml
 
-RUNS = Path("runs")
+RUNS = Path(DEFAULT_RUNS)
 """Where runs lie if nothing else is said."""
 
 _AVERAGED = "-ema"

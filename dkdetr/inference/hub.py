@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from dkdetr.defaults import DEFAULT_RUNS
 from dkdetr.errors import DataError, UsageError
 from dkdetr.offline import is_offline
 
@@ -62,13 +63,13 @@ def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> P
 def student_place(place: Path) -> Path:
     """Returns a place as it was given, but for `owner/name` of the hub the student file's path.
 
-    What lies in a folder that is here, or is called as a file, is never asked of the hub: a run
-    whose name is mistyped is no repository.
+    What lies in a folder that is here, in `runs`, or is called as a file, is never asked of the
+    hub: a run whose name is mistyped is no repository.
 
     Raises:
         DataError: neither here nor a repository in reach.
     """
-    in_reach = place.exists() or place.parent.is_dir()
+    in_reach = place.exists() or place.parent.is_dir() or place.parent == Path(DEFAULT_RUNS)
     if in_reach or place.suffix in _FILE_SUFFIXES or not _HUB_ID.fullmatch(place.as_posix()):
         return place
     return fetch_student_file(place.as_posix())

@@ -84,9 +84,11 @@ def test_commands_take_a_repository(hub):
         load_detector(Path("owner/other"), None, None, None, "cpu")
 
 
-@pytest.mark.parametrize("word", ["runs/mistyped", "away/s.safetensors", "away/last.pt", "absent"])
+@pytest.mark.parametrize(
+    "word", ["runs/mistyped", "away/mistyped", "s.safetensors", "far/last.pt", "absent"]
+)
 def test_what_is_meant_to_be_here_is_not_asked_of_the_hub(hub, monkeypatch, word: str):
     monkeypatch.chdir(hub)
-    Path("runs").mkdir()
+    Path("away").mkdir()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", pytest.fail)
     assert student_place(Path(word)) == Path(word)

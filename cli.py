@@ -285,8 +285,9 @@ def _sentence(error: Exception, code: int) -> str:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
             "compute.micro_batches=K (the same steps in K parts), "
-            "compute.activation_checkpointing=true or a smaller student.masks_at_once; eval, "
-            "predict: --batch-size 1; training anew: a smaller data.image_size"
+            "compute.activation_checkpointing=true (both for `fit` of cache-teacher, too) or a "
+            "smaller student.masks_at_once; eval, predict: --batch-size 1; training anew: a "
+            "smaller data.image_size"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
@@ -468,7 +469,8 @@ def cache_teacher_command(
     """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes.
 
     Several GPUs for `fit`: torchrun --nproc-per-node N --no-python -- dkdetr cache-teacher ...
-    trains on all of them, and goes on with one; --workers N then embeds on all.
+    trains on all of them, and goes on with one; --workers N then embeds on all. Little memory:
+    --set compute.micro_batches=K trains it in K parts.
     """
     from cache.plan import Storage
     from pipeline.build import run_stage_one

@@ -473,6 +473,7 @@ def cache_teacher_command(
     --set compute.micro_batches=K trains it in K parts.
     """
     from cache.plan import Storage
+    from dkdetr.engine.distributed import is_first_rank
     from pipeline.build import run_stage_one
     from pipeline.calibrate import price_cache
     from pipeline.crops import parse_crop_rule
@@ -505,6 +506,8 @@ def cache_teacher_command(
         neighbors=neighbors,
         command=shlex.join(sys.argv[1:]),
     )
+    if dry_run and not is_first_rank():  # torchrun's first one prices for all
+        return
     result = price_cache(request) if dry_run else run_stage_one(request, _say)
     if lines := result.lines():  # a helping rank of torchrun has nothing to say
         _tell(lines, json_out)

@@ -173,6 +173,22 @@ def test_one_list_of_settings_may_serve_both_stages():
     assert fit_overrides(both) == both
 
 
+def test_of_torchrun_s_ranks_the_first_alone_prices(monkeypatch):
+    from pipeline import calibrate
+
+    def priced(_):
+        raise UsageError("priced")
+
+    monkeypatch.setattr(calibrate, "price_cache", priced)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, exit_code, said in (("0", 2, "priced"), ("1", 0, "")):
+        monkeypatch.setenv("RANK", rank)
+        done = run("cache-teacher", "--split", "ovcoco_train", "--dry-run")
+        assert done.exit_code == exit_code
+        assert said in done.stderr
+        assert not done.stdout
+
+
 def test_prompts_of_a_cache_may_stand_in_a_file(tmp_path, monkeypatch):
     from pipeline import build
 

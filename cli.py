@@ -291,9 +291,9 @@ def _sentence(error: Exception, code: int) -> str:
         return (
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
             "compute.micro_batches=K, a larger K (the same steps in K parts), "
-            "compute.activation_checkpointing=true or, of masks, a smaller student.masks_at_once; "
-            "eval, predict: --batch-size 1; training anew: optim.precision=auto (half precision on "
-            "a GPU) or a smaller data.image_size"
+            "compute.activation_checkpointing=true (both for `fit` of cache-teacher, too) or, of "
+            "masks, a smaller student.masks_at_once; eval, predict: --batch-size 1; training anew: "
+            "optim.precision=auto (half precision on a GPU) or a smaller data.image_size"
         )
     if code == 1:
         return f"unexpected {type(error).__name__}: {error} (the same command with -v shows where)"
@@ -475,9 +475,11 @@ def cache_teacher_command(
     """Stage 1: propose regions, embed their crops with CLIP once, seal the cache. Resumes.
 
     Several GPUs for `fit`: torchrun --nproc-per-node N --no-python -- dkdetr cache-teacher ...
-    trains on all of them, and goes on with one; --workers N then embeds on all.
+    trains on all of them, and goes on with one; --workers N then embeds on all. Little memory:
+    --set compute.micro_batches=K trains it in K parts.
     """
     from cache.plan import Storage
+    from dkdetr.engine.distributed import is_first_rank
     from pipeline.build import run_stage_one
     from pipeline.calibrate import price_cache
     from pipeline.crops import parse_crop_rule
@@ -510,6 +512,8 @@ def cache_teacher_command(
         neighbors=neighbors,
         command=shlex.join(sys.argv[1:]),
     )
+    if dry_run and not is_first_rank():  # torchrun's first one prices for all
+        return
     result = price_cache(request) if dry_run else run_stage_one(request, _say)
     if lines := result.lines():  # a helping rank of torchrun has nothing to say
         _tell(lines, json_out)

@@ -72,7 +72,7 @@ def load_experiment(experiment: str, overrides: Sequence[str] = ()) -> ResolvedC
             rows.setdefault(row, {}).update(flatten(changes))
         _merge(merged, table, origins, source, prefix="")
     for override in overrides:
-        _merge(merged, _parse_override(override), origins, "--set", prefix="")
+        _merge(merged, parse_override(override), origins, "--set", prefix="")
     drops = _table(merged, "optim").get("lr_drop_epochs", OptimConfig.lr_drop_epochs)
     _count_shares(merged)
     config = config_from_dict(merged)
@@ -161,6 +161,25 @@ def config_hash(config: ExperimentConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
+def parse_override(override: str) -> dict[str, Any]:
+    """Returns the nested table that `a.b=c` means; raises ConfigError where it means nothing."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set wants KEY=VALUE, got '{override}'")
+    if path.split(".")[0] == "ablate":
+        raise ConfigError(
+            f"'{path}': what one row of `dkdetr ablate` sets stands in an experiment file, in "
+            "[ablate.ROW]; --set is for all rows"
+        )
+    try:
+        nested: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        nested = text
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    return nested
+
+
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns `{"a.b": value}` for nested tables."""
     flat: dict[str, Any] = {}
@@ -235,24 +254,6 @@ def _merge(
         else:
             into[key] = value
             origins[f"{prefix}{key}"] = source
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set wants KEY=VALUE, got '{override}'")
-    if path.split(".")[0] == "ablate":
-        raise ConfigError(
-            f"'{path}': what one row of `dkdetr ablate` sets stands in an experiment file, in "
-            "[ablate.ROW]; --set is for all rows"
-        )
-    try:
-        nested: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        nested = text
-    for part in reversed(path.split(".")):
-        nested = {part: nested}
-    return nested
 
 
 def _count_shares(merged: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from dkdetr.data.image_files import UnreadableImageError
 from dkdetr.data.loader import loader_processes
 from dkdetr.data.prompts import fill_prompt
 from dkdetr.data.splits import Split, load_split
-from dkdetr.engine.distributed import Ranks, pick_device
+from dkdetr.engine.distributed import Ranks, num_ranks, pick_device
 from dkdetr.engine.interruption import StopFlag
 from dkdetr.errors import DataError
 from dkdetr.student.build import build_trunk
@@ -27,7 +27,7 @@ from pipeline.decoding import (
     decode_on_device,
 )
 from pipeline.fit import fit_plan
-from pipeline.fit_training import NetworkTraining, StateFile
+from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
 from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
 from pipeline.price import CachePrice, StagePrice, plan_cache, price_of, require_room
 from pipeline.proposal_network import NetworkProposals
@@ -74,7 +74,8 @@ class _ShardRates:
 def price_cache(request: CacheRequest) -> CachePrice:
     """Returns what a cache would cost, in crops, bytes and time; writes nothing.
 
-    Where the teacher's weights are not at hand the times are left out, and the price says so.
+    Under torchrun one rank asks for all: `fit` is theirs together. Where the teacher's weights are
+    not at hand the times are left out, and the price says so.
 
     Raises:
         DiskFullError: there is not enough room.
@@ -124,14 +125,21 @@ def price_cache(request: CacheRequest) -> CachePrice:
 
 
 def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> float:
-    """Returns the seconds of a training step with its loader processes at work."""
-    config = fit_plan(request, split).config
-    here = replace(config, data=replace(config.data, workers=0))
+    """Returns the seconds of a training step with its loader processes at work.
+
+    Tried is one part of this rank's share, as many images at once as in the training; what ranks
+    wait for each other is left out.
+    """
+    config, ranks = fit_plan(request, split).config, num_ranks()
+    refuse_impossible(config, world_size=ranks)
+    parts = config.compute.micro_batches
+    one_part = replace(config.data, batch_size=config.data.batch_size // (ranks * parts), workers=0)
+    here = replace(config, data=one_part, compute=replace(config.compute, micro_batches=1))
     alone = Ranks(rank=0, world_size=1, device=device)
     nowhere = StateFile(request.out / "nowhere", "")
     load, step = NetworkTraining(here, split, nowhere, alone, StopFlag()).time_step()
     workers = loader_processes(config.data.workers)
-    return max(step, load / workers) if workers else load + step
+    return parts * (max(step, load / workers) if workers else load + step)
 
 
 def _time_shards(

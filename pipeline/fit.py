@@ -26,7 +26,7 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.start import experiment_of_split
-from dkdetr.errors import MismatchError
+from dkdetr.errors import MismatchError, UsageError
 from dkdetr.experiment_file import HASHED_AS, load_experiment
 from pipeline.fit_ranks import PATIENCE_S, FirstRankError, share_from_first
 from pipeline.fit_training import NetworkTraining, StateFile
@@ -56,22 +56,34 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
 
     A sixth of the experiment's epochs (at least 2) without distillation, in batches of at most 16
     with the learning rate scaled to them, times 2.5: without a decoder and over so few steps the
-    network bears it and needs it (README.md).
+    network bears it and needs it (README.md). Micro-batches are those of `--set` alone.
+
+    Raises:
+        UsageError: these batches do not divide into the parts that `--set` asks for.
     """
     experiment = request.experiment or experiment_of_split(split.name)
-    config = load_experiment(experiment, request.overrides).config
+    resolved = load_experiment(experiment, request.overrides)
+    config = resolved.config
     with_boxes = int((np.diff(split.base_table.offsets) > 0).sum())
     batch_size = max(1, min(config.data.batch_size, _MAX_BATCH, with_boxes))
     epochs = request.fit_epochs
     if epochs is None:
         epochs = max(_MIN_EPOCHS, ceil(config.optim.epochs / 6))
     lr = _LR_FACTOR * config.optim.lr * batch_size / config.data.batch_size
+    # Those of an experiment file are parts of `train`'s larger batches.
+    typed = resolved.origins.get("compute.micro_batches") == "--set"
+    parts = config.compute.micro_batches if typed else 1
+    if batch_size % parts:
+        raise UsageError(
+            f"--set compute.micro_batches={parts}: fit's batches of {batch_size} images do not "
+            "divide into so many parts"
+        )
     config = replace(
         config,
         student=replace(config.student, mask_head=False),
         kd=replace(config.kd, regions_per_image=0),
         data=replace(config.data, batch_size=batch_size),
-        compute=replace(config.compute, micro_batches=1),
+        compute=replace(config.compute, micro_batches=parts),
         optim=replace(config.optim, epochs=epochs, lr=lr),
     )
     return FitPlan(config, epochs * (with_boxes // batch_size))
@@ -133,6 +145,8 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
             state = StateFile(request.out / _STATE_FILE, key)
             with stop_on_sigterm() as stop:
                 training = NetworkTraining(plan.config, readable, state, ranks, stop)
+                if training.recomputes and not plan.config.compute.activation_checkpointing:
+                    say("proposals: the GPU has little memory, encoder layers are computed twice")
                 trunk = training.run()
             facts = {"key": key, "image_size": plan.config.data.image_size,
                      "seen": _seen(plan, split, training.num_iterations)}  # fmt: skip

@@ -3,11 +3,14 @@
 What a step draws and sees is a function of the seed, its number and the rank, so a training that
 was stopped anywhere ends in the same bits as one that was not. On several ranks the losses are
 divided by the mean number of objects, so that the gradients' mean over ranks is one process's.
+With `compute.micro_batches` a rank takes its share in parts, whose gradients add up to the share's.
 """
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from math import cos, pi
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +21,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.config import DetectionLossConfig, ExperimentConfig
@@ -29,16 +33,19 @@ from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.interruption import StopFlag
 from dkdetr.engine.optim import make_optimizer
-from dkdetr.engine.student_setup import wrap_for_ranks
+from dkdetr.engine.student_setup import recompute_layers, wrap_for_ranks
 from dkdetr.errors import NonFiniteLossError, PreemptedError, UsageError
+from dkdetr.losses.criterion import count_boxes
 from dkdetr.losses.detection import box_giou_loss, box_l1_loss, focal_loss
 from dkdetr.losses.matcher import match
 from dkdetr.losses.matching_cost import MatchingCosts
 from dkdetr.precision import float32_products
 from dkdetr.progress import progress
 from dkdetr.structures import EncoderOutput, LoadedBatch, Targets
+from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_trunk
 from dkdetr.student.detector import ProposingTrunk
+from pipeline.fit_memory import wants_recomputing
 
 _WARMUP_SHARE = 0.1
 
@@ -70,12 +77,17 @@ class NetworkTraining:
         ranks: Ranks,
         stop: StopFlag,
     ) -> None:
-        _refuse_impossible(config, ranks)
+        refuse_impossible(config, world_size=ranks.world_size)
         self._config = settle_views(config, ranks.device)
         self._split, self._state = split, state
         self._ranks, self._stop = ranks, stop
         torch.manual_seed(config.seed)
         self.trunk = build_trunk(config.student).to(ranks.device).train()
+        use_backend(self.trunk, config.ops.backend, ranks.device)
+        at_once = config.data.batch_size // (ranks.world_size * config.compute.micro_batches)
+        self.recomputes = wants_recomputing(config, at_once, ranks.device)
+        if self.recomputes:
+            recompute_layers(self.trunk.encoder.layers)
         self._optimizer = make_optimizer(self.trunk, config.optim)
         self._vocabulary = _base_vocabulary(split)
         self._per_epoch = batches_per_epoch(split, self._vocabulary, config, cache_path=None)
@@ -120,12 +132,13 @@ class NetworkTraining:
         return self.trunk.eval()
 
     def _train(self, model: nn.Module, loader: BatchStream[LoadedBatch]) -> None:
-        total = self.num_iterations
+        total, parts = self.num_iterations, self._config.compute.micro_batches
+        batches = iter(loader)
         kept_at = time.monotonic()
         quiet = not self._ranks.is_first
         with progress("fitting proposals", total, done=self._iteration, quiet=quiet) as advance:
-            for each in loader:
-                loss = self._step(model, each)
+            while group := list(islice(batches, parts)):
+                loss = self._step(model, group)
                 self._iteration += 1
                 if self._ranks.any(self._stop.is_set):
                     self._preempt()
@@ -139,46 +152,54 @@ class NetworkTraining:
                     advance(self._iteration, f"loss {loss.item():.2f}")
 
     def time_step(self) -> tuple[float, float]:
-        """Returns the seconds of loading a batch here and of a step; spoils the network.
+        """Returns the seconds of loading a part of a batch here and of a step on it alone.
 
-        Both are taken of a second batch, after a first one has warmed everything up.
+        Both are taken of a second one, after a first has warmed everything up. Spoils the network.
         """
         loading = stepping = 0.0
         loader = make_training_loader(self._split, self._vocabulary, self._config, cache_path=None)
         asked = time.monotonic()
         for batch, _ in zip(loader, range(2), strict=False):
             got = time.monotonic()
-            self._step(self.trunk, batch).item()
+            self._step(self.trunk, [batch]).item()
             loading, stepping = got - asked, time.monotonic() - got
             asked = time.monotonic()
         return loading, stepping
 
-    def _step(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
+    def _step(self, model: nn.Module, group: Sequence[LoadedBatch]) -> Tensor:
         with float32_products("tf32", self._ranks.device):
-            return self._float32_step(model, loaded)
+            return self._float32_step(model, group)
 
-    def _float32_step(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
+    def _float32_step(self, model: nn.Module, group: Sequence[LoadedBatch]) -> Tensor:
+        """Returns the loss of a batch, whose parts are given; the weights have moved."""
         config, device = self._config, self._ranks.device
-        # Dropout's draws: a resumed step must draw as an uninterrupted one.
-        torch.manual_seed(derive_seed("fit", config.seed, self._iteration, self._ranks.rank))
         _set_rate(self._optimizer, config, self._iteration / self.num_iterations)
-        batch = on_device(loaded, device)
-        _, _, encoder = model(batch.images)
-        targets = batch.targets
-        count = torch.tensor(float(sum(len(each.labels) for each in targets)), device=device)
-        loss = proposal_loss(
-            encoder, targets, config.detection, num_objects=self._ranks.mean(count)
-        )
-        if self._ranks.any(not bool(torch.isfinite(loss))):
-            raise NonFiniteLossError(
-                f"the proposal network's loss is not finite at step {self._iteration}: lower "
-                "optim.lr with --set"
-            )
+        # Every part is divided by the objects of them all: so the parts add up to the whole.
+        count = count_boxes([each for part in group for each in part.targets], device)
+        num_objects = self._ranks.mean(count)
         self._optimizer.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for number, part in enumerate(group):
+            # Dropout's draws: a resumed step must draw as an uninterrupted one, and k parts draw
+            # as k ranks do.
+            place = self._ranks.rank * len(group) + number
+            torch.manual_seed(derive_seed("fit", config.seed, self._iteration, place))
+            with _exchange(model, last=number == len(group) - 1):
+                batch = on_device(part, device)
+                _, _, encoder = model(batch.images)
+                loss = proposal_loss(
+                    encoder, batch.targets, config.detection, num_objects=num_objects
+                )
+                if self._ranks.any(not bool(torch.isfinite(loss))):
+                    raise NonFiniteLossError(
+                        f"the proposal network's loss is not finite at step {self._iteration}: "
+                        "lower optim.lr with --set"
+                    )
+                loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(self.trunk.parameters(), config.optim.clip_norm)
         self._optimizer.step()
-        return loss
+        return total
 
     def _position(self) -> Tensor:
         return torch.tensor(float(self._iteration), device=self._ranks.device)
@@ -237,6 +258,24 @@ def proposal_loss(
     return total / num_objects.clamp(min=1)
 
 
+def refuse_impossible(config: ExperimentConfig, *, world_size: int) -> None:
+    """Raises UsageError if batches do not divide by the ranks and their parts."""
+    batch_size, parts = config.data.batch_size, config.compute.micro_batches
+    if batch_size % (world_size * parts):
+        each = f" of {parts} micro-batches" if parts > 1 else ""
+        raise UsageError(
+            f"fit's batches of {batch_size} images do not divide by {world_size} ranks{each}: "
+            "start fewer, or a number that divides them"
+        )
+
+
+def _exchange(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Lets DDP exchange gradients after the last part only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
 def _set_rate(optimizer: torch.optim.AdamW, config: ExperimentConfig, share: float) -> None:
     """Sets a linear warm-up over the first tenth, then a cosine to zero: short runs want it."""
     factor = min(1.0, share / _WARMUP_SHARE + 0.01) * 0.5 * (1 + cos(pi * share))
@@ -256,15 +295,6 @@ def _base_vocabulary(split: Split) -> Vocabulary:
         teacher="none",
         embeddings=np.ones((len(base), 1), dtype=np.float32),
     )
-
-
-def _refuse_impossible(config: ExperimentConfig, ranks: Ranks) -> None:
-    batch_size = config.data.batch_size
-    if batch_size % ranks.world_size:
-        raise UsageError(
-            f"fit's batches of {batch_size} images do not divide by {ranks.world_size} ranks: "
-            "start fewer, or a number that divides them"
-        )
 
 
 def _write_state(

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from cache.arrays import DATA_FOLDER
+from cache.neighbor_lists import NEIGHBORS_MANIFEST
+from cache.neighbors import NeighborSettings
 from cache.plan import Plan, make_plan
 from cache.spec import DiskFullError
 from dkdetr.data.splits import Split
+from dkdetr.engine.distributed import num_ranks
 from dkdetr.progress import format_duration
 from pipeline.fit import FitPlan, fit_plan
 from pipeline.proposal_sources import NETWORK_FILE, ProposalSpec
@@ -48,6 +51,12 @@ class CachePrice:
     fit_iterations: int
     """0 where no proposal network has to be trained."""
     fit_batch_size: int = 0
+    fit_ranks: int = 1
+    """Processes of torchrun that share its batches."""
+    fit_parts: int = 1
+    """Micro-batches in which a rank takes its share."""
+    bytes_neighbors: int = 0
+    """Beside `bytes_needed`: the neighbour lists and, while they are built, what is searched."""
     stages: tuple[StagePrice, ...] = ()
     """With their times, once they were measured (pipeline.calibrate)."""
     calibration: str = "not measured"
@@ -55,17 +64,25 @@ class CachePrice:
 
     def lines(self) -> list[str]:
         """Returns the price as a person reads it."""
+        more = gigabytes(self.bytes_neighbors)
+        lists = f", {more} more while neighbour lists are built" if self.bytes_neighbors else ""
         return [
             f"split      {self.split}: {self.num_images:,} images, {self.num_base_names} base and "
             f"{self.num_novel_names} novel names, {self.num_base_boxes:,} base boxes",
             *(stage.line() for stage in self.stages or self.work()),
-            f"disk       {gigabytes(self.bytes_needed)} needed, {gigabytes(self.bytes_free)} free",
+            f"disk       {gigabytes(self.bytes_needed)} needed{lists}, "
+            f"{gigabytes(self.bytes_free)} free",
             f"times      {self.calibration}",
         ]
 
     def work(self) -> tuple[StagePrice, ...]:
         """Returns the stages without their times."""
-        fit = f"{self.fit_iterations:,} training steps of {self.fit_batch_size} images first"
+        where = f"on {self.fit_ranks} ranks" if self.fit_ranks > 1 else "in one process"
+        parts = f", {self.fit_parts} micro-batches each" if self.fit_parts > 1 else ""
+        fit = (
+            f"{self.fit_iterations:,} training steps of {self.fit_batch_size} images first, "
+            f"{where}{parts}"
+        )
         return (
             StagePrice("fit", fit if self.fit_iterations else "nothing to train", None),
             StagePrice(
@@ -120,7 +137,20 @@ def price_of(request: CacheRequest, split: Split, spec: ProposalSpec, embed_dim:
         bytes_free=shutil.disk_usage(parent).free,
         fit_iterations=fitted.num_iterations if fitted else 0,
         fit_batch_size=fitted.config.data.batch_size if fitted else 0,
+        fit_ranks=num_ranks() if fitted else 1,
+        fit_parts=fitted.config.compute.micro_batches if fitted else 1,
+        bytes_neighbors=_neighbor_bytes(request, plan),
     )
+
+
+def _neighbor_bytes(request: CacheRequest, plan: Plan) -> int:
+    """Returns the most that neighbour lists take; 0 where they are not wanted or already there."""
+    if not request.neighbors or (request.out / NEIGHBORS_MANIFEST).is_file():
+        return 0
+    settings = NeighborSettings()
+    a_region = 2 * plan.embed_dim + settings.k * (4 + 2) + 4 + 4
+    an_image = min(settings.per_image, plan.max_regions) * a_region
+    return plan.num_images * (an_image + settings.related_images * (4 + 4))
 
 
 def max_crops(request: CacheRequest, num_images: int, num_base_boxes: int) -> int:

@@ -12,6 +12,7 @@ from cache.plan import Storage
 from dkdetr.data.prompts import read_templates, templates_of_sets
 from dkdetr.defaults import DEFAULT_PROMPTS, DEFAULT_TEACHER
 from dkdetr.errors import UsageError
+from dkdetr.experiment_file import flatten, parse_override
 from pipeline.crops import CropRule
 from pipeline.decoding import DecoderChoice
 from pipeline.executor import Executor
@@ -195,21 +196,41 @@ def prompts_of(word: str) -> tuple[str, tuple[str, ...]]:
     return ",".join(name.strip() for name in word.split(",")), ()
 
 
+_TRAIN_ALONE = (
+    "optim.precision",
+    "optim.ema_decay",
+    "optim.warmup_iterations",
+    "optim.warmup_ratio",
+    "optim.lr_drop_factor",
+    "compute.compile",
+    "compute.cuda_graphs",
+    "compute.rank_timeout_s",
+)
+"""How a training goes, where `fit` has one way of its own."""
+
+
 def fit_overrides(given: Sequence[str]) -> tuple[str, ...]:
     """Returns the settings that `--set` gives to `fit`'s network.
 
-    An experiment file may hold `student.weights`, for the training that comes after; typed for
-    stage 1 it would be taken for the network's start, and do nothing.
+    What a student is behind its first stage and how it distils may be among them: one list serves
+    both stages. Not so what would be taken for the network's own: `student.weights`, which an
+    experiment file may hold for the training that comes after, and how that training goes.
 
     Raises:
-        UsageError: it is among them, and names a file.
+        ConfigError: one is no KEY=VALUE.
+        UsageError: one names the student's weights, or is read by `train` alone.
     """
     for override in given:
-        key, _, value = override.partition("=")
-        if key == "student.weights" and value.strip("\"'") != "none":
+        typed = flatten(parse_override(override))
+        if typed.get("student.weights", "none") != "none":
             raise UsageError(
                 f"--set {override}: `fit` starts from the backbone's weights alone; leave it to "
                 "train, or let that student propose: --proposals student:FILE"
+            )
+        if unread := [key for key in typed if key in _TRAIN_ALONE]:
+            raise UsageError(
+                f"--set {override}: `fit` does not read {', '.join(unread)}: leave it to train "
+                "(memory: compute.micro_batches, compute.activation_checkpointing)"
             )
     return tuple(given)
 

@@ -75,6 +75,7 @@ _CUDA: dict[str, Any] = {
     "get_device_capability": lambda *_: (8, 0),
     "get_device_name": lambda *_: "a pretended GPU",
     "max_memory_allocated": lambda *_: 2**30,
+    "mem_get_info": lambda *_: (2**34, 2**34),
     "get_rng_state_all": lambda: [torch.zeros(1, dtype=torch.uint8)],
     "set_rng_state_all": lambda _states: None,
     "Event": Event,

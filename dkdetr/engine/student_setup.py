@@ -1,6 +1,7 @@
 """Puts around the student what computing asks for: DDP, recomputed activations, a compiler."""
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ def prepare_student(student: DKDETR, config: ComputeConfig) -> None:
         UsageError: CUDA graphs are wanted where they cannot be recorded.
     """
     if config.activation_checkpointing:
-        recompute_layers(student)
+        recompute_layers((*student.trunk.encoder.layers, *student.decoder.layers))
     if config.cuda_graphs:
         _check_graphs(student, config)
     if config.compile != "off":
@@ -30,12 +31,12 @@ def prepare_student(student: DKDETR, config: ComputeConfig) -> None:
         student.compile(backend=config.compile, mode=mode)
 
 
-def recompute_layers(student: DKDETR) -> None:
-    """Lets encoder and decoder layers forget their activations and compute them again in backward.
+def recompute_layers(layers: Iterable[nn.Module]) -> None:
+    """Lets layers forget their activations and compute them again in backward.
 
     The same gradients, dropout included, for about a third more time and much less memory.
     """
-    for layer in (*student.trunk.encoder.layers, *student.decoder.layers):
+    for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)
 
 

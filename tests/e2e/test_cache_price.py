@@ -1,4 +1,4 @@
-"""`--dry-run` times the decoder that the run will use, as the run uses it."""
+"""`--dry-run` times the decoder and the training as the run will use them, and counts its disk."""
 
 import json
 from dataclasses import replace
@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dkdetr.errors import UsageError
 from pipeline import calibrate, decoding, readable_images
 from pipeline.calibrate import price_cache
+from pipeline.fit_training import NetworkTraining
 from pipeline.readable_images import READ_THREADS
 from pipeline.request import CacheRequest
 from tests.e2e.tiny_stage_one import NUM_IMAGES, tiny_request, write_world
@@ -90,3 +92,41 @@ def test_a_device_s_decoder_is_timed_in_its_one_thread(
     assert price.stages[1].seconds == pytest.approx(NUM_IMAGES * by_device)
     assert "decoded by torchvision" in price.calibration
     assert decoders == [("auto", "cpu"), 7, 7]
+
+
+def test_fit_is_timed_by_the_part_and_priced_for_the_ranks(
+    of_jpegs: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+
+    def a_second_an_image(self: NetworkTraining) -> tuple[float, float]:
+        at_once.append(self._config.data.batch_size)
+        return 0.0, float(self._config.data.batch_size)
+
+    monkeypatch.setattr(NetworkTraining, "time_step", a_second_an_image)
+    asked = replace(
+        of_jpegs, proposals="fit", experiment="trial", fit_epochs=2, decoder="pillow",
+        overrides=(
+            "data.image_size=64", "student.backbone.weights=random", "data.batch_size=8",
+            "compute.micro_batches=2",
+        ),
+    )  # fmt: skip
+    for ranks, where in ((1, "in one process"), (4, "on 4 ranks")):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        fit = price_cache(asked).stages[0]
+        assert f"of 8 images first, {where}, 2 micro-batches each" in fit.amount
+        assert fit.seconds == pytest.approx(2 * (NUM_IMAGES // 8) * 8 / ranks)
+    assert at_once == [4, 1]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="3 ranks of 2 micro-batches"):
+        price_cache(asked)
+
+
+def test_the_disk_that_neighbour_lists_take_is_told(of_jpegs: CacheRequest) -> None:
+    dim = price_cache(of_jpegs).embed_dim
+    price = price_cache(replace(of_jpegs, neighbors=True))
+    # Five regions an image: a searched vector in halves, 16 neighbours with cosines, and where it
+    # lies; of an image the most related ones.
+    assert price.bytes_neighbors == NUM_IMAGES * (5 * (2 * dim + 16 * 6 + 8) + 64 * 8)
+    assert "more while neighbour lists are built" in "\n".join(price.lines())
+    assert "neighbour lists are built" not in "\n".join(price_cache(of_jpegs).lines())

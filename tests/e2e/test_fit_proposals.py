@@ -161,7 +161,8 @@ def test_the_plan_is_a_sixth_of_the_experiment_in_small_batches(request_: CacheR
 def test_what_decides_no_weight_asks_for_no_other_network(request_: CacheRequest) -> None:
     split = load_split(request_.split, request_.data_root)
     images = check_images(split, decode=False)
-    how = ("data.workers=3", "data.cache_mode=resident", "student.masks_at_once=4")
+    how = ("data.workers=3", "data.cache_mode=resident", "student.masks_at_once=4",
+           "compute.micro_batches=2", "compute.activation_checkpointing=true")  # fmt: skip
     keys = [
         fit._fit_key(fit_plan(replace(request_, overrides=given), split), split, images)
         for given in ((), how, ("data.image_size=64",))

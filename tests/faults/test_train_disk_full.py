@@ -146,6 +146,7 @@ def test_a_device_without_memory_has_exit_code_9_with_figures_and_settings() -> 
     for setting in (*compute, "optim.precision=auto", "data.image_size"):
         assert setting in said
     assert "eval, predict: --batch-size 1" in said
+    assert "for `fit` of cache-teacher, too" in said
     for command in ("eval", "predict"):
         wide = {"COLUMNS": "200"}
         assert "--batch-size" in CliRunner().invoke(cli.app, [command, "--help"], env=wide).output

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import cli
 from cache.neighbors import NeighborSettings
 from dkdetr.errors import UsageError
-from pipeline.request import CacheRequest
+from pipeline.request import CacheRequest, fit_overrides
 
 
 def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -154,6 +154,39 @@ def test_a_start_that_fit_would_not_read_is_refused_by_stage_one_alone(tmp_path)
     experiment.write_text('extends = "own_r50"\nstudent.weights = "start.safetensors"\n')
     held = run(*words[:-1], "--experiment", str(experiment), "--teacher", "pictograms")
     assert held.exit_code == 3, held.stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["optim.precision=fp16", "compute.compile=inductor", "compute={cuda_graphs=true}"],
+)
+def test_how_train_alone_goes_is_refused_by_stage_one(setting):
+    refused = run("cache-teacher", "--split", "ovcoco_train", "--set", setting)
+    assert refused.exit_code == 2
+    assert f"--set {setting}: `fit` does not read" in refused.stderr
+    assert "compute.micro_batches" in refused.stderr
+
+
+def test_one_list_of_settings_may_serve_both_stages():
+    both = ("kd.start_epoch=1", "student.num_queries=12", "optim.lr_drop_epochs=[]",
+            "compute.micro_batches=2", "compute.activation_checkpointing=true")  # fmt: skip
+    assert fit_overrides(both) == both
+
+
+def test_of_torchrun_s_ranks_the_first_alone_prices(monkeypatch):
+    from pipeline import calibrate
+
+    def priced(_):
+        raise UsageError("priced")
+
+    monkeypatch.setattr(calibrate, "price_cache", priced)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, exit_code, said in (("0", 2, "priced"), ("1", 0, "")):
+        monkeypatch.setenv("RANK", rank)
+        done = run("cache-teacher", "--split", "ovcoco_train", "--dry-run")
+        assert done.exit_code == exit_code
+        assert said in done.stderr
+        assert not done.stdout
 
 
 def test_prompts_of_a_cache_may_stand_in_a_file(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "train": (
         "dkdetr train --cache cache/lvis",
+        "dkdetr train --cache cache/lvis --eval-every 5",
         "dkdetr train --cache cache/mine --experiment trial --set optim.lr=2e-4",
         "torchrun --nproc-per-node 8 --no-python -- dkdetr train --cache cache/lvis",
     ),
@@ -750,7 +751,8 @@ def train_command(
         typer.Option(min=1, help="End before this epoch, saved: makes a burn-in to share"),
     ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="8 images through every phase, watched by no tracker")
+        bool,
+        typer.Option("--smoke", help="8 images through every phase, unwatched and unscored"),
     ] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Deterministic algorithms only; slower")
@@ -763,6 +765,14 @@ def train_command(
         int, typer.Option(help="Draw detections and KD regions every so many steps")
     ] = 0,
     profile: Annotated[int, typer.Option(help="Profile so many steps, then end")] = 0,
+    eval_every: Annotated[
+        int,
+        typer.Option(help="Score each so many epochs, at their end, as `eval` does; 0: never"),
+    ] = 0,
+    eval_split: Annotated[
+        str | None,
+        typer.Option(help="What --eval-every scores on; default: the run's validation split"),
+    ] = None,
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help="Overrides the experiment's seed")] = None,
     json_out: Json = None,
@@ -781,7 +791,8 @@ def train_command(
         from cache.location import cache_path
         from dkdetr.engine.smoke import smoke as smoke_train
         from dkdetr.engine.start import settings_and_folder
-        from dkdetr.engine.train import TrainRequest, train
+        from dkdetr.engine.train import train
+        from dkdetr.engine.train_request import TrainRequest
 
         settings = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
         place = cache_path(cache)
@@ -796,7 +807,7 @@ def train_command(
             start_from=start_from,
             until_epoch=until,
             deterministic=deterministic,
-            watch=_watch(tensorboard, track, pictures_every, profile),
+            watch=_watch(tensorboard, track, pictures_every, profile, eval_every, eval_split),
         )
         summary = smoke_train(request) if smoke else train(request)
     if not smoke:  # which has spoken, and left no run to score
@@ -816,16 +827,33 @@ def _prepared() -> Iterator[None]:
         yield
 
 
-def _watch(tensorboard: bool, track: str | None, pictures_every: int, profile: int) -> Any:
-    from dkdetr.engine.train import Watch
+def _watch(
+    tensorboard: bool,
+    track: str | None,
+    pictures_every: int,
+    profile: int,
+    eval_every: int,
+    eval_split: str | None,
+) -> Any:
+    from dkdetr.engine.train_request import Watch
     from dkdetr.errors import UsageError
 
     if min(pictures_every, profile) < 0:
         raise UsageError("--pictures-every and --profile want 0 or more steps")
+    if eval_every < 0:
+        raise UsageError("--eval-every wants 0 or more epochs")
+    if eval_split is not None and eval_every == 0:
+        raise UsageError("--eval-split says what --eval-every scores on: give both, or neither")
     trackers: list[Any] = ["tensorboard"] if tensorboard else []
     if track is not None:
         trackers.append(_one_of("--track", track, ("trackio", "wandb")))
-    return Watch(trackers=tuple(trackers), pictures_every=pictures_every, profile_steps=profile)
+    return Watch(
+        trackers=tuple(trackers),
+        pictures_every=pictures_every,
+        profile_steps=profile,
+        eval_every=eval_every,
+        eval_split=eval_split,
+    )
 
 
 def _load_cache_teacher(cache: Any, device: Any) -> Any:
@@ -1219,10 +1247,11 @@ def export_command(
         subject.config,
         subject.vocabulary,
         {**subject.provenance, "train_split": subject.train_split, "averaged": averaged},
-        # A checkpoint named by itself may be another than what was scored.
-        scores=RunFolder(subject.folder).evaluations(averaged=ema) if run.suffix != ".pt" else (),
+        scores=RunFolder(subject.folder).evaluations(averaged=ema),
     )
-    _tell([f"{path}: dkdetr eval {path}", f"{written.card}"], json_out)
+    again = f"dkdetr eval {run}{' --ema' if ema else ''}"
+    left_out = [f"note: {line}; next: {again}" for line in written.left_out]
+    _tell([f"{path}: dkdetr eval {path}", f"{written.card}", *left_out], json_out)
     _report(vars(written), json_out)
 
 

@@ -101,6 +101,16 @@ def load_student_file(path: Path) -> StudentFile:
     )
 
 
+def weights_hash(student: nn.Module) -> str:
+    """Returns a hash of the weights that a student detects with: its file's are the run's own."""
+    tensors = {
+        name: tensor.detach().cpu()
+        for name, tensor in student.state_dict().items()
+        if not name.startswith(TRAINING_ONLY)
+    }
+    return _hash(tensors, {})
+
+
 def build_from_file(path: Path, file: StudentFile, *, text_dim: int) -> DKDETR:
     """Returns the file's student whole, in evaluation mode, on the CPU.
 

@@ -30,7 +30,8 @@ from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.evaluate_run import EvalRequest, Scored, evaluate_run
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import RunFolder
-from dkdetr.engine.train import TrainRequest, train
+from dkdetr.engine.train import train
+from dkdetr.engine.train_request import TrainRequest
 from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.pictures import choose_images
 from dkdetr.evaluation.report import RunForReport, write_report

@@ -14,7 +14,7 @@ from dkdetr.config import ExperimentConfig
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import Checkpoint, open_checkpoint
-from dkdetr.engine.train import TrainRequest
+from dkdetr.engine.train_request import TrainRequest
 from dkdetr.experiment_file import config_from_dict
 from tests.unit.data_cache import DIM, cached_rows
 from tests.unit.data_world import coco_document, vocabulary_of, write_world

@@ -41,9 +41,15 @@ def record_row(plan: AblationPlan, run: PlannedRun) -> None:
         "steps": run.steps,
         "seconds_per_step": seconds_per_step(run),
         "commands": [f"dkdetr {shlex.join(words)}" for words in run.commands],
-        "log": in_brief(read_metrics(RunFolder(run.folder).metrics), _KEPT_LINES),
+        "log": in_brief(_training_log(run), _KEPT_LINES),
     }
     write_text(run.folder / ROW_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _training_log(run: PlannedRun) -> list[dict[str, Any]]:
+    """Returns the diary without the lines of scores, which the record has under `metrics`."""
+    records = read_metrics(RunFolder(run.folder).metrics)
+    return [record for record in records if record.get("kind") != "eval"]
 
 
 def _settings_of(run: PlannedRun) -> dict[str, Any]:

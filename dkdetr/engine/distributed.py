@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,6 +48,12 @@ class Ranks:
         if rows.dtype is torch.bool:
             return self.gather(rows.to(torch.uint8)).bool()
         return cast("Tensor", _AllGather.apply(rows, self.rank, self.world_size))
+
+    def take_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all ranks the first one's values, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
 
     def any(self, flag: bool) -> bool:
         """Returns True on every rank if it is True on one."""

@@ -11,15 +11,19 @@ from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
 from dkdetr.engine.distributed import Ranks, join_ranks, num_ranks
+from dkdetr.engine.folder_lock import FolderLockedError, locked_folder
 from dkdetr.engine.interruption import end_on_sigterm
+from dkdetr.engine.metric_log import add_record
 from dkdetr.engine.run_folder import RunFolder, require_newest_run, split_folder_name
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.evaluation.compiled import ready_for_inference
-from dkdetr.evaluation.detection_metrics import Evaluator
+from dkdetr.evaluation.detection_metrics import Evaluator, Metrics
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
 from dkdetr.evaluation.gather import RankShare
+from dkdetr.evaluation.scored_weights import ScoredWeights
 from dkdetr.evaluation.table import print_metrics
+from dkdetr.student_file import weights_hash
 
 VocabularyBuilder = Callable[[Split, str, tuple[str, ...]], Vocabulary]
 """Builds a split's vocabulary with a teacher (its specification) and prompt templates."""
@@ -59,6 +63,8 @@ class Scored:
     subject: Path
     split: str
     evaluation: Evaluation
+    weights: ScoredWeights | None = None
+    """None: a results file, whose weights nobody knows."""
 
     def print_table(self) -> None:
         """Prints the metrics by group, remarks and the paths of the files."""
@@ -72,7 +78,8 @@ class Scored:
         """Returns the metrics and where the files lie."""
         paths = {name: str(path) for name, path in self.evaluation.paths.items()}
         described = {"subject": str(self.subject), "split": self.split, "files": paths}
-        return described | self.evaluation.metrics.as_json()
+        weights = {} if self.weights is None else self.weights.as_json()
+        return described | weights | self.evaluation.metrics.as_json()
 
 
 def evaluate_run(
@@ -80,6 +87,7 @@ def evaluate_run(
 ) -> Scored | None:
     """Returns a run's metrics on a split; the files lie in the run's `eval/SPLIT/`.
 
+    The run's diary has a line of them, `kind` eval, at the step of the weights that were scored.
     Under torchrun every rank detects on its share of the images; all but the first return None.
 
     Args:
@@ -104,7 +112,7 @@ def _evaluate(
     subject = load_subject(run, given, averaged=request.averaged)
     split = load_split(request.split or validation_split(subject.train_split), request.data_root)
     if ranks.is_first:
-        _tell_of_lost_images(split)
+        tell_of_lost_images(split)
     vocabulary = given or subject.vocabulary
     if given is None:
         named = with_clean_names(split) if request.clean_names else split
@@ -123,6 +131,7 @@ def _evaluate(
         config.optim.precision,
         compiled=request.compiled,
     )
+    weights = _weights_of(subject)
     evaluation = evaluate_student(
         student,
         split,
@@ -132,10 +141,38 @@ def _evaluate(
         out_dir=RunFolder(subject.folder).evaluation(split.name, averaged=request.averaged),
         evaluator=request.evaluator,
         share=RankShare(ranks.rank, ranks.world_size),
+        weights=weights,
     )
     if evaluation is None:
         return None
-    return Scored(subject=subject.path, split=split.name, evaluation=evaluation)
+    _tell_diary(subject, evaluation.metrics, averaged=request.averaged)
+    return Scored(subject.path, split.name, evaluation, weights)
+
+
+def _weights_of(subject: Subject) -> ScoredWeights:
+    at = subject.progress
+    found = weights_hash(subject.student)
+    return ScoredWeights(found) if at is None else ScoredWeights(found, at.epoch, at.iteration)
+
+
+def diary_values(metrics: Metrics, epoch: int, *, averaged: bool) -> dict[str, float | str | None]:
+    """Returns what a line of the diary says of scores; None: the split has nothing to measure."""
+    described = metrics.as_json()
+    numbers = {key: described[key] for key in metrics.values}
+    return {"split": metrics.split, "averaged": averaged, "epoch": epoch, **numbers}
+
+
+def _tell_diary(subject: Subject, metrics: Metrics, *, averaged: bool) -> None:
+    run, at = RunFolder(subject.folder), subject.progress
+    if at is None or not run.metrics.is_file():
+        return  # a student file, or a checkpoint without its run
+    busy = f"a training is at work in '{run.path}': its diary goes without a line of these scores"
+    try:
+        with locked_folder(run.path, busy, patience_s=0):
+            values = diary_values(metrics, at.epoch, averaged=averaged)
+            add_record(run.metrics, "eval", at.iteration, values)
+    except FolderLockedError as error:
+        print(f"note: {error}", file=sys.stderr)
 
 
 def with_precision(config: ExperimentConfig, precision: Precision | None) -> ExperimentConfig:
@@ -164,7 +201,7 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
     if request.split is None:
         raise UsageError("--predictions wants --split: a results file does not name its split")
     split = load_split(request.split, request.data_root)
-    _tell_of_lost_images(split)
+    tell_of_lost_images(split)
     out_dir = predictions.parent / f"{predictions.stem}-{split_folder_name(split.name)}"
     with end_on_sigterm("stopped by SIGTERM: the same command scores from the start"):
         evaluation = score_predictions(
@@ -173,7 +210,7 @@ def evaluate_predictions(predictions: Path, request: EvalRequest) -> Scored:
     return Scored(subject=predictions, split=split.name, evaluation=evaluation)
 
 
-def _tell_of_lost_images(split: Split) -> None:
+def tell_of_lost_images(split: Split) -> None:
     """Says on stderr that a split of OV-COCO is scored on fewer images than its file has."""
     if split.is_train and split.protocol == "ovcoco":
         print(
@@ -185,25 +222,30 @@ def _tell_of_lost_images(split: Split) -> None:
         )
 
 
-def validation_split(train_split: str | None) -> str:
-    """Returns the name of the split that belongs to a training split.
+def validation_split(train_split: str | None, option: str = "--split") -> str:
+    """Returns the name of the split that belongs to a training split; `option` names one instead.
 
     Raises:
         UsageError: the split is a user's own folder, whose validation part only they know.
     """
     if train_split is None:
-        raise UsageError("which split? This student's file does not say: give --split")
+        raise UsageError(f"which split? This student's file does not say: give {option}")
     if train_split.endswith("_train"):
         return train_split.removesuffix("_train") + "_val"
-    raise UsageError(f"which split? '{train_split}' does not say what to score on: give --split")
+    raise UsageError(f"which split? '{train_split}' does not say what to score on: give {option}")
+
+
+def has_names_of(vocabulary: Vocabulary, split: Split) -> bool:
+    """Returns whether a vocabulary has the split's names, each for the same category."""
+    wanted = {category.category_id: category.name for category in split.categories}
+    return wanted == dict(zip(vocabulary.category_ids, vocabulary.names, strict=True))
 
 
 def _fitting_vocabulary(
     subject: Subject, split: Split, build_vocabulary: VocabularyBuilder | None
 ) -> Vocabulary:
     own = subject.vocabulary
-    wanted = {category.category_id: category.name for category in split.categories}
-    if wanted == dict(zip(own.category_ids, own.names, strict=True)):
+    if has_names_of(own, split):
         return own
     spec = subject.provenance.get("teacher_spec")
     if build_vocabulary is None or spec is None:

@@ -2,11 +2,13 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dkdetr.atomic_file import write_text
+
+Values = Mapping[str, float | int | str | None]
 
 
 class MetricLog:
@@ -20,20 +22,34 @@ class MetricLog:
 
     def __init__(self, path: Path, *, after_iteration: int) -> None:
         kept = [r for r in read_metrics(path) if int(r["iteration"]) <= after_iteration]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, _lines(kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(
-        self, kind: str, iteration: int, values: Mapping[str, float | int | str | None]
-    ) -> None:
+    def write(self, kind: str, iteration: int, values: Values) -> None:
         """Appends one record; a reader may look at any time. None: there was no such figure."""
-        record = {"kind": kind, "iteration": iteration, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_lines([_record(kind, iteration, values)]))
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def add_record(path: Path, kind: str, iteration: int, values: Values) -> None:
+    """Puts one record into the log of a run that nobody trains, behind those of its iteration.
+
+    The last record goes on to say how far the run has come.
+    """
+    records = [*read_metrics(path), _record(kind, iteration, values)]
+    write_text(path, _lines(sorted(records, key=lambda each: int(each["iteration"]))))
+
+
+def _record(kind: str, iteration: int, values: Values) -> dict[str, Any]:
+    return {"kind": kind, "iteration": iteration, "time": round(time.time(), 3), **values}
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

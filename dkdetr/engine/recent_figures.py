@@ -38,6 +38,10 @@ class RecentFigures:
         self._skipped += result.skipped
         self._learning_rate = result.learning_rate
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes out of the rates what went into no step."""
+        self._since += seconds
+
     def means(self, iterations_left: int) -> dict[str, float | None]:
         """Returns the means since the last call, with rates, memory and the seconds left.
 

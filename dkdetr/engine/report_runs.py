@@ -101,8 +101,8 @@ def _is_alone(end: tuple[str, ...], paths: Iterable[tuple[str, ...]]) -> bool:
 
 
 def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
-    found, averaged = (path, False) if path.is_file() else _results_of(path, truth.name)
-    results = read_results(found)
+    scored = _Scored(path) if path.is_file() else _scored_of(path, truth.name)
+    averaged, results = scored.averaged, read_results(scored.results)
     if results.masks is not None:
         raise UsageError(f"'{path}' holds masks: report is on boxes, give results.json")
     run = RunFolder(path)
@@ -111,7 +111,7 @@ def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
         settings = flatten(tomllib.loads(run.config.read_text(encoding="utf-8")))
     return RunForReport(
         name=f"{title}, averaged weights" if averaged else title,
-        note=str(settings.get("name", "")),
+        note=", ".join(filter(None, (str(settings.get("name", "")), _moment_of(scored, run)))),
         metrics=score(truth, results),
         results=results,
         history=read_metrics(run.metrics),
@@ -120,13 +120,32 @@ def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
     )
 
 
-def _results_of(run: Path, split: str) -> tuple[Path, bool]:
-    """Returns the results on a split and whether they are the averaged weights': last choice."""
+@dataclass(frozen=True)
+class _Scored:
+    """A results file, whether the averaged weights found that, and at which step, if it says so."""
+
+    results: Path
+    averaged: bool = False
+    iteration: int | None = None
+
+
+def _moment_of(scored: _Scored, run: RunFolder) -> str:
+    """Returns in words at which step a run was scored, and how far it has come since."""
+    step, newest = scored.iteration, run.newest_step()
+    if step is None:
+        return ""
+    since = f", trained to step {newest} since" if newest is not None and newest > step else ""
+    return f"scores of step {step}{since}"
+
+
+def _scored_of(run: Path, split: str) -> _Scored:
+    """Returns the results on a split; those of the averaged weights are the last choice."""
     for averaged in (False, True):
         for folder in RunFolder(run).evaluations(averaged=averaged):
             metrics = folder / "metrics.json"
             if not metrics.is_file():
                 continue
-            if json.loads(metrics.read_text(encoding="utf-8")).get("split") == split:
-                return folder / "results.json", averaged
+            table = json.loads(metrics.read_text(encoding="utf-8"))
+            if table.get("split") == split:
+                return _Scored(folder / "results.json", averaged, table.get("iteration"))
     raise DataError(f"'{run}' was not scored on {split}; next: dkdetr eval {run} --split {split}")

@@ -84,6 +84,11 @@ class RunFolder:
         found = sorted(path for path in (self.path / "eval").glob("*") if path.is_dir())
         return [path for path in found if path.name.endswith(_AVERAGED) == averaged]
 
+    def newest_step(self) -> int | None:
+        """Returns the iteration of the newest checkpoint, by the markers' names; None without."""
+        markers = sorted(self.checkpoints.glob(_MARKERS))
+        return int(markers[-1].stem.removeprefix("step_")) if markers else None
+
 
 def open_run(path: Path, config: ExperimentConfig, provenance: dict[str, Any]) -> RunFolder:
     """Returns the folder, made new or found with the same settings and cache.

@@ -157,7 +157,7 @@ class RunState:
         if self._saved_at != self.progress.iteration:
             self._saved_at = self.progress.iteration
             if self._ranks.is_first:
-                save_checkpoint(self._folder.checkpoints, self._checkpoint())
+                save_checkpoint(self._folder.checkpoints, self.checkpoint())
             self._ranks.wait()
         return path
 
@@ -168,9 +168,14 @@ class RunState:
         at_edge = kd.has_start and kd.start_epoch > 0 and (at.epoch, at.batch) == edge
         path = self._folder.checkpoints / BURN_IN_FILE
         if at_edge and self._ranks.is_first and not path.with_suffix(".json").is_file():
-            write_checkpoint(path, self._checkpoint())
+            write_checkpoint(path, self.checkpoint())
 
-    def _checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
+        """Returns what a checkpoint of this moment holds: tensors are the run's own, no copies.
+
+        Raises:
+            NonFiniteLossError: a weight is not finite.
+        """
         state = self.student.state_dict()
         bad = [name for name, value in state.items() if not value.isfinite().all()]
         if bad:

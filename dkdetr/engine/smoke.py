@@ -9,7 +9,8 @@ from dkdetr.config import ExperimentConfig, RelationalKDConfig
 from dkdetr.engine.checkpoint import load_latest, open_checkpoint
 from dkdetr.engine.distributed import is_first_rank, num_ranks
 from dkdetr.engine.run_folder import RunFolder
-from dkdetr.engine.train import TrainRequest, TrainSummary, Watch, train
+from dkdetr.engine.train import TrainSummary, train
+from dkdetr.engine.train_request import TrainRequest, Watch
 from dkdetr.errors import UsageError
 
 _IMAGES = 8

@@ -7,7 +7,7 @@ from typing import Any
 
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.engine.checkpoint import load_student, open_checkpoint
+from dkdetr.engine.checkpoint import Progress, load_student, open_checkpoint
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import MismatchError, UsageError
 from dkdetr.student.detector import DKDETR
@@ -18,8 +18,8 @@ from dkdetr.student_file import STUDENT_SUFFIX, build_from_file, load_student_fi
 class Subject:
     """A student and what belongs to it.
 
-    `train_split` is None where the file does not say; `folder` is where results go;
-    `brings_vocabulary` is False where the vocabulary is the caller's.
+    `train_split` and `progress`, of its training, are None where the file does not say; `folder` is
+    where results go; `brings_vocabulary` is False where the vocabulary is the caller's.
     """
 
     path: Path
@@ -30,6 +30,7 @@ class Subject:
     provenance: Mapping[str, Any]
     folder: Path
     brings_vocabulary: bool = True
+    progress: Progress | None = None
 
 
 def load_subject(
@@ -66,6 +67,7 @@ def load_subject(
         train_split=checkpoint.cache_split,
         provenance=run.read_provenance(),
         folder=run.path,
+        progress=checkpoint.progress,
     )
 
 

@@ -4,12 +4,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cache.location import CachePath
 from cache.store import open_cache
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.batch_stream import BatchStream
@@ -19,20 +18,21 @@ from dkdetr.data.loader import batches_per_epoch, make_training_loader
 from dkdetr.data.vocabulary import Vocabulary, from_metadata
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, join_ranks
+from dkdetr.engine.epoch_scores import EpochScores
 from dkdetr.engine.folder_lock import PATIENCE_S, locked_folder
 from dkdetr.engine.initial_weights import boxes_seen_before
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
-from dkdetr.engine.metric_log import MetricLog
-from dkdetr.engine.pairing import TeacherBuilder, teacher_side
+from dkdetr.engine.pairing import teacher_side
 from dkdetr.engine.profiling import WARMUP_STEPS, profiled
 from dkdetr.engine.recent_figures import RecentFigures
+from dkdetr.engine.run_diary import RunDiary, open_diary
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
 from dkdetr.engine.run_starts import note_start
 from dkdetr.engine.run_state import RunState
 from dkdetr.engine.sample_pictures import draw_samples
 from dkdetr.engine.step_parts import marked
 from dkdetr.engine.student_setup import make_deterministic
-from dkdetr.engine.trackers import Tracker, TrackerName, open_trackers
+from dkdetr.engine.train_request import TrainRequest
 from dkdetr.errors import PreemptedError, UsageError
 from dkdetr.experiment_file import config_hash, refuse_late_start
 from dkdetr.precision import float32_products
@@ -45,39 +45,6 @@ _BUSY = (
     "another training is at work in '{}'. Two would undo each other's checkpoints: wait until it "
     "is done, or stop it, or name another folder with --run"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What else a run shows of itself; nothing of it changes what it learns."""
-
-    trackers: tuple[TrackerName, ...] = ()
-    pictures_every: int = 0
-    """Steps between sample pictures in RUN/pictures; 0 = none."""
-    profile_steps: int = 0
-    """Profiles so many steps, saves, and ends; 0 = off."""
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """What to train: a sealed cache, an experiment, and where the run lives."""
-
-    cache: CachePath
-    config: ExperimentConfig
-    run: Path
-    data_root: Path
-    device: str = "auto"
-    build_teacher: TeacherBuilder | None = None
-    """Loads the cache's teacher; called for `kd.alignment = "online"` alone."""
-    start_from: Path | None = None
-    """A burn-in to begin with (`dkdetr.engine.burn_in`): a checkpoint or a run's folder."""
-    until_epoch: int | None = None
-    """Ends, saved, before this epoch: how a burn-in to share is made."""
-    deterministic: bool = False
-    watch: Watch = field(default_factory=Watch)
-    image_limit: int | None = None
-    """Trains on the first images only."""
-    until_iteration: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,29 +141,25 @@ class _Run:
             split, self.vocabulary, config, cache_path=request.cache, image_limit=limit
         )
         self.recent = RecentFigures(ranks.device)
+        self.scores = self._epoch_scores()
 
     def go(self) -> TrainSummary:
         """Returns how the run ended, after its last epoch."""
         started = time.monotonic()
         with ExitStack() as closing:
-            log, trackers = None, list[Tracker]()
-            watch = self.request.watch
+            diary, names = RunDiary(), self.request.watch.trackers
             if self.ranks.is_first:
                 at = self.state.progress.iteration
                 note_start(self.folder, self.ranks, at)
-                log = MetricLog(self.folder.metrics, after_iteration=at)
-                closing.callback(log.close)
-                opened = open_trackers(
-                    watch.trackers, self.request.run, self.config, after_iteration=at
-                )
-                trackers = closing.enter_context(opened)
-            self._train(log, trackers)
+                opened = open_diary(self.folder, names, self.config, after_iteration=at)
+                diary = closing.enter_context(opened)
+            self._train(diary)
         path = self.state.save()
         seconds = time.monotonic() - started
         done = self.state.progress.iteration
         return TrainSummary(self.request.run, path, done, seconds, self.recent.last)
 
-    def _train(self, log: MetricLog | None, trackers: Sequence[Tracker]) -> None:
+    def _train(self, diary: RunDiary) -> None:
         last_saved = time.monotonic()
         total = self._last_iteration()
         state, first = self.state, self.state.progress.iteration
@@ -207,12 +170,13 @@ class _Run:
             advance = open_ones.enter_context(progress("train", total, done=first, quiet=quiet))
             profiler = open_ones.enter_context(self._profiler())
             self._keep_burn_in()
+            self._score(diary)
             for group, wait in self._groups(total):
                 result = state.train_on(group, epoch_length=self.epoch_length)
                 done = state.progress.iteration
                 self.recent.add(result, wait, self.config.data.batch_size)
                 if done % _LOG_EVERY == 0 or done == total:
-                    self._log(log, trackers, total - done)
+                    self._log(diary, total - done)
                     advance(done, self.recent.note())
                 self._keep_burn_in()
                 self._draw(group)
@@ -226,6 +190,7 @@ class _Run:
                 if due:
                     state.save()
                     last_saved = time.monotonic()
+                self._score(diary)
         # The stream ends early only on SIGTERM.
         if state.progress.iteration < total:
             self._stop()
@@ -313,15 +278,22 @@ class _Run:
         self.ranks.wait()
         return RunFolder(self.request.run)
 
-    def _log(self, log: MetricLog | None, trackers: Sequence[Tracker], left: int) -> None:
-        values: dict[str, float | None] = self.recent.means(left)
-        values |= {"epoch": self.state.progress.epoch}
-        iteration = self.state.progress.iteration
-        if log is not None:
-            log.write("train", iteration, values)
-        figures = {name: value for name, value in values.items() if value is not None}
-        for tracker in trackers:
-            tracker.write(iteration, figures)
+    def _log(self, diary: RunDiary, left: int) -> None:
+        at = self.state.progress
+        diary.write("train", at.iteration, {**self.recent.means(left), "epoch": at.epoch})
+
+    def _epoch_scores(self) -> EpochScores | None:
+        watch = self.request.watch
+        if watch.eval_every == 0:
+            return None
+        return EpochScores(
+            watch.eval_every, watch.eval_split, self.cache.split, self.request.data_root,
+            self.vocabulary, self.config, self.ranks, self.folder,
+        )  # fmt: skip
+
+    def _score(self, diary: RunDiary) -> None:
+        if self.scores is not None:
+            self.recent.leave_out(self.scores.score_if_due(self.state, diary, self.stop))
 
     def _draw(self, group: Sequence[LoadedBatch]) -> None:
         every, iteration = self.request.watch.pictures_every, self.state.progress.iteration

@@ -28,6 +28,7 @@ from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.mask_column import join_masks
 from dkdetr.evaluation.results import Results, read_results
 from dkdetr.evaluation.results_writer import ResultsWriter
+from dkdetr.evaluation.scored_weights import ScoredWeights
 from dkdetr.progress import progress
 
 _NUM_NAMED = 5
@@ -53,6 +54,8 @@ def evaluate_student(
     out_dir: Path,
     evaluator: Evaluator = "fast",
     share: RankShare = _ALONE,
+    weights: ScoredWeights | None = None,
+    quiet: bool = False,
 ) -> Evaluation | None:
     """Returns the student's metrics on a split; leaves three files in `out_dir`.
 
@@ -72,6 +75,8 @@ def evaluate_student(
         out_dir: made if it is not there.
         evaluator: see `score`.
         share: this process among those of a process group.
+        weights: whose student it is, for `metrics.json`.
+        quiet: shows no progress; something else does.
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.
@@ -104,8 +109,9 @@ def evaluate_student(
     results_path = out_dir / "results.json"
     masks_path = out_dir / "results_segm.json" if with_masks else None
     title, num_images = f"detecting on {split.name}", len(split.images) // share.world_size
+    quiet = quiet or not share.is_first
     with contextlib.ExitStack() as open_files:
-        advance = open_files.enter_context(progress(title, num_images, quiet=not share.is_first))
+        advance = open_files.enter_context(progress(title, num_images, quiet=quiet))
         paths = [results_path, *([masks_path] if masks_path else [])]
         writers = [
             open_files.enter_context(ResultsWriter(path, commits=share.is_first)) for path in paths
@@ -134,6 +140,7 @@ def evaluate_student(
         evaluator=evaluator,
         notes=name_notes,
         masks_file=masks_path,
+        weights=weights,
     )
     return replace(evaluation, seconds=time.monotonic() - started)
 
@@ -146,12 +153,14 @@ def score_predictions(
     evaluator: Evaluator = "fast",
     notes: tuple[str, ...] = (),
     masks_file: Path | None = None,
+    weights: ScoredWeights | None = None,
 ) -> Evaluation:
     """Returns the metrics of a COCO results file; leaves metrics.json and per_category.csv.
 
     The predictions stay where they are. A file of masks gives the metrics `segm.AP`, ...; so does
     `masks_file`, the masks of the same detections, beside those of the boxes, and its categories
-    are in per_category_segm.csv. `notes` go into the metrics.
+    are in per_category_segm.csv. `notes` go into the metrics, whose weights found all that into
+    metrics.json.
     """
     started = time.monotonic()
     results = read_results(predictions_file)
@@ -174,6 +183,7 @@ def score_predictions(
     described = metrics.as_json() | {
         f"{name}_xxh3_128": hash_file(path) for name, path in files.items()
     }
+    described |= {} if weights is None else weights.as_json()
     write_bytes(paths["metrics"], orjson.dumps(described, option=orjson.OPT_INDENT_2) + b"\n")
     return Evaluation(metrics=metrics, paths=paths, seconds=time.monotonic() - started)
 

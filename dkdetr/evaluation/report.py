@@ -35,6 +35,7 @@ from dkdetr.evaluation.report_analysis import (
     loss_charts,
     precision_charts,
     recall_rows,
+    score_charts,
 )
 from dkdetr.evaluation.results import Results
 from dkdetr.evaluation.table import format_percent
@@ -96,6 +97,7 @@ def write_report(
     environment.filters["decimals"] = _format_decimals
     template = environment.get_template("report.html")
     analyses = [analyse(split, truth, run.results) for run in runs]
+    histories = [run.history for run in runs]
     pictures = [_picture(split, truth, runs, image_id) for image_id in chosen.image_ids]
     page = template.render(
         title=title,
@@ -116,7 +118,7 @@ def write_report(
         errors=error_rows(analyses),
         examples=[each.examples for each in analyses],
         example_rule=EXAMPLE_RULE,
-        loss_charts=loss_charts([run.history for run in runs]),
+        loss_charts=[*score_charts(histories), *loss_charts(histories)],
         setting_rows=_setting_rows(runs),
         notes=[*dict.fromkeys(note for run in runs for note in run.metrics.notes), *notes],
     )

@@ -117,6 +117,31 @@ def loss_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]
     return charts
 
 
+def score_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """Returns a chart of AP, in percent, for each split that a run was scored on at several steps.
+
+    Of the last weights, by the lines of kind `eval` in the runs' diaries.
+    """
+    scored = [
+        [
+            r
+            for r in history
+            if r.get("kind") == "eval" and not r["averaged"] and r.get("AP") is not None
+        ]
+        for history in histories
+    ]
+    charts = []
+    for split in dict.fromkeys(r["split"] for history in scored for r in history):
+        lines = [
+            Line(run, [(float(r["iteration"]), 100 * r["AP"]) for r in own if r["split"] == split])
+            for run, own in enumerate(scored, start=1)
+        ]
+        if any(len({step for step, _ in line.points}) > 1 for line in lines):
+            # One's own split is named by its paths, of which the last file says enough.
+            charts.append(line_chart(f"AP, {split.rpartition('/')[2]}", "step", lines))
+    return charts
+
+
 def _examples(split: Split, truth: GroundTruth, judged: Judged) -> dict[str, list[dict[str, Any]]]:
     novel = {c.category_id for c in truth.categories if not c.is_base}
     names = {c.category_id: c.name for c in truth.categories}

@@ -9,9 +9,10 @@ from typing import Any
 from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.evaluation.scored_weights import WEIGHTS_KEY
 from dkdetr.experiment_file import config_hash
 from dkdetr.student.detector import DKDETR
-from dkdetr.student_file import TRAINING_ONLY, StudentFile, save_student_file
+from dkdetr.student_file import TRAINING_ONLY, StudentFile, save_student_file, weights_hash
 
 # What a card and a file may say of a run: no path, no host, no command line.
 _TOLD = (
@@ -26,10 +27,11 @@ _SHOWN_SCORES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """The files that were written."""
+    """The files that were written, and which scores on file are not the card's, in words."""
 
     weights: Path
     card: Path
+    left_out: tuple[str, ...]
 
 
 def export_student(
@@ -52,7 +54,8 @@ def export_student(
         config: what it was trained with.
         vocabulary: travels along, so that no CLIP is needed to score.
         provenance: of the run; what it says of places and machines is left out.
-        scores: the evaluations of these weights, folders, whose numbers go on the card.
+        scores: folders of evaluations; the numbers of those that were of these very weights go on
+            the card, of the others a line says why not.
     """
     tensors = {k: v for k, v in student.state_dict().items() if not k.startswith(TRAINING_ONLY)}
     told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
@@ -64,8 +67,9 @@ def export_student(
     save_student_file(path, StudentFile(tensors, config, vocabulary, told))
     card = path.with_suffix(".md")
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
-    write_text(card, _card(path, config, vocabulary, told, num_parameters, _scores_of(scores)))
-    return Exported(path, card)
+    found, left_out = _scores_of(scores, weights_hash(student))
+    write_text(card, _card(path, config, vocabulary, told, num_parameters, found, left_out))
+    return Exported(path, card, left_out)
 
 
 def _card(
@@ -75,6 +79,7 @@ def _card(
     told: Mapping[str, Any],
     num_parameters: int,
     scores: Mapping[str, Mapping[str, float]],
+    left_out: Sequence[str],
 ) -> str:
     base = sum(vocabulary.is_base)
     lines = [
@@ -111,7 +116,8 @@ def _card(
     for split, numbers in scores.items():
         shown = ", ".join(f"{k} {100 * numbers[k]:.1f}" for k in _SHOWN_SCORES if k in numbers)
         lines.append(f"* {split}: {shown}")
-    if not scores:
+    lines += [f"* {line}" for line in left_out]
+    if not scores and not left_out:
         lines.append("None were computed before this file was written.")
     lines += ["", "## Use", "", "```", f"dkdetr eval {path.name} --split SPLIT", "```", ""]
     return "\n".join(lines)
@@ -123,15 +129,28 @@ def _without_folders(split: str) -> str:
     return ":".join((kind, *(Path(place).name for place in places)))
 
 
-def _scores_of(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
-    """Returns the numbers of every evaluation, as shares of 1."""
+def _scores_of(
+    folders: Sequence[Path], weights: str
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """Returns the numbers of every evaluation of these weights, as shares of 1, and the others.
+
+    The others in words: weights that went on learning, or were scored before scores said whose.
+    """
     found: dict[str, dict[str, float]] = {}
+    others: list[str] = []
     for folder in folders:
         path = folder / "metrics.json"
         if not path.is_file():
             continue
         table = json.loads(path.read_text(encoding="utf-8"))
-        found[folder.name] = {
-            key: value for key, value in table.items() if isinstance(value, float)
-        }
-    return found
+        if table.get(WEIGHTS_KEY) == weights:
+            found[folder.name] = {
+                k: value for k, value in table.items() if isinstance(value, float)
+            }
+            continue
+        step = table.get("iteration")
+        whose = "of other weights" if step is None else f"of other weights, those of step {step}"
+        if WEIGHTS_KEY not in table:
+            whose = "of weights that they do not name"
+        others.append(f"{folder.name}: the scores on file are {whose}, and were left out")
+    return found, tuple(others)

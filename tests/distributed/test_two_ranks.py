@@ -32,8 +32,12 @@ def two_runs(tmp_path_factory):
     call_well(*words, "--run", "one", cwd=folder)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--no-python", "--", *DKDETR)  # fmt: skip
-    done = run_command([*torchrun, *words, "--run", "two"], folder)
-    assert done.returncode == 0, done.stderr
+    scored = ("--eval-every", "1", "--eval-split", split, "--until", "1")
+    norms = ("--set", "student.backbone.norm=batch", "--run", "norms")
+    for more in (("--run", "two"), (*norms, *scored)):
+        done = run_command([*torchrun, *words, *more], folder)
+        assert done.returncode == 0, done.stderr
+    call_well("eval", "norms", "--split", split, "--device", "cpu", cwd=folder)
     return folder
 
 
@@ -48,3 +52,11 @@ def test_the_first_rank_alone_keeps_the_diary(two_runs) -> None:
     diaries = [(two_runs / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     rows = [[json.loads(line) for line in diary.splitlines()] for diary in diaries]
     assert [row["iteration"] for row in rows[0]] == [row["iteration"] for row in rows[1]]
+
+
+def test_ranks_score_as_they_train_what_eval_scores(two_runs) -> None:
+    """One process loads what the first rank saved; the second one's norms are others."""
+    lines = map(json.loads, (two_runs / "norms/metrics.jsonl").read_text().splitlines())
+    trained, alone = [{**line, "time": 0} for line in lines if line["kind"] == "eval"]
+    assert trained == alone
+    assert trained["epoch"] == 1

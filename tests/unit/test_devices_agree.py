@@ -23,7 +23,8 @@ from training_world import make_world, settings
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.step import MAX_OVERFLOWS, TrainingStep
-from dkdetr.engine.train import Watch, train
+from dkdetr.engine.train import train
+from dkdetr.engine.train_request import Watch
 from dkdetr.evaluation.detect import detect
 from dkdetr.losses.matcher import match
 from dkdetr.losses.matching_cost import MatchingCosts

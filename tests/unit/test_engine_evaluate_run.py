@@ -1,5 +1,6 @@
-"""Which vocabulary a run is scored with, where its own names are not the split's."""
+"""What a run is scored with, and what is told of it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,15 @@ from tiny_student import tiny_config, tiny_student
 
 from dkdetr.data.splits import load_split
 from dkdetr.engine import evaluate_run
-from dkdetr.engine.subject import Subject
+from dkdetr.engine.folder_lock import locked_folder
+from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.run_folder import RunFolder
+from dkdetr.engine.subject import Subject, load_subject
+from dkdetr.engine.train import train
 from dkdetr.errors import MismatchError
 from dkdetr.evaluation.evaluate import Evaluation
+from dkdetr.student_file import weights_hash
+from tests.training_world import make_world, settings
 from tests.unit.data_world import coco_document, vocabulary_of, write_world
 
 
@@ -69,3 +76,32 @@ def test_images_that_a_training_split_leaves_out_are_told(
     evaluate_run.evaluate_predictions(tmp_path / "boxes.json", request)
     assert scored == [[1] if said else [1, 2]]  # the second has a novel object alone
     assert ("images without a base object are left out" in capsys.readouterr().err) is said
+
+
+def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path, capsys):
+    """A run is scored, trained on, scored again: what is said is said of each step's weights."""
+    world = make_world(tmp_path)
+    request = world.request("a", settings(optim={"epochs": 6}))
+    run = request.run
+    train(replace(request, until_iteration=4))
+    ask = evaluate_run.EvalRequest(run, world.split, None, world.root, device="cpu")
+    first = evaluate_run.evaluate_run(ask)
+    train(request)
+    again = evaluate_run.evaluate_run(ask)
+    assert first is not None
+    assert again is not None
+    on_file = json.loads(again.evaluation.paths["metrics"].read_text())
+    assert (on_file["epoch"], on_file["iteration"]) == (6, 18)
+    assert on_file["weights_xxh3_128"] == weights_hash(load_subject(run).student)
+    assert on_file["weights_xxh3_128"] != first.as_json()["weights_xxh3_128"]
+    lines = read_metrics(RunFolder(run).metrics)
+    assert [(line["kind"], line["iteration"]) for line in lines] == [
+        ("train", 4), ("eval", 4), ("train", 18), ("eval", 18)
+    ]  # fmt: skip
+    for line, scored in ((lines[1], first), (lines[3], again)):
+        assert line["split"] == world.split
+        assert line["AP50_all"] == scored.as_json()["AP50_all"]
+    with locked_folder(run, "busy"):
+        evaluate_run.evaluate_run(ask)  # beside a training, whose diary has one writer
+    assert read_metrics(RunFolder(run).metrics) == lines
+    assert "without a line" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from dkdetr.engine.metric_log import MetricLog, in_brief, read_metrics
 from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.step import StepResult
-from dkdetr.evaluation.report_analysis import loss_charts
+from dkdetr.evaluation.report_analysis import loss_charts, score_charts
 from dkdetr.inference.serve_curves import curves_page
 
 
@@ -56,6 +56,16 @@ def test_what_is_no_number_is_null_in_the_diary_and_readers_cope(tmp_path):
     (chart,) = loss_charts([told])
     assert chart.title == "total"
     assert curves_page({"run": told}).count('class="line1"') == 1
+
+
+def test_scores_at_several_steps_are_a_curve():
+    line = {"kind": "eval", "split": "x_val", "averaged": False, "AP": 0.2}
+    told = [line | {"iteration": 20}, line | {"iteration": 40, "AP": 0.3}]
+    other = [line | {"iteration": 40, "split": "y_val"}, line | {"iteration": 60, "AP": None}]
+    (chart,) = score_charts([told, [*other, told[0] | {"averaged": True}]])
+    assert chart.title == "AP, x_val"
+    assert [run for run, _ in chart.paths] == [1]
+    assert "AP, x_val" in curves_page({"run": told})
 
 
 def test_a_diary_of_before_is_read_and_goes_on_without_its_nans(tmp_path):

@@ -42,14 +42,14 @@ def world(tmp_path):
     return tmp_path, f"lvis:{tmp_path}:{path}"
 
 
-def make_run(folder, split, rows, *, weight, diary=()):
+def make_run(folder, split, rows, *, weight, diary=(), **of_weights):
     scored = folder / "eval" / "val"
     scored.mkdir(parents=True)
     results = [
         {"image_id": i, "category_id": c, "bbox": list(box), "score": s} for i, c, box, s in rows
     ]
     (scored / "results.json").write_text(json.dumps(results))
-    (scored / "metrics.json").write_text(json.dumps({"split": split}))
+    (scored / "metrics.json").write_text(json.dumps({"split": split, **of_weights}))
     (folder / "config.toml").write_text(f'name = "trial"\nseed = 0\n[kd.skd]\nweight = {weight}\n')
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in diary))
     return folder
@@ -133,3 +133,13 @@ def test_a_run_scored_with_its_average_alone_says_so(world):
     shutil.rmtree(plain)
     page = report_runs(ReportRequest([run], split, None, root)).read_text()
     assert "a, averaged weights" in page
+
+
+def test_a_run_that_was_trained_on_since_its_scores_says_so(world):
+    root, split = world
+    run = make_run(root / "a", split, [], weight=0.0, iteration=4)
+    (run / "checkpoints").mkdir()
+    for step, words in ((4, "trial, scores of step 4"), (8, "of step 4, trained to step 8 since")):
+        (run / "checkpoints" / f"step_{step:08d}.json").write_text("{}")
+        page = report_runs(ReportRequest([run], split, None, root)).read_text()
+        assert f"{words})" in page

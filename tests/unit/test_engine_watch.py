@@ -18,7 +18,8 @@ from dkdetr.engine.profiling import WARMUP_STEPS
 from dkdetr.engine.smoke import _with_company, smoke
 from dkdetr.engine.step_parts import PARTS, REST
 from dkdetr.engine.trackers import TensorBoard
-from dkdetr.engine.train import Watch, train
+from dkdetr.engine.train import train
+from dkdetr.engine.train_request import Watch
 from dkdetr.errors import DataError, UsageError
 from dkdetr.losses import criterion
 from tests.training_world import checkpoint_of, difference, make_world, settings

@@ -15,6 +15,7 @@ from dkdetr.engine.subject import load_subject
 from dkdetr.engine.train import train
 from dkdetr.errors import UsageError
 from dkdetr.inference.export import export_student
+from dkdetr.student_file import weights_hash
 from tests.tiny_student import image_batch
 from tests.training_world import make_world, settings
 
@@ -25,10 +26,9 @@ def exported(tmp_path_factory):
     train(world.request("shared", settings(optim={"epochs": 3})))
     run = world.root / "runs" / "shared"
     for ending, share in (("", 0.4567), ("-ema", 0.1234)):
-        scores = run / "eval" / f"someset_val{ending}"
-        scores.mkdir(parents=True)
-        numbers = {"AP": share, "APr": 0.2, "protocol": "x"}
-        (scores / "metrics.json").write_text(json.dumps(numbers))
+        weights = weights_hash(load_subject(run, averaged=bool(ending)).student)
+        numbers = {"AP": share, "APr": 0.2, "protocol": "x", "weights_xxh3_128": weights}
+        put_scores(run / "eval" / f"someset_val{ending}", numbers)
     (run / "eval" / "other_val-ema").mkdir()  # of an agreement alone
     subject = load_subject(run, averaged=True)
     written = export_student(
@@ -42,6 +42,11 @@ def exported(tmp_path_factory):
     return world, subject, written
 
 
+def put_scores(folder: Path, numbers: dict) -> None:
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(numbers))
+
+
 def test_the_file_scores_as_the_run(exported) -> None:
     _, subject, written = exported
     again = load_subject(written.weights)
@@ -52,6 +57,7 @@ def test_the_file_scores_as_the_run(exported) -> None:
     assert torch.equal(found.logits, wanted.logits)
     assert again.vocabulary.hash == subject.vocabulary.hash
     assert again.train_split == "someset_train"
+    assert weights_hash(again.student) == weights_hash(subject.student)
 
 
 def test_it_holds_the_student_alone(exported) -> None:
@@ -127,3 +133,28 @@ def test_a_file_is_not_exported_onto_itself(exported, monkeypatch) -> None:
         assert done.exit_code == 2
         assert "give another with --out" in done.stderr
     assert written.weights.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("of_weights", "said"),
+    [
+        ({"weights_xxh3_128": "0" * 32, "iteration": 4}, "of other weights, those of step 4,"),
+        ({"weights_xxh3_128": "0" * 32, "iteration": None}, "of other weights, and"),
+        ({}, "of weights that they do not name,"),  # as before scores said whose they are
+    ],
+)
+def test_scores_of_other_weights_are_not_on_the_card(exported, tmp_path, of_weights, said) -> None:
+    _, subject, _ = exported
+    put_scores(tmp_path / "someset_val", {"AP": 0.99, **of_weights})
+    written = export_student(
+        tmp_path / "s.safetensors",
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        subject.provenance,
+        scores=[tmp_path / "someset_val"],
+    )
+    card = written.card.read_text()
+    assert "99.0" not in card
+    assert f"* someset_val: the scores on file are {said}" in card
+    assert [said in line for line in written.left_out] == [True]

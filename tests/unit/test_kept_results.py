@@ -35,7 +35,9 @@ LONGER = {
     "RKD, image": "rkd_image",
     "RKD, batch": "rkd_batch",
 }
-LONG, OTHER = "small_long_again", "small_long"
+EARLIER = {label: row for label, row in LONGER.items() if row != "both_iou"}
+FIFTY = "SKD + RKD, from 50 %"
+LONG, EARLY, OTHER = "small_long_again", "small_start_0", "small_long"
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -75,45 +77,65 @@ def test_the_pages_show_the_kept_tables():
         assert rows_of(text) == rows_of(kept_table)
 
 
-def test_the_longer_schedules_table_is_of_its_records():
+def shown_between(start: str, end: str) -> dict[str, list[str]]:
     page = (EXPERIMENTS / "README.md").read_text()
-    section = page[page.index("### Longer:") : page.index("### Larger:")]
-    shown = {row[0]: row[1:] for row in rows_of(section)[2:]}
-    assert shown.keys() == LONGER.keys()
-    for label, row in LONGER.items():
-        for place, group in enumerate(GROUPS):
-            values = scores(LONG, row, group)
-            wanted = [mean(values), max(values) - min(values)]
-            assert figures(shown[label][place]) == pytest.approx(wanted, abs=0.0501)
-            if row != "baseline":
-                gains = less(LONG, row, "baseline", group)
-                wanted = [mean(gains), min(gains), max(gains)]
-                assert figures(shown[label][place + 4]) == pytest.approx(wanted, abs=0.0501)
+    return {row[0]: row[1:] for row in rows_of(page[page.index(start) : page.index(end)])[2:]}
 
 
-def test_the_earlier_start_s_table_is_of_its_records():
-    page = (EXPERIMENTS / "README.md").read_text()
-    section = page[page.index("### Earlier:") : page.index("### Longer:")]
-    shown = {row[0]: row[1:] for row in rows_of(section)[2:]}
-    starts = {"SKD + RKD, from 0 %": "small_start_0", "SKD + RKD, from 50 %": "small_start_50"}
-    assert shown.keys() == {"baseline", *starts}
-    for place, group in enumerate(GROUPS):
-        baseline = scores("small_start_0", "baseline", group)
-        assert len(baseline) == 3
-        for label, cells in shown.items():
-            values = scores(starts[label], "both", group) if label in starts else baseline
-            wanted = [mean(values), max(values) - min(values)]
-            assert figures(cells[place]) == pytest.approx(wanted, abs=0.0501)
-            if label in starts:
-                gains = apart(values, baseline)
-                wanted = [mean(gains), min(gains), max(gains)]
-                assert figures(cells[place + 4]) == pytest.approx(wanted, abs=0.0501)
+def require_of_records(cells: list[str], values: list[list[float]], baseline: list[list[float]]):
+    for place, (own, its) in enumerate(zip(values, baseline, strict=True)):
+        assert len(own) == 3
+        wanted = [mean(own), max(own) - min(own)]
+        assert figures(cells[place]) == pytest.approx(wanted, abs=0.0501)
+        if own != its:
+            gains = apart(own, its)
+            wanted = [mean(gains), min(gains), max(gains)]
+            assert figures(cells[place + 4]) == pytest.approx(wanted, abs=0.0501)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "folder", "rows"),
+    [("### Longer:", "### Larger:", LONG, LONGER), ("### Earlier:", "### Longer:", EARLY, EARLIER)],
+)
+def test_another_schedules_table_is_of_its_records(
+    start: str, end: str, folder: str, rows: dict[str, str]
+):
+    shown = shown_between(start, end)
+    shown.pop(FIFTY, None)
+    assert shown.keys() == rows.keys()
+    baseline = [scores(folder, "baseline", group) for group in GROUPS]
+    for label, row in rows.items():
+        require_of_records(shown[label], [scores(folder, row, g) for g in GROUPS], baseline)
+
+
+def test_what_the_earlier_start_shows_is_of_its_records():
+    late = [scores("small_start_50", "both", group) for group in GROUPS]
+    baseline = [scores(EARLY, "baseline", group) for group in GROUPS]
+    require_of_records(shown_between("### Earlier:", "### Longer:")[FIFTY], late, baseline)
     novel, common, frequent, ap = (
-        bracket(apart(*(scores(starts[label], "both", group) for label in starts)))
-        for group in GROUPS
+        bracket(apart(scores(EARLY, "both", group), values))
+        for group, values in zip(GROUPS, late, strict=True)
     )
+    page = words_of("README.md")
     earlier = f"{novel} on novel, {common} on common, {frequent} on frequent names, {ap} in AP"
-    assert f"less 50 % {earlier}" in words_of("README.md")
+    assert f"less 50 % {earlier}" in page
+    skd, rkd = (
+        {group: by_seed(EARLY, "both", row, group) for group in GROUPS} for row in ("skd", "rkd")
+    )
+    assert f"more than SKD by {skd['APr']}, than RKD by {rkd['APr']}; in AP by " in page
+    assert f"in AP by {skd['AP']} and {rkd['AP']}." in page
+    l1 = {group: by_seed(EARLY, "skd", "skd_l1", group) for group in GROUPS}
+    assert f"novel {l1['APr']}, AP {l1['AP']}." in page
+    for row in ("skd", "rkd", "both"):
+        for group in ("APr", "AP"):
+            assert min(less(EARLY, row, "baseline", group)) > 0
+    for group in GROUPS:
+        assert min(less(EARLY, "skd", "skd_l1", group)) > 0
+        assert all(
+            float(average(EARLY, row, "baseline", group)) > 0 for row in ("skd", "rkd", "both")
+        )
+    for group in ("APr", "AP"):
+        assert min(less(EARLY, "rkd_image", "rkd", group)) > 0
 
 
 def test_figures_by_seed_and_of_short_are_of_the_records():

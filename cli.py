@@ -293,7 +293,8 @@ def _sentence(error: Exception, code: int) -> str:
             f"the device is out of memory: {str(error).splitlines()[0]} Going on with less: --set "
             "compute.micro_batches=K, a larger K (the same steps in K parts), "
             "compute.activation_checkpointing=true (both for `fit` of cache-teacher, too) or, of "
-            "masks, a smaller student.masks_at_once; eval, predict: --batch-size 1; training anew: "
+            "masks, a smaller student.masks_at_once; eval, predict: --batch-size 1 (of train "
+            "--eval-every: --set eval.batch_size=1); training anew: "
             "optim.precision=auto (half precision on a GPU) or a smaller data.image_size"
         )
     if code == 1:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +22,8 @@ from rich.progress import (
 from rich.table import Column
 
 _LINE_EVERY_S = 30.0
+_SHOWN = ContextVar("shown", default=False)
+"""Whether a bar of this thread is there already: two would write over each other."""
 
 Advance = Callable[[int, str], None]
 """`advance(done, note)`: `done` units are finished in all; `note` is shown behind the bar."""
@@ -40,15 +43,28 @@ def format_duration(seconds: float) -> str:
 def progress(title: str, total: int, *, done: int = 0, quiet: bool = False) -> Iterator[Advance]:
     """Yields an `advance` function for `total` units of work, of which `done` are finished already.
 
+    Within another's block nothing is shown.
+
     Args:
         title: what is being done, in a word or three.
         total: number of units.
         done: units that an earlier run finished; they do not count in the rate.
         quiet: show nothing (all ranks but the first).
     """
-    if quiet:
+    if quiet or _SHOWN.get():
         yield lambda _done, _note: None
-    elif sys.stderr.isatty():
+        return
+    _SHOWN.set(True)
+    try:
+        with _shown(title, total, done) as advance:
+            yield advance
+    finally:
+        _SHOWN.set(False)
+
+
+@contextmanager
+def _shown(title: str, total: int, done: int) -> Iterator[Advance]:
+    if sys.stderr.isatty():
         columns = (
             # A split of a user's own is named by its paths, which would leave the bar no room.
             TextColumn("{task.description}", table_column=Column(max_width=32, no_wrap=True)),

@@ -24,7 +24,7 @@ from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_diary import RunDiary
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.run_state import RunState
-from dkdetr.errors import MismatchError, PreemptedError
+from dkdetr.errors import DataError, MismatchError, PreemptedError
 from dkdetr.evaluation.compiled import ready_for_inference
 from dkdetr.evaluation.detection_metrics import Metrics
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student
@@ -88,6 +88,7 @@ class EpochScores:
         A run that was stopped there, or while it was scored, is scored when it goes on.
 
         Raises:
+            DataError: a picture cannot be read; the run was saved before.
             PreemptedError: SIGTERM came; the run was saved before.
             NonFiniteLossError: a weight is not finite.
         """
@@ -102,7 +103,13 @@ class EpochScores:
         with end_on_sigterm(message):
             if self._ranks.any(stop.is_set):  # just before signals were to end this block
                 raise PreemptedError(message)
-            evaluation = self._score(state.checkpoint())
+            try:
+                evaluation = self._score(state.checkpoint())
+            except DataError as error:
+                raise DataError(
+                    f"{error}. Training is saved ({path}): the same command goes on once that is "
+                    "mended, or without --eval-every"
+                ) from error
             self._ranks.wait()  # here, where a signal is answered, for the first one's scores
         if evaluation is not None:
             metrics = evaluation.metrics
@@ -141,7 +148,6 @@ class EpochScores:
             out_dir=self._folder.evaluation(self._split.name),
             share=RankShare(ranks.rank, ranks.world_size),
             weights=weights,
-            quiet=True,
         )
 
 

@@ -21,6 +21,7 @@ class RecentFigures:
     def __init__(self, device: torch.device) -> None:
         self.last: dict[str, float | None] = {}
         self._device = device
+        self._most_gib = 0.0
         self._clear()
 
     def add(self, result: StepResult, wait: float, num_images: int) -> None:
@@ -39,8 +40,10 @@ class RecentFigures:
         self._learning_rate = result.learning_rate
 
     def leave_out(self, seconds: float) -> None:
-        """Takes out of the rates what went into no step."""
+        """Takes out of the rates, and of a GPU's memory, what went into no step."""
         self._since += seconds
+        if seconds > 0 and self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def means(self, iterations_left: int) -> dict[str, float | None]:
         """Returns the means since the last call, with rates, memory and the seconds left.
@@ -55,12 +58,21 @@ class RecentFigures:
             "step_s": round(seconds / self._steps, 4),
             "data_wait": round(self._wait / seconds, 4),
             "skipped_steps": self._skipped,
-            "memory_gib": round(_memory_gib(self._device), 3),
+            "memory_gib": round(self._memory_gib(), 3),
             "eta_s": round(seconds / self._steps * iterations_left, 1),
         }
         self._clear()
         self.last = means
         return dict(means)
+
+    def _memory_gib(self) -> float:
+        """Returns the most memory used so far: of the GPU by steps, or of this process on a CPU."""
+        if self._device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self._device) / 2**30
+        else:
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self._most_gib = max(self._most_gib, now)
+        return self._most_gib
 
     def note(self) -> str:
         """Returns the last means as the line behind the progress."""
@@ -89,10 +101,3 @@ class RecentFigures:
 def _mean(values: list[Tensor]) -> float | None:
     mean = torch.stack(values).mean().item() if values else math.nan
     return round(mean, 6) if math.isfinite(mean) else None
-
-
-def _memory_gib(device: torch.device) -> float:
-    """Returns the most memory used so far: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -55,7 +55,6 @@ def evaluate_student(
     evaluator: Evaluator = "fast",
     share: RankShare = _ALONE,
     weights: ScoredWeights | None = None,
-    quiet: bool = False,
 ) -> Evaluation | None:
     """Returns the student's metrics on a split; leaves three files in `out_dir`.
 
@@ -76,7 +75,6 @@ def evaluate_student(
         evaluator: see `score`.
         share: this process among those of a process group.
         weights: whose student it is, for `metrics.json`.
-        quiet: shows no progress; something else does.
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.
@@ -109,9 +107,8 @@ def evaluate_student(
     results_path = out_dir / "results.json"
     masks_path = out_dir / "results_segm.json" if with_masks else None
     title, num_images = f"detecting on {split.name}", len(split.images) // share.world_size
-    quiet = quiet or not share.is_first
     with contextlib.ExitStack() as open_files:
-        advance = open_files.enter_context(progress(title, num_images, quiet=quiet))
+        advance = open_files.enter_context(progress(title, num_images, quiet=not share.is_first))
         paths = [results_path, *([masks_path] if masks_path else [])]
         writers = [
             open_files.enter_context(ResultsWriter(path, commits=share.is_first)) for path in paths

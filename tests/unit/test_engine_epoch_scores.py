@@ -14,7 +14,7 @@ from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.trackers import TensorBoard
 from dkdetr.engine.train import train
 from dkdetr.engine.train_request import Watch
-from dkdetr.errors import MismatchError, PreemptedError, UsageError
+from dkdetr.errors import DataError, MismatchError, PreemptedError, UsageError
 from tests.training_world import checkpoint_of, difference, make_world, settings
 from tests.unit.data_world import coco_document, write_world
 
@@ -80,6 +80,19 @@ def test_what_was_stopped_while_it_was_scored_is_scored_later(world, monkeypatch
     before = RunFolder(request.run).metrics.read_bytes()
     train(request)  # done, and scored
     assert RunFolder(request.run).metrics.read_bytes() == before
+
+
+def test_a_picture_that_cannot_be_read_while_it_is_scored_loses_nothing(world, monkeypatch) -> None:
+    def damaged(*_, **__):
+        raise DataError("'a.jpg' is truncated")
+
+    request = world.request("damaged", CONFIG, watch=scoring(world))
+    with monkeypatch.context() as patched:
+        patched.setattr(epoch_scores, "evaluate_student", damaged)
+        with pytest.raises(DataError, match=r"truncated. Training is saved .* --eval-every"):
+            train(request)
+    assert train(replace(request, watch=Watch())).iterations == 12
+    assert difference(checkpoint_of(world, "plain"), checkpoint_of(world, "damaged")) == ""
 
 
 def test_the_rates_are_those_of_the_steps(world, monkeypatch) -> None:

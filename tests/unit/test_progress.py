@@ -43,3 +43,16 @@ def test_a_total_may_come_with_the_first_unit(clock, capsys):
         advance(2, 4)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["verify: 2/4 in 30s, about 30s left", "verify: 2/4 in 30s, about 30s left"]
+
+
+def test_a_bar_within_a_bar_shows_nothing(capsys):
+    with progress("outer", 2) as outer:
+        with progress("inner", 1) as inner:
+            inner(1, "")
+        outer(2, "")
+    with progress("next", 1) as after:
+        after(1, "")
+    said = capsys.readouterr().err
+    assert "inner" not in said
+    assert "outer: 2/2" in said
+    assert "next: 1/1" in said

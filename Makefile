@@ -9,6 +9,7 @@ FAISS ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed
 VERSIONS := .venv/versions
+ASKED = $(strip $(TORCH) $(FAISS) $(PIP_CONSTRAINT))
 
 .PHONY: install constraints demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
 
@@ -67,7 +68,7 @@ bench-gpu:
 .PHONY: versions
 $(VERSIONS): versions
 	@mkdir -p .venv
-	@echo '$(TORCH) $(FAISS)' | cmp -s - $@ || echo '$(TORCH) $(FAISS)' > $@
+	@echo '$(ASKED)' | cmp -s - $@ || echo '$(ASKED)' > $@
 
 $(INSTALLED): pyproject.toml $(VERSIONS)
 	$(PYTHON) -m venv .venv
@@ -80,8 +81,10 @@ $(INSTALLED): pyproject.toml $(VERSIONS)
 # Not what `install` takes: an index may lack one of these, a newer Python want newer ones. PyTorch and
 # what its builds bring is each machine's choice.
 constraints: $(INSTALLED)
-	@echo "# Written by 'make constraints' on $$($(BIN)/python -V): what 'make test' passes with." > constraints.txt
-	$(BIN)/python -m pip freeze --exclude-editable | grep -Ev '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' >> constraints.txt
+	@echo "# Written by 'make constraints' on $$($(BIN)/python -V): what 'make test' passes with." > .venv/constraints
+	$(BIN)/python -m pip freeze --exclude-editable > .venv/frozen
+	grep -Ev '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' .venv/frozen >> .venv/constraints
+	mv .venv/constraints constraints.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -162,8 +162,8 @@ _DEFAULT_EXPERIMENT = "lvis_r50_70e"
 _MOST_UNREADABLE = 20
 """Pictures that `predict` names one by one."""
 _PREDICT_STOPPED = (
-    "stopped by SIGTERM: predictions.json and predictions.csv were not written; the same command "
-    "predicts from the start"
+    "stopped by SIGTERM before predictions.json and predictions.csv were both there; the same "
+    "command predicts from the start"
 )
 _OUT_OF_MEMORY = "OutOfMemoryError"
 # No space left, a quota that is used up, a limit on a file's size.

@@ -126,7 +126,8 @@ def predict_to_folder(
             table.append((name, _described(own)))
             advance(each.files_done, _so_far(counts.total(), len(table)))
         advance(num_files, _so_far(counts.total(), len(table)))
-    write_text(out / "predictions.json", json.dumps(document.content))
+        # The table gets its name last: where it is new, the document is.
+        write_text(out / "predictions.json", json.dumps(document.content))
     files = {"json": str(out / "predictions.json"), "csv": str(out / "predictions.csv")}
     if draw:
         files["pictures"] = str(out)

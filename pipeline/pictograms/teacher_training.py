@@ -54,6 +54,8 @@ def main() -> None:
         help="only its names (seed 0): a control that knows them better",
     )
     arguments = parser.parse_args()
+    if arguments.world is not None and arguments.out == assets_folder():
+        parser.error("--world makes a control, not the shipped teacher: say where, with --out")
     recipe = recipe_of(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)

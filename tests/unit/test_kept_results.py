@@ -134,6 +134,10 @@ def test_what_the_earlier_start_shows_is_of_its_records():
         assert all(
             float(average(EARLY, row, "baseline", group)) > 0 for row in ("skd", "rkd", "both")
         )
+    aside = [less(EARLY, "both", "both_no_auxiliary", group) for group in GROUPS]
+    novel, common, frequent, ap = (", ".join(f"{each:.1f}" for each in values) for values in aside)
+    assert f"in every seed, by {novel} and {ap}; base names are level" in page
+    assert f"(common by {common}, frequent by {frequent})" in page
     for group in ("APr", "AP"):
         assert min(less(EARLY, "rkd_image", "rkd", group)) > 0
 

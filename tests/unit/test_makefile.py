@@ -55,4 +55,6 @@ def test_other_versions_install_anew(tmp_path: Path) -> None:
     assert "uninstall -qq --yes faiss-cpu" in again
     assert "[gpu,demo," in again
     assert installs(tmp_path, **other) == ""
+    assert installs(tmp_path, **other, PIP_CONSTRAINT="constraints.txt") == again
+    assert installs(tmp_path, **other, PIP_CONSTRAINT="constraints.txt") == ""
     assert "install --quiet torch==" in installs(tmp_path)

@@ -22,6 +22,7 @@ from PIL import Image, ImageFile
 
 from dkdetr.data.upright import AS_STORED, orientation_of, turned_upright
 from dkdetr.errors import DataError
+from dkdetr.switches import is_switched_on
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Larger pictures are refused: a few kilobytes of PNG can unpack to gigabytes."""
@@ -76,8 +77,11 @@ def links_allowed() -> bool:
     """Returns whether links out of image folders are followed: the user's word, by `ALLOW_LINKS`.
 
     A variable and no option, so that loader processes, ranks and workers elsewhere have it alike.
+
+    Raises:
+        UsageError: the variable says neither yes nor no.
     """
-    return os.environ.get(ALLOW_LINKS, "") not in ("", "0")
+    return is_switched_on(ALLOW_LINKS)
 
 
 @functools.cache

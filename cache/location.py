@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 from cache.spec import CacheError, CorruptCacheError
 
 _HERE = {"file", "local", "memory"}
+_OFF = {"", "0", "false", "no", "off"}
 
 
 class RemotePath:
@@ -84,7 +85,8 @@ class RemotePath:
 
 
 def _refuse_offline(url: str) -> None:
-    offline = os.environ.get("DKDETR_OFFLINE", "") not in {"", "0"}
+    # As dkdetr.switches reads it; a word that means neither, which commands refuse, forbids here.
+    offline = os.environ.get("DKDETR_OFFLINE", "").strip().lower() not in _OFF
     if offline and url.partition("://")[0] not in _HERE:
         raise CacheError(f"{url} is behind a network, and --offline forbids it; copy the cache")
 

@@ -12,6 +12,8 @@ _PACKAGES = (
     "scipy",
     "pillow",
     "pycocotools",
+    "hotcoco",
+    "lvis",
     "zarr",
     "numcodecs",
     "safetensors",

@@ -3,6 +3,8 @@
 import os
 import sys
 
+from dkdetr.switches import is_switched_on
+
 _OURS = "DKDETR_OFFLINE"
 _THEIRS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 
@@ -16,5 +18,9 @@ def go_offline() -> None:
 
 
 def is_offline() -> bool:
-    """Returns True if the network is forbidden, by `go_offline` or by `DKDETR_OFFLINE=1`."""
-    return os.environ.get(_OURS, "") not in ("", "0")
+    """Returns True if the network is forbidden, by `go_offline` or by `DKDETR_OFFLINE=1`.
+
+    Raises:
+        UsageError: the variable says neither yes nor no.
+    """
+    return is_switched_on(_OURS)

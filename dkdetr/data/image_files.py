@@ -22,6 +22,7 @@ from PIL import Image, ImageFile
 
 from dkdetr.data.upright import AS_STORED, orientation_of, turned_upright
 from dkdetr.errors import DataError
+from dkdetr.switches import is_switched_on
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Larger pictures are refused: a few kilobytes of PNG can unpack to gigabytes."""
@@ -76,8 +77,11 @@ def links_allowed() -> bool:
     """Returns whether links out of image folders are followed: the user's word, by `ALLOW_LINKS`.
 
     A variable and no option, so that loader processes, ranks and workers elsewhere have it alike.
+
+    Raises:
+        UsageError: the variable says neither yes nor no.
     """
-    return os.environ.get(ALLOW_LINKS, "") not in ("", "0")
+    return is_switched_on(ALLOW_LINKS)
 
 
 @functools.cache
@@ -226,20 +230,24 @@ def _decode(
     return pixels, orientation
 
 
-def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int] | None) -> None:
+def header_refusal(image: Image.Image) -> str | None:
+    """Returns why a whole picture is not read, of whatever size it should be; None: it is."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise UnreadableImageError(
-            f"image {path}: {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}"
-        )
+        return f"{width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}"
+    if image.mode not in MODES:
+        return f"pixels of kind '{image.mode}', more than 8 bits a channel"
+    return None
+
+
+def _check_header(image: Image.Image, path: Path, expected_hw: tuple[int, int] | None) -> None:
+    if (refused := header_refusal(image)) is not None:
+        raise UnreadableImageError(f"image {path}: {refused}")
+    width, height = image.size
     if expected_hw is not None and (height, width) != expected_hw:
         raise UnreadableImageError(
             f"image {path} is {width} x {height} pixels, its annotation says "
             f"{expected_hw[1]} x {expected_hw[0]}: boxes would lie elsewhere"
-        )
-    if image.mode not in MODES:
-        raise UnreadableImageError(
-            f"image {path}: pixels of kind '{image.mode}', more than 8 bits a channel"
         )
 
 

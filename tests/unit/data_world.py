@@ -1,6 +1,8 @@
 """Small generated data sets for the tests of dkdetr.data: pictures, annotation files, encoders."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,17 @@ def write_images(folder: Path, sizes_hw: dict[str, tuple[int, int]], seed: int =
     for name, (height, width) in sizes_hw.items():
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
+
+
+def png_header(side: int) -> bytes:
+    """Returns a PNG of hardly more than its header, which speaks of `side` x `side` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
 
 
 def write_json(path: Path, document: Any) -> Path:

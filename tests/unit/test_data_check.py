@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from tests.unit.data_world import (
     annotation,
     category_id,
     coco_document,
+    png_header,
     write_images,
     write_json,
     write_world,
@@ -187,6 +189,32 @@ def test_pictures_annotated_as_a_viewer_turns_them_are_named(tmp_path, monkeypat
     (size,) = check_split(name, tmp_path).errors
     assert size.first == ("5.png (id 5: 56 x 64, annotated 64 x 56)",)
     assert size.why.endswith("(2 of 8 looked at)")
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_whole_pictures_that_are_not_read_are_told_from_damaged_ones(tmp_path, decode):
+    name = write_world(tmp_path, coco_document(6), "val")
+    images = tmp_path / "images"
+    with Image.open(images / "1.png") as picture:
+        size = picture.size
+    Image.new("I;16", size).save(images / "1.png")
+    for file, side in (("2.png", 9500), ("3.png", 30000)):  # Pillow warns of one, refuses one
+        (images / file).write_bytes(png_header(side))
+    (images / "4.png").unlink()
+    (images / "4.png").mkdir()
+    (images / "5.png").write_bytes(b"GIF89a")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        unread, header, file = check_split(name, tmp_path, decode=decode).errors
+    assert not told
+    assert unread.why.endswith("than are read: convert it")
+    assert unread.first == (
+        "1.png (id 1: pixels of kind 'I;16', more than 8 bits a channel)",
+        "2.png (id 2: 9500 x 9500 pixels, more than 89,478,485)",
+        "3.png (id 3: more than 89,478,485 pixels)",
+    )
+    assert header.first == ("5.png (id 5)",)
+    assert file.first == ("4.png (id 4: Is a directory)",)
 
 
 def test_truncated_pictures_are_found_by_decoding_every_one(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What doctor says of machines that are not this one."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,35 @@ def test_little_room_is_named(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage)
     assert "--shm-size" in doctor._shared_memory(tmp_path).advice
-    assert "checkpoints" in doctor._runs_disk(tmp_path / "not" / "there").advice
-    cache = doctor._cache_disk(tmp_path / "not")
+    runs, cache = doctor._disks(tmp_path / "not" / "there", tmp_path / "not")
+    assert "checkpoints" in runs.advice
     assert (cache.verdict, cache.subject) == ("warning", "cache disk")
-    assert cache.found.endswith(f"GiB free at {tmp_path}, for caches")
+    assert cache.found.endswith(f"GiB free at {tmp_path}, for caches beside the runs")
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "one_disk", "verdicts"),
+    [
+        (36, False, ("ok", "ok")),  # 37 GB are 34.5 GiB
+        (34, False, ("ok", "warning")),
+        (36, True, ("ok", "warning")),  # the runs want 20 of them
+        (56, True, ("ok", "ok")),
+    ],
+)
+def test_a_disk_must_hold_all_that_goes_there(
+    free_gib, one_disk, verdicts, monkeypatch, tmp_path
+) -> None:
+    class Usage:
+        free = free_gib << 30
+
+    class Other(type(tmp_path)):
+        def stat(self, *, follow_symlinks: bool = True):
+            found = super().stat(follow_symlinks=follow_symlinks)
+            return found if one_disk else os.stat_result([*found[:2], found.st_dev + 1, *found[3:]])
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage)
+    findings = doctor._disks(tmp_path, Other(tmp_path))
+    assert tuple(each.verdict for each in findings) == verdicts
 
 
 def test_offline_assets_are_looked_for_where_the_libraries_look(monkeypatch, tmp_path) -> None:

@@ -268,3 +268,33 @@ def test_figures_of_tuning_and_of_the_losses_alone_are_of_the_records():
         f"AP {ap[0]:.1f} against {ap[1]:.1f} with both, novel names {novel[0]:.2f} against "
         f"{novel[1]:.2f}"
     ) in words_of("STUDIES.md")
+
+
+def test_the_surer_teachers_table_is_of_its_records():
+    page = (EXPERIMENTS / "STUDIES.md").read_text()
+    section = page[page.index("**A surer teacher**") : page.index("**The surer the teacher")]
+    folders = {"shipped": EARLY, "surer": "small_sure_teacher"}
+    rows = {"baseline": "baseline", "SKD": "skd", "RKD": "rkd", "SKD + RKD": "both"}
+    lines = rows_of(section)[2:]
+    assert [(line[0], line[1]) for line in lines] == [(t, r) for t in folders for r in rows]
+    for teacher, label, *cells in lines:
+        folder, row = folders[teacher], rows[label]
+        many = 2 if row in ("baseline", "both") else 1
+        for place, group in enumerate(GROUPS):
+            values = scores(folder, row, group)[:many]
+            assert figures(cells[place]) == pytest.approx(values, abs=0.0501)
+        if row != "baseline":
+            for place, group in ((4, "APr"), (5, "AP")):
+                gains = zip(
+                    scores(folder, row, group), scores(folder, "baseline", group), strict=False
+                )
+                wanted = [mine - its for mine, its in gains][:many]
+                assert figures(cells[place]) == pytest.approx(wanted, abs=0.0501)
+    ratios = [
+        [both / plain for both, plain in zip(scores(folder, "both", "APr"),
+                                             scores(folder, "baseline", "APr"), strict=False)][:2]
+        for folder in folders.values()
+    ]  # fmt: skip
+    (few, more), (sure, surer) = ratios
+    said = f"{sure:.2f} and {surer:.2f} times the baseline's, with the shipped teacher {few:.2f} "
+    assert f"{said}and {more:.2f} times" in words_of("STUDIES.md")

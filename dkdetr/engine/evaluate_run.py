@@ -11,7 +11,6 @@ from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
 from dkdetr.engine.distributed import Ranks, join_ranks, num_ranks
-from dkdetr.engine.folder_lock import FolderLockedError, locked_folder
 from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.engine.metric_log import add_record
 from dkdetr.engine.run_folder import RunFolder, require_newest_run, split_folder_name
@@ -166,13 +165,8 @@ def _tell_diary(subject: Subject, metrics: Metrics, *, averaged: bool) -> None:
     run, at = RunFolder(subject.folder), subject.progress
     if at is None or not run.metrics.is_file():
         return  # a student file, or a checkpoint without its run
-    busy = f"a training is at work in '{run.path}': its diary goes without a line of these scores"
-    try:
-        with locked_folder(run.path, busy, patience_s=0):
-            values = diary_values(metrics, at.epoch, averaged=averaged)
-            add_record(run.metrics, "eval", at.iteration, values)
-    except FolderLockedError as error:
-        print(f"note: {error}", file=sys.stderr)
+    values = diary_values(metrics, at.epoch, averaged=averaged)
+    add_record(run.metrics, "eval", at.iteration, values)
 
 
 def with_precision(config: ExperimentConfig, precision: Precision | None) -> ExperimentConfig:

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from dkdetr.engine.metric_log import MetricLog, in_brief, read_metrics
+from dkdetr.engine.metric_log import MetricLog, add_record, in_brief, read_metrics
 from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.step import StepResult
 from dkdetr.evaluation.report_analysis import loss_charts, score_charts
@@ -74,6 +74,31 @@ def test_a_diary_of_before_is_read_and_goes_on_without_its_nans(tmp_path):
     assert read_metrics(path) == [{"iteration": 20, "total": None, "grad_norm": None, "skd": 1.5}]
     MetricLog(path, after_iteration=20).close()
     assert not re.search("NaN|Infinity", path.read_text())
+
+
+def test_a_line_beside_a_training_loses_none_and_readers_order_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, after_iteration=0)
+    log.write("train", 40, {})
+    add_record(path, "eval", 20, {"AP": 0.5})
+    log.write("train", 60, {})
+    add_record(path, "eval", 40, {"AP": 0.6})
+    log.close()
+    assert _told(path) == [("eval", 20), ("train", 40), ("eval", 40), ("train", 60)]
+    MetricLog(path, after_iteration=40).close()  # resumed there: what lies behind comes again
+    assert _told(path) == [("eval", 20), ("train", 40), ("eval", 40)]
+
+
+def test_a_line_that_was_cut_short_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "iteration": 20}\n{"kind": "train", "iterat')
+    add_record(path, "eval", 20, {})
+    add_record(path, "eval", 10, {})
+    assert _told(path) == [("eval", 10), ("train", 20), ("eval", 20)]
+
+
+def _told(path):
+    return [(each["kind"], each["iteration"]) for each in read_metrics(path)]
 
 
 def _step(total, *, norm, skipped=False):

@@ -20,6 +20,7 @@ from dkdetr.evaluation.curves import (
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.inline_pictures import data_uri
 from dkdetr.evaluation.results import Results
+from dkdetr.evaluation.scored_weights import USUAL_WORDS
 from dkdetr.evaluation.verdicts import Judged, Verdict, judge
 
 EXAMPLE_RULE = (
@@ -120,13 +121,17 @@ def loss_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]
 def score_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]:
     """Returns a chart of AP, in percent, for each split that a run was scored on at several steps.
 
-    Of the last weights, by the lines of kind `eval` in the runs' diaries.
+    Of the last weights, asked with the usual words (`scored_weights.USUAL_WORDS`), by the lines of
+    kind `eval` in the runs' diaries.
     """
     scored = [
         [
             r
             for r in history
-            if r.get("kind") == "eval" and not r["averaged"] and r.get("AP") is not None
+            if r.get("kind") == "eval"
+            and not r["averaged"]
+            and r.get("words", "own") in USUAL_WORDS
+            and r.get("AP") is not None
         ]
         for history in histories
     ]

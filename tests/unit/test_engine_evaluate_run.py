@@ -77,6 +77,20 @@ def test_images_that_a_training_split_leaves_out_are_told(
     assert ("images without a base object are left out" in capsys.readouterr().err) is said
 
 
+def test_whose_words_were_asked_is_known(tmp_path):
+    split = load_split(write_world(tmp_path, coco_document(num_images=2)), tmp_path)
+    own = vocabulary_of(split)
+    reworded = replace(own, prompts=("a {}",))  # the same names
+    elsewhere = replace(own, names=tuple(f"a {name}" for name in own.names))  # of another split
+    words_of = evaluate_run.words_of
+    assert words_of(own, own, split, cleaned=False) == "own"
+    assert words_of(own, own, split, cleaned=True) == "own"  # nothing was to be put right
+    assert words_of(reworded, own, split, cleaned=False) == "other"
+    assert words_of(elsewhere, own, split, cleaned=True) == "clean"
+    assert words_of(own, elsewhere, split, cleaned=False) == "split"
+    assert words_of(reworded, elsewhere, split, cleaned=True) == "split"
+
+
 def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path):
     """A run is scored, trained on, scored again: what is said is said of each step's weights."""
     world = make_world(tmp_path)
@@ -97,7 +111,11 @@ def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path):
     assert [(line["kind"], line["iteration"]) for line in lines] == [
         ("train", 4), ("eval", 4), ("train", 18), ("eval", 18)
     ]  # fmt: skip
+    own = {"words": "own", "vocabulary_hash": load_subject(run).vocabulary.hash}
+    asked = {**own, "precision": "fp32"}.items()
     for line, scored in ((lines[1], first), (lines[3], again)):
+        assert asked <= line.items()
+        assert asked <= scored.as_json().items()
         assert line["split"] == world.split
         assert line["AP50_all"] == scored.as_json()["AP50_all"]
     log = MetricLog(RunFolder(run).metrics, after_iteration=18)  # of a training that goes on

@@ -62,9 +62,12 @@ def test_scores_at_several_steps_are_a_curve():
     line = {"kind": "eval", "split": "x_val", "averaged": False, "AP": 0.2}
     told = [line | {"iteration": 20}, line | {"iteration": 40, "AP": 0.3}]
     other = [line | {"iteration": 40, "split": "y_val"}, line | {"iteration": 60, "AP": None}]
-    (chart,) = score_charts([told, [*other, told[0] | {"averaged": True}]])
+    others = [told[0] | {"averaged": True}, told[0] | {"words": "clean"}]
+    (chart,) = score_charts([told, [*other, *others]])
     assert chart.title == "AP, x_val"
     assert [run for run, _ in chart.paths] == [1]
+    assert score_charts([[told[0], told[1] | {"words": "other"}]]) == []
+    assert len(score_charts([[told[0], told[1] | {"words": "split"}]])) == 1
     assert "AP, x_val" in curves_page({"run": told})
 
 

@@ -26,12 +26,20 @@ _SHOWN_SCORES = (
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Scores on file that are not the card's: why, in words, and of which split, if it says so."""
+
+    line: str
+    split: str | None
+
+
+@dataclass(frozen=True)
 class Exported:
-    """The files that were written, and which scores on file are not the card's, in words."""
+    """The files that were written, and which scores on file are not the card's."""
 
     weights: Path
     card: Path
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
 
 
 def export_student(
@@ -80,7 +88,7 @@ def _card(
     told: Mapping[str, Any],
     num_parameters: int,
     scores: Sequence[str],
-    left_out: Sequence[str],
+    left_out: Sequence[LeftOut],
 ) -> str:
     base = sum(vocabulary.is_base)
     lines = [
@@ -114,7 +122,7 @@ def _card(
         "## Scores",
         "",
     ]  # fmt: skip
-    lines += [f"* {line}" for line in (*scores, *left_out)]
+    lines += [f"* {line}" for line in (*scores, *(each.line for each in left_out))]
     if not scores and not left_out:
         lines.append("None were computed before this file was written.")
     lines += ["", "## Use", "", "```", f"dkdetr eval {path.name} --split SPLIT", "```", ""]
@@ -136,21 +144,22 @@ class _Own:
     precision: Precision
 
 
-def _scores_of(folders: Sequence[Path], own: _Own) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _scores_of(folders: Sequence[Path], own: _Own) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
     """Returns a line with the numbers of every evaluation that is the file's own, and the others.
 
     The others in words: weights that went on learning, other words or another precision, or of
     before scores said so.
     """
     found: list[str] = []
-    others: list[str] = []
+    others: list[LeftOut] = []
     for folder in folders:
         path = folder / "metrics.json"
         if not path.is_file():
             continue
         table = json.loads(path.read_text(encoding="utf-8"))
         if (strange := _strange(table, own)) is not None:
-            others.append(f"{folder.name}: the scores on file are {strange}, and were left out")
+            line = f"{folder.name}: the scores on file are {strange}, and were left out"
+            others.append(LeftOut(line, table.get("split")))
             continue
         numbers = {k: table[k] for k in _SHOWN_SCORES if isinstance(table.get(k), float)}
         shown = ", ".join(f"{key} {100 * value:.1f}" for key, value in numbers.items())

@@ -1,6 +1,8 @@
 """A shared student: the same outputs, no KD part, nothing of the machine, and a card."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,28 @@ def test_the_command_puts_each_weights_own_scores_on_the_card(exported) -> None:
         assert ("running average" in again.with_suffix(".md").read_text()) == bool(words)
 
 
+@pytest.mark.parametrize("ema", [(), ("--ema",)])
+def test_what_was_left_out_comes_back_by_the_command_that_is_told(exported, tmp_path, ema):
+    world, _, _ = exported
+    run = world.root / "runs" / "shared"
+    folder = run / "eval" / ("own-ema" if ema else "own")
+    split = "lvis:/my pictures:/my pictures/val.json"
+    put_scores(folder, {"AP": 0.99, "split": split})
+    out = tmp_path / "s.safetensors"
+    try:
+        done = CliRunner().invoke(
+            cli.app, ["export", str(run), "--out", str(out), "--json", str(tmp_path / "j"), *ema]
+        )
+    finally:
+        shutil.rmtree(folder)
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    told = shlex.split(note.partition("; next: ")[2])
+    assert told == ["dkdetr", "eval", str(run), *ema, "--split", split]
+    (line,) = json.loads((tmp_path / "j").read_text())["left_out"]
+    assert line in note
+    assert "my pictures" not in out.with_suffix(".md").read_text()
+
+
 def test_a_file_is_not_exported_onto_itself(exported, monkeypatch) -> None:
     _, _, written = exported
     before = written.weights.read_bytes()
@@ -162,7 +186,7 @@ def test_scores_of_other_weights_are_not_on_the_card(exported, tmp_path, of_weig
     card = written.card.read_text()
     assert "99.0" not in card
     assert f"* someset_val: the scores on file are {said}" in card
-    assert [said in line for line in written.left_out] == [True]
+    assert [said in each.line for each in written.left_out] == [True]
 
 
 @pytest.mark.parametrize(

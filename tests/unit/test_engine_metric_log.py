@@ -3,6 +3,7 @@
 import math
 import re
 
+import pytest
 import torch
 
 from dkdetr.engine.metric_log import MetricLog, add_record, in_brief, read_metrics
@@ -69,6 +70,22 @@ def test_scores_at_several_steps_are_a_curve():
     assert score_charts([[told[0], told[1] | {"words": "other"}]]) == []
     assert len(score_charts([[told[0], told[1] | {"words": "split"}]])) == 1
     assert "AP, x_val" in curves_page({"run": told})
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ({"AP50": 0.2, "AP75": 0.1}, ["AP50"]),  # VOC
+        ({"AP": 0.2, "AP50": 0.3}, ["AP"]),  # COCO, Objects365
+        ({"AP": 0.2, "APr": 0.1, "APc": 0.2, "APf": None}, ["APr", "APc"]),  # LVIS
+        ({"AP": 0.2, "AP50_all": 0.3, "AP50_novel": 0.1}, ["AP50 novel", "AP50 all"]),
+        ({"AP": None}, []),
+    ],
+)
+def test_the_numbers_that_a_protocol_is_about_are_drawn(values, drawn):
+    line = {"kind": "eval", "split": "x_val", "averaged": False, **values}
+    charts = score_charts([[line | {"iteration": 20}, line | {"iteration": 40}]])
+    assert [chart.title for chart in charts] == [f"{name}, x_val" for name in drawn]
 
 
 def test_a_diary_of_before_is_read_and_goes_on_without_its_nans(tmp_path):

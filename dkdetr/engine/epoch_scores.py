@@ -118,7 +118,16 @@ class EpochScores:
     def _is_due(self, at: Progress) -> bool:
         if at.batch > 0 or at.epoch == 0 or at.epoch % self._every > 0:
             return False
-        told = self._ranks.is_first and any(
+        told = self._ranks.is_first and (self._is_another_runs(at) or self._is_told(at))
+        return not self._ranks.any(told)
+
+    def _is_another_runs(self, at: Progress) -> bool:
+        """Returns whether the run has taken no step of its own: a shared burn-in is scored once, in
+        its own run."""
+        return at.iteration == self._folder.read_provenance()["starts"][0]["iteration"]
+
+    def _is_told(self, at: Progress) -> bool:
+        return any(
             record.get("kind") == "eval"
             and record["iteration"] == at.iteration
             and record["split"] == self._split.name
@@ -127,7 +136,6 @@ class EpochScores:
             and record.get("precision") == self._config.optim.precision
             for record in read_metrics(self._folder.metrics)
         )
-        return not self._ranks.any(told)
 
     def _weights(self, student: DKDETR, at: Progress) -> ScoredWeights:
         vocabulary, precision = self._vocabulary.hash, self._config.optim.precision

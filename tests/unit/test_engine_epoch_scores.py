@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 import cli
 from dkdetr.engine import epoch_scores
+from dkdetr.engine.burn_in import BURN_IN_FILE
+from dkdetr.engine.epoch_scores import EpochScores
 from dkdetr.engine.evaluate_run import EvalRequest, evaluate_run
 from dkdetr.engine.metric_log import add_record, read_metrics
 from dkdetr.engine.run_folder import RunFolder
@@ -87,6 +89,20 @@ def test_what_was_stopped_while_it_was_scored_is_scored_later(world, monkeypatch
     before = RunFolder(request.run).metrics.read_bytes()
     train(request)  # done, and scored
     assert RunFolder(request.run).metrics.read_bytes() == before
+
+
+def test_a_shared_burn_in_is_not_scored_again(world, monkeypatch) -> None:
+    burn_in = world.root / "runs" / "plain" / "checkpoints" / BURN_IN_FILE
+    request = world.request("from", CONFIG, watch=scoring(world), start_from=burn_in)
+    scored = []
+    monkeypatch.setattr(EpochScores, "_score", lambda *_: scored.append(1))  # no numbers: no line
+    train(replace(request, until_iteration=6))  # stopped before its first step
+    train(replace(request, until_iteration=9))
+    assert scored == []
+    train(request)
+    assert scored == [1]
+    train(request)  # its end was not told: made up for
+    assert scored == [1, 1]
 
 
 def test_the_rates_are_those_of_the_steps(world, monkeypatch) -> None:

@@ -1250,10 +1250,14 @@ def export_command(
         {**subject.provenance, "train_split": subject.train_split, "averaged": averaged},
         scores=RunFolder(subject.folder).evaluations(averaged=ema),
     )
-    again = f"dkdetr eval {run}{' --ema' if ema else ''}"
-    left_out = [f"note: {line}; next: {again}" for line in written.left_out]
-    _tell([f"{path}: dkdetr eval {path}", f"{written.card}", *left_out], json_out)
-    _report(vars(written), json_out)
+    notes = []
+    for each in written.left_out:
+        words = [str(run), *(["--ema"] if ema else [])]
+        words += ["--split", each.split] if each.split else []
+        notes.append(f"note: {each.line}; next: dkdetr eval {shlex.join(words)}")
+    _tell([f"{path}: dkdetr eval {path}", f"{written.card}", *notes], json_out)
+    lines = [each.line for each in written.left_out]
+    _report({**vars(written), "left_out": lines}, json_out)
 
 
 def _export_format(form: str | None, out: Path | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.engine.checkpoint import Checkpoint, Progress, load_student
+from dkdetr.engine.checkpoint import Progress, load_student
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.evaluate_run import (
     diary_values,
@@ -33,6 +33,7 @@ from dkdetr.evaluation.ground_truth import ground_truth_of
 from dkdetr.evaluation.protocols import GROUP_KEYS
 from dkdetr.evaluation.scored_weights import ScoredWeights
 from dkdetr.evaluation.table import format_percent
+from dkdetr.student.detector import DKDETR
 from dkdetr.student_file import weights_hash
 
 
@@ -103,8 +104,10 @@ class EpochScores:
         with end_on_sigterm(message):
             if self._ranks.any(stop.is_set):  # just before signals were to end this block
                 raise PreemptedError(message)
+            student = load_student(state.checkpoint())
+            weights = self._weights(student, at)
             try:
-                evaluation = self._score(state.checkpoint())
+                evaluation = self._score(student, weights)
             except DataError as error:
                 raise DataError(
                     f"{error}. Training is saved ({path}): the same command goes on once that is "
@@ -113,7 +116,7 @@ class EpochScores:
             self._ranks.wait()  # here, where a signal is answered, for the first one's scores
         if evaluation is not None:
             metrics = evaluation.metrics
-            diary.write("eval", at.iteration, diary_values(metrics, at.epoch, averaged=False))
+            diary.write("eval", at.iteration, diary_values(metrics, weights, averaged=False))
             values = {key: format_percent(value) for key, value in metrics.values.items()}
             shown = ", ".join(f"{key} {values[key]}" for key in values if key in _told(metrics))
             print(f"after epoch {at.epoch}, {self._split.name}: {shown}", file=sys.stderr)
@@ -122,19 +125,33 @@ class EpochScores:
     def _is_due(self, at: Progress) -> bool:
         if at.batch > 0 or at.epoch == 0 or at.epoch % self._every > 0:
             return False
-        told = self._ranks.is_first and any(
+        told = self._ranks.is_first and (self._is_another_runs(at) or self._is_told(at))
+        return not self._ranks.any(told)
+
+    def _is_another_runs(self, at: Progress) -> bool:
+        """Returns whether the run has taken no step of its own: a shared burn-in is scored once, in
+        its own run."""
+        return at.iteration == self._folder.read_provenance()["starts"][0]["iteration"]
+
+    def _is_told(self, at: Progress) -> bool:
+        return any(
             record.get("kind") == "eval"
             and record["iteration"] == at.iteration
             and record["split"] == self._split.name
             and not record["averaged"]
+            and record.get("vocabulary_hash") == self._vocabulary.hash
+            and record.get("precision") == self._config.optim.precision
             for record in read_metrics(self._folder.metrics)
         )
-        return not self._ranks.any(told)
 
-    def _score(self, checkpoint: Checkpoint) -> Evaluation | None:
-        ranks, at = self._ranks, checkpoint.progress
-        student = load_student(checkpoint)
-        weights = ScoredWeights(weights_hash(student), at.epoch, at.iteration)
+    def _weights(self, student: DKDETR, at: Progress) -> ScoredWeights:
+        vocabulary, precision = self._vocabulary.hash, self._config.optim.precision
+        return ScoredWeights(
+            weights_hash(student), vocabulary, "own", precision, at.epoch, at.iteration
+        )
+
+    def _score(self, student: DKDETR, weights: ScoredWeights) -> Evaluation | None:
+        ranks = self._ranks
         student.to(ranks.device)
         # Running statistics of plain `batch` norms are each rank's own; saved are the first one's.
         ranks.take_first(student.state_dict().values())

@@ -11,7 +11,6 @@ from dkdetr.data.clean_names import with_clean_names
 from dkdetr.data.splits import Split, load_split
 from dkdetr.data.vocabulary import Vocabulary, load_vocabulary
 from dkdetr.engine.distributed import Ranks, join_ranks, num_ranks
-from dkdetr.engine.folder_lock import FolderLockedError, locked_folder
 from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.engine.metric_log import add_record
 from dkdetr.engine.run_folder import RunFolder, require_newest_run, split_folder_name
@@ -21,7 +20,7 @@ from dkdetr.evaluation.compiled import ready_for_inference
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predictions
 from dkdetr.evaluation.gather import RankShare
-from dkdetr.evaluation.scored_weights import ScoredWeights
+from dkdetr.evaluation.scored_weights import ScoredWeights, Words
 from dkdetr.evaluation.table import print_metrics
 from dkdetr.student_file import weights_hash
 
@@ -131,7 +130,16 @@ def _evaluate(
         config.optim.precision,
         compiled=request.compiled,
     )
-    weights = _weights_of(subject)
+    words = words_of(vocabulary, subject.vocabulary, split, cleaned=request.clean_names)
+    at = subject.progress
+    weights = ScoredWeights(
+        weights_hash(subject.student),
+        vocabulary.hash,
+        words,
+        config.optim.precision,
+        epoch=None if at is None else at.epoch,
+        iteration=None if at is None else at.iteration,
+    )
     evaluation = evaluate_student(
         student,
         split,
@@ -145,34 +153,26 @@ def _evaluate(
     )
     if evaluation is None:
         return None
-    _tell_diary(subject, evaluation.metrics, averaged=request.averaged)
+    run = RunFolder(subject.folder)
+    if at is not None and run.metrics.is_file():  # else a student file, or a checkpoint alone
+        values = diary_values(evaluation.metrics, weights, averaged=request.averaged)
+        add_record(run.metrics, "eval", at.iteration, values)
     return Scored(subject.path, split.name, evaluation, weights)
 
 
-def _weights_of(subject: Subject) -> ScoredWeights:
-    at = subject.progress
-    found = weights_hash(subject.student)
-    return ScoredWeights(found) if at is None else ScoredWeights(found, at.epoch, at.iteration)
-
-
-def diary_values(metrics: Metrics, epoch: int, *, averaged: bool) -> dict[str, float | str | None]:
+def diary_values(
+    metrics: Metrics, weights: ScoredWeights, *, averaged: bool
+) -> dict[str, float | str | None]:
     """Returns what a line of the diary says of scores; None: the split has nothing to measure."""
     described = metrics.as_json()
     numbers = {key: described[key] for key in metrics.values}
-    return {"split": metrics.split, "averaged": averaged, "epoch": epoch, **numbers}
-
-
-def _tell_diary(subject: Subject, metrics: Metrics, *, averaged: bool) -> None:
-    run, at = RunFolder(subject.folder), subject.progress
-    if at is None or not run.metrics.is_file():
-        return  # a student file, or a checkpoint without its run
-    busy = f"a training is at work in '{run.path}': its diary goes without a line of these scores"
-    try:
-        with locked_folder(run.path, busy, patience_s=0):
-            values = diary_values(metrics, at.epoch, averaged=averaged)
-            add_record(run.metrics, "eval", at.iteration, values)
-    except FolderLockedError as error:
-        print(f"note: {error}", file=sys.stderr)
+    return {
+        "split": metrics.split,
+        "averaged": averaged,
+        "epoch": weights.epoch,
+        **weights.asked(),
+        **numbers,
+    }
 
 
 def with_precision(config: ExperimentConfig, precision: Precision | None) -> ExperimentConfig:
@@ -239,6 +239,19 @@ def has_names_of(vocabulary: Vocabulary, split: Split) -> bool:
     """Returns whether a vocabulary has the split's names, each for the same category."""
     wanted = {category.category_id: category.name for category in split.categories}
     return wanted == dict(zip(vocabulary.category_ids, vocabulary.names, strict=True))
+
+
+def words_of(asked: Vocabulary, own: Vocabulary, split: Split, *, cleaned: bool) -> Words:
+    """Returns whose words a student of the vocabulary `own` was asked with.
+
+    A split with other names than the student's (transfer) is asked for its own; `cleaned` says that
+    names put right were asked for.
+    """
+    if asked.hash == own.hash:
+        return "own"
+    if has_names_of(asked, split) and not has_names_of(own, split):
+        return "split"
+    return "clean" if cleaned else "other"
 
 
 def _fitting_vocabulary(

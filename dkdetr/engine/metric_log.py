@@ -1,6 +1,7 @@
 """The run's diary: one JSON object a line, in step with the checkpoints."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,12 +37,18 @@ class MetricLog:
 
 
 def add_record(path: Path, kind: str, iteration: int, values: Values) -> None:
-    """Puts one record into the log of a run that nobody trains, behind those of its iteration.
+    """Appends one record to a log that is there, whoever else appends to it; readers put it in
+    order.
 
-    The last record goes on to say how far the run has come.
+    The file is never replaced: a training that has it open would go on writing into one that has no
+    name any more.
     """
-    records = [*read_metrics(path), _record(kind, iteration, values)]
-    write_text(path, _lines(sorted(records, key=lambda each: int(each["iteration"]))))
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"  # behind a line that was cut short
+        # One write, wherever the end is by then.
+        file.write(begin + _lines([_record(kind, iteration, values)]).encode())
 
 
 def _record(kind: str, iteration: int, values: Values) -> dict[str, Any]:
@@ -53,7 +60,8 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole records of a log; a last line that a kill cut short is left out.
+    """Returns the whole records of a log by iteration, else as they came; lines that a kill cut
+    short are left out.
 
     Figures are numbers, words or None, which NaN and Infinity are read as, too.
     """
@@ -64,8 +72,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line, parse_constant=lambda _: None))
         except ValueError:
-            break
-    return records
+            continue
+    return sorted(records, key=lambda each: int(each["iteration"]))
 
 
 def in_brief(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def evaluate_student(
         out_dir: made if it is not there.
         evaluator: see `score`.
         share: this process among those of a process group.
-        weights: whose student it is, for `metrics.json`.
+        weights: whose student it is and what it is asked with, for `metrics.json`.
 
     Raises:
         MismatchError: the vocabulary is not of the split's categories.

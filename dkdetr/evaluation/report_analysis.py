@@ -19,7 +19,9 @@ from dkdetr.evaluation.curves import (
 )
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.inline_pictures import data_uri
+from dkdetr.evaluation.protocols import GROUP_KEYS
 from dkdetr.evaluation.results import Results
+from dkdetr.evaluation.scored_weights import USUAL_WORDS
 from dkdetr.evaluation.verdicts import Judged, Verdict, judge
 
 EXAMPLE_RULE = (
@@ -118,28 +120,43 @@ def loss_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]
 
 
 def score_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]:
-    """Returns a chart of AP, in percent, for each split that a run was scored on at several steps.
+    """Returns charts, in percent, for each split that a run was scored on at several steps.
 
-    Of the last weights, by the lines of kind `eval` in the runs' diaries.
+    One for each group of the split's protocol, else one of AP, else of AP50: of VOC there is no
+    other. Of the last weights, asked with the usual words (`scored_weights.USUAL_WORDS`), by the
+    lines of kind `eval` in the runs' diaries.
     """
     scored = [
         [
             r
             for r in history
-            if r.get("kind") == "eval" and not r["averaged"] and r.get("AP") is not None
+            if r.get("kind") == "eval"
+            and not r["averaged"]
+            and r.get("words", "own") in USUAL_WORDS
         ]
         for history in histories
     ]
     charts = []
     for split in dict.fromkeys(r["split"] for history in scored for r in history):
-        lines = [
-            Line(run, [(float(r["iteration"]), 100 * r["AP"]) for r in own if r["split"] == split])
-            for run, own in enumerate(scored, start=1)
-        ]
-        if any(len({step for step, _ in line.points}) > 1 for line in lines):
-            # One's own split is named by its paths, of which the last file says enough.
-            charts.append(line_chart(f"AP, {split.rpartition('/')[2]}", "step", lines))
+        of_split = [[r for r in own if r["split"] == split] for own in scored]
+        for key in _drawn_keys([r for own in of_split for r in own]):
+            told = [[r for r in own if r.get(key) is not None] for own in of_split]
+            lines = [
+                Line(run, [(float(r["iteration"]), 100 * r[key]) for r in own])
+                for run, own in enumerate(told, start=1)
+            ]
+            if any(len({step for step, _ in line.points}) > 1 for line in lines):
+                # One's own split is named by its paths, of which the last file says enough.
+                title = f"{key.replace('_', ' ')}, {split.rpartition('/')[2]}"
+                charts.append(line_chart(title, "step", lines))
     return charts
+
+
+def _drawn_keys(records: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+    """Returns which numbers of one split are drawn: those of groups tell a protocol."""
+    known = {key for record in records for key, value in record.items() if value is not None}
+    groups = [key for keys in GROUP_KEYS.values() for key in keys if key in known]
+    return groups or [key for key in ("AP", "AP50") if key in known][:1]
 
 
 def _examples(split: Split, truth: GroundTruth, judged: Judged) -> dict[str, list[dict[str, Any]]]:

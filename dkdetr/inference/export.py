@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dkdetr.atomic_file import write_text
-from dkdetr.config import ExperimentConfig
+from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.evaluation.scored_weights import WEIGHTS_KEY
+from dkdetr.evaluation.scored_weights import USUAL_WORDS, WEIGHTS_KEY
 from dkdetr.experiment_file import config_hash
 from dkdetr.student.detector import DKDETR
 from dkdetr.student_file import TRAINING_ONLY, StudentFile, save_student_file, weights_hash
@@ -26,12 +26,20 @@ _SHOWN_SCORES = (
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Scores on file that are not the card's: why, in words, and of which split, if it says so."""
+
+    line: str
+    split: str | None
+
+
+@dataclass(frozen=True)
 class Exported:
-    """The files that were written, and which scores on file are not the card's, in words."""
+    """The files that were written, and which scores on file are not the card's."""
 
     weights: Path
     card: Path
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
 
 
 def export_student(
@@ -54,8 +62,8 @@ def export_student(
         config: what it was trained with.
         vocabulary: travels along, so that no CLIP is needed to score.
         provenance: of the run; what it says of places and machines is left out.
-        scores: folders of evaluations; the numbers of those that were of these very weights go on
-            the card, of the others a line says why not.
+        scores: folders of evaluations; the numbers of those that were of these very weights, asked
+            as `dkdetr eval` does without options, go on the card; of others a line says why not.
     """
     tensors = {k: v for k, v in student.state_dict().items() if not k.startswith(TRAINING_ONLY)}
     told = {key: provenance[key] for key in _TOLD if provenance.get(key) not in (None, "")}
@@ -67,7 +75,8 @@ def export_student(
     save_student_file(path, StudentFile(tensors, config, vocabulary, told))
     card = path.with_suffix(".md")
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
-    found, left_out = _scores_of(scores, weights_hash(student))
+    own = _Own(weights_hash(student), vocabulary.hash, config.optim.precision)
+    found, left_out = _scores_of(scores, own)
     write_text(card, _card(path, config, vocabulary, told, num_parameters, found, left_out))
     return Exported(path, card, left_out)
 
@@ -78,8 +87,8 @@ def _card(
     vocabulary: Vocabulary,
     told: Mapping[str, Any],
     num_parameters: int,
-    scores: Mapping[str, Mapping[str, float]],
-    left_out: Sequence[str],
+    scores: Sequence[str],
+    left_out: Sequence[LeftOut],
 ) -> str:
     base = sum(vocabulary.is_base)
     lines = [
@@ -113,10 +122,7 @@ def _card(
         "## Scores",
         "",
     ]  # fmt: skip
-    for split, numbers in scores.items():
-        shown = ", ".join(f"{k} {100 * numbers[k]:.1f}" for k in _SHOWN_SCORES if k in numbers)
-        lines.append(f"* {split}: {shown}")
-    lines += [f"* {line}" for line in left_out]
+    lines += [f"* {line}" for line in (*scores, *(each.line for each in left_out))]
     if not scores and not left_out:
         lines.append("None were computed before this file was written.")
     lines += ["", "## Use", "", "```", f"dkdetr eval {path.name} --split SPLIT", "```", ""]
@@ -129,28 +135,55 @@ def _without_folders(split: str) -> str:
     return ":".join((kind, *(Path(place).name for place in places)))
 
 
-def _scores_of(
-    folders: Sequence[Path], weights: str
-) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
-    """Returns the numbers of every evaluation of these weights, as shares of 1, and the others.
+@dataclass(frozen=True)
+class _Own:
+    """What scores of the file itself are of."""
 
-    The others in words: weights that went on learning, or were scored before scores said whose.
+    weights: str
+    vocabulary_hash: str
+    precision: Precision
+
+
+def _scores_of(folders: Sequence[Path], own: _Own) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
+    """Returns a line with the numbers of every evaluation that is the file's own, and the others.
+
+    The others in words: weights that went on learning, other words or another precision, or of
+    before scores said so.
     """
-    found: dict[str, dict[str, float]] = {}
-    others: list[str] = []
+    found: list[str] = []
+    others: list[LeftOut] = []
     for folder in folders:
         path = folder / "metrics.json"
         if not path.is_file():
             continue
         table = json.loads(path.read_text(encoding="utf-8"))
-        if table.get(WEIGHTS_KEY) == weights:
-            found[folder.name] = {
-                k: value for k, value in table.items() if isinstance(value, float)
-            }
+        if (strange := _strange(table, own)) is not None:
+            line = f"{folder.name}: the scores on file are {strange}, and were left out"
+            others.append(LeftOut(line, table.get("split")))
             continue
+        numbers = {k: table[k] for k in _SHOWN_SCORES if isinstance(table.get(k), float)}
+        shown = ", ".join(f"{key} {100 * value:.1f}" for key, value in numbers.items())
+        asked = "" if table["words"] == "own" else " (asked for the split's own names)"
+        found.append(f"{folder.name}: {shown}{asked}")
+    return tuple(found), tuple(others)
+
+
+def _strange(table: Mapping[str, Any], own: _Own) -> str | None:
+    """Returns what makes scores another student's than the file's, in words; None: nothing."""
+    if WEIGHTS_KEY not in table:
+        return "of weights that they do not name"
+    if table[WEIGHTS_KEY] != own.weights:
         step = table.get("iteration")
-        whose = "of other weights" if step is None else f"of other weights, those of step {step}"
-        if WEIGHTS_KEY not in table:
-            whose = "of weights that they do not name"
-        others.append(f"{folder.name}: the scores on file are {whose}, and were left out")
-    return found, tuple(others)
+        return "of other weights" if step is None else f"of other weights, those of step {step}"
+    words, precision = table.get("words"), table.get("precision")
+    if words is None:
+        return "of words that they do not name"
+    if words == "clean":
+        return "of names put right (--clean-names)"
+    if words not in USUAL_WORDS or (
+        words == "own" and table["vocabulary_hash"] != own.vocabulary_hash
+    ):
+        return "of other words than the student's own"
+    if precision != own.precision:
+        return f"of precision {precision}, where the student's own is {own.precision}"
+    return None

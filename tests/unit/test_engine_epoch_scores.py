@@ -8,9 +8,12 @@ from typer.testing import CliRunner
 
 import cli
 from dkdetr.engine import epoch_scores
+from dkdetr.engine.burn_in import BURN_IN_FILE
+from dkdetr.engine.epoch_scores import EpochScores
 from dkdetr.engine.evaluate_run import EvalRequest, evaluate_run
-from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.metric_log import add_record, read_metrics
 from dkdetr.engine.run_folder import RunFolder
+from dkdetr.engine.subject import load_subject
 from dkdetr.engine.trackers import TensorBoard
 from dkdetr.engine.train import train
 from dkdetr.engine.train_request import Watch
@@ -74,8 +77,14 @@ def test_what_was_stopped_while_it_was_scored_is_scored_later(world, monkeypatch
             train(request)
     assert checkpoint_of(world, "stopped").progress.iteration == 6
     assert scores_in(request.run) == []
+    diary = RunFolder(request.run).metrics
+    own = {"vocabulary_hash": load_subject(request.run).vocabulary.hash, "precision": "fp32"}
+    for other in ({"vocabulary_hash": "of other words"}, {"precision": "bf16"}):
+        line = {"split": world.split, "averaged": False, **own, **other}
+        add_record(diary, "eval", 6, line)  # as `eval` with --vocab or --precision leaves it
     train(request)
-    assert [line["iteration"] for line in scores_in(request.run)] == [6, 12]
+    assert [line["iteration"] for line in scores_in(request.run)] == [6, 6, 6, 12]
+    assert own.items() <= scores_in(request.run)[2].items()
     assert difference(checkpoint_of(world, "plain"), checkpoint_of(world, "stopped")) == ""
     before = RunFolder(request.run).metrics.read_bytes()
     train(request)  # done, and scored
@@ -93,6 +102,20 @@ def test_a_picture_that_cannot_be_read_while_it_is_scored_loses_nothing(world, m
             train(request)
     assert train(replace(request, watch=Watch())).iterations == 12
     assert difference(checkpoint_of(world, "plain"), checkpoint_of(world, "damaged")) == ""
+
+
+def test_a_shared_burn_in_is_not_scored_again(world, monkeypatch) -> None:
+    burn_in = world.root / "runs" / "plain" / "checkpoints" / BURN_IN_FILE
+    request = world.request("from", CONFIG, watch=scoring(world), start_from=burn_in)
+    scored = []
+    monkeypatch.setattr(EpochScores, "_score", lambda *_: scored.append(1))  # no numbers: no line
+    train(replace(request, until_iteration=6))  # stopped before its first step
+    train(replace(request, until_iteration=9))
+    assert scored == []
+    train(request)
+    assert scored == [1]
+    train(request)  # its end was not told: made up for
+    assert scored == [1, 1]
 
 
 def test_the_rates_are_those_of_the_steps(world, monkeypatch) -> None:

@@ -8,8 +8,7 @@ from tiny_student import tiny_config, tiny_student
 
 from dkdetr.data.splits import load_split
 from dkdetr.engine import evaluate_run
-from dkdetr.engine.folder_lock import locked_folder
-from dkdetr.engine.metric_log import read_metrics
+from dkdetr.engine.metric_log import MetricLog, read_metrics
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.engine.train import train
@@ -78,7 +77,21 @@ def test_images_that_a_training_split_leaves_out_are_told(
     assert ("images without a base object are left out" in capsys.readouterr().err) is said
 
 
-def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path, capsys):
+def test_whose_words_were_asked_is_known(tmp_path):
+    split = load_split(write_world(tmp_path, coco_document(num_images=2)), tmp_path)
+    own = vocabulary_of(split)
+    reworded = replace(own, prompts=("a {}",))  # the same names
+    elsewhere = replace(own, names=tuple(f"a {name}" for name in own.names))  # of another split
+    words_of = evaluate_run.words_of
+    assert words_of(own, own, split, cleaned=False) == "own"
+    assert words_of(own, own, split, cleaned=True) == "own"  # nothing was to be put right
+    assert words_of(reworded, own, split, cleaned=False) == "other"
+    assert words_of(elsewhere, own, split, cleaned=True) == "clean"
+    assert words_of(own, elsewhere, split, cleaned=False) == "split"
+    assert words_of(reworded, elsewhere, split, cleaned=True) == "split"
+
+
+def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path):
     """A run is scored, trained on, scored again: what is said is said of each step's weights."""
     world = make_world(tmp_path)
     request = world.request("a", settings(optim={"epochs": 6}))
@@ -98,10 +111,19 @@ def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path, capsys):
     assert [(line["kind"], line["iteration"]) for line in lines] == [
         ("train", 4), ("eval", 4), ("train", 18), ("eval", 18)
     ]  # fmt: skip
+    own = {"words": "own", "vocabulary_hash": load_subject(run).vocabulary.hash}
+    asked = {**own, "precision": "fp32"}.items()
     for line, scored in ((lines[1], first), (lines[3], again)):
+        assert asked <= line.items()
+        assert asked <= scored.as_json().items()
         assert line["split"] == world.split
         assert line["AP50_all"] == scored.as_json()["AP50_all"]
-    with locked_folder(run, "busy"):
-        evaluate_run.evaluate_run(ask)  # beside a training, whose diary has one writer
-    assert read_metrics(RunFolder(run).metrics) == lines
-    assert "without a line" in capsys.readouterr().err
+    log = MetricLog(RunFolder(run).metrics, after_iteration=18)  # of a training that goes on
+    log.write("train", 20, {})
+    evaluate_run.evaluate_run(ask)
+    log.write("train", 40, {})
+    log.close()
+    told = read_metrics(RunFolder(run).metrics)[len(lines) :]
+    assert [(line["kind"], line["iteration"]) for line in told] == [
+        ("eval", 18), ("train", 20), ("train", 40)
+    ]  # fmt: skip

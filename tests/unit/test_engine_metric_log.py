@@ -3,9 +3,10 @@
 import math
 import re
 
+import pytest
 import torch
 
-from dkdetr.engine.metric_log import MetricLog, in_brief, read_metrics
+from dkdetr.engine.metric_log import MetricLog, add_record, in_brief, read_metrics
 from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.step import StepResult
 from dkdetr.evaluation.report_analysis import loss_charts, score_charts
@@ -62,10 +63,29 @@ def test_scores_at_several_steps_are_a_curve():
     line = {"kind": "eval", "split": "x_val", "averaged": False, "AP": 0.2}
     told = [line | {"iteration": 20}, line | {"iteration": 40, "AP": 0.3}]
     other = [line | {"iteration": 40, "split": "y_val"}, line | {"iteration": 60, "AP": None}]
-    (chart,) = score_charts([told, [*other, told[0] | {"averaged": True}]])
+    others = [told[0] | {"averaged": True}, told[0] | {"words": "clean"}]
+    (chart,) = score_charts([told, [*other, *others]])
     assert chart.title == "AP, x_val"
     assert [run for run, _ in chart.paths] == [1]
+    assert score_charts([[told[0], told[1] | {"words": "other"}]]) == []
+    assert len(score_charts([[told[0], told[1] | {"words": "split"}]])) == 1
     assert "AP, x_val" in curves_page({"run": told})
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ({"AP50": 0.2, "AP75": 0.1}, ["AP50"]),  # VOC
+        ({"AP": 0.2, "AP50": 0.3}, ["AP"]),  # COCO, Objects365
+        ({"AP": 0.2, "APr": 0.1, "APc": 0.2, "APf": None}, ["APr", "APc"]),  # LVIS
+        ({"AP": 0.2, "AP50_all": 0.3, "AP50_novel": 0.1}, ["AP50 novel", "AP50 all"]),
+        ({"AP": None}, []),
+    ],
+)
+def test_the_numbers_that_a_protocol_is_about_are_drawn(values, drawn):
+    line = {"kind": "eval", "split": "x_val", "averaged": False, **values}
+    charts = score_charts([[line | {"iteration": 20}, line | {"iteration": 40}]])
+    assert [chart.title for chart in charts] == [f"{name}, x_val" for name in drawn]
 
 
 def test_a_diary_of_before_is_read_and_goes_on_without_its_nans(tmp_path):
@@ -74,6 +94,31 @@ def test_a_diary_of_before_is_read_and_goes_on_without_its_nans(tmp_path):
     assert read_metrics(path) == [{"iteration": 20, "total": None, "grad_norm": None, "skd": 1.5}]
     MetricLog(path, after_iteration=20).close()
     assert not re.search("NaN|Infinity", path.read_text())
+
+
+def test_a_line_beside_a_training_loses_none_and_readers_order_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, after_iteration=0)
+    log.write("train", 40, {})
+    add_record(path, "eval", 20, {"AP": 0.5})
+    log.write("train", 60, {})
+    add_record(path, "eval", 40, {"AP": 0.6})
+    log.close()
+    assert _told(path) == [("eval", 20), ("train", 40), ("eval", 40), ("train", 60)]
+    MetricLog(path, after_iteration=40).close()  # resumed there: what lies behind comes again
+    assert _told(path) == [("eval", 20), ("train", 40), ("eval", 40)]
+
+
+def test_a_line_that_was_cut_short_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "iteration": 20}\n{"kind": "train", "iterat')
+    add_record(path, "eval", 20, {})
+    add_record(path, "eval", 10, {})
+    assert _told(path) == [("eval", 10), ("train", 20), ("eval", 20)]
+
+
+def _told(path):
+    return [(each["kind"], each["iteration"]) for each in read_metrics(path)]
 
 
 def _step(total, *, norm, skipped=False):

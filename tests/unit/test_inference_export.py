@@ -1,6 +1,8 @@
 """A shared student: the same outputs, no KD part, nothing of the machine, and a card."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def exported(tmp_path_factory):
     for ending, share in (("", 0.4567), ("-ema", 0.1234)):
         weights = weights_hash(load_subject(run, averaged=bool(ending)).student)
         numbers = {"AP": share, "APr": 0.2, "protocol": "x", "weights_xxh3_128": weights}
-        put_scores(run / "eval" / f"someset_val{ending}", numbers)
+        put_scores(run / "eval" / f"someset_val{ending}", numbers | asked(load_subject(run)))
     (run / "eval" / "other_val-ema").mkdir()  # of an agreement alone
     subject = load_subject(run, averaged=True)
     written = export_student(
@@ -40,6 +42,11 @@ def exported(tmp_path_factory):
         scores=RunFolder(run).evaluations(averaged=True),
     )
     return world, subject, written
+
+
+def asked(subject, **other) -> dict:
+    own = {"words": "own", "vocabulary_hash": subject.vocabulary.hash, "precision": "fp32"}
+    return own | other
 
 
 def put_scores(folder: Path, numbers: dict) -> None:
@@ -123,6 +130,28 @@ def test_the_command_puts_each_weights_own_scores_on_the_card(exported) -> None:
         assert ("running average" in again.with_suffix(".md").read_text()) == bool(words)
 
 
+@pytest.mark.parametrize("ema", [(), ("--ema",)])
+def test_what_was_left_out_comes_back_by_the_command_that_is_told(exported, tmp_path, ema):
+    world, _, _ = exported
+    run = world.root / "runs" / "shared"
+    folder = run / "eval" / ("own-ema" if ema else "own")
+    split = "lvis:/my pictures:/my pictures/val.json"
+    put_scores(folder, {"AP": 0.99, "split": split})
+    out = tmp_path / "s.safetensors"
+    try:
+        done = CliRunner().invoke(
+            cli.app, ["export", str(run), "--out", str(out), "--json", str(tmp_path / "j"), *ema]
+        )
+    finally:
+        shutil.rmtree(folder)
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    told = shlex.split(note.partition("; next: ")[2])
+    assert told == ["dkdetr", "eval", str(run), *ema, "--split", split]
+    (line,) = json.loads((tmp_path / "j").read_text())["left_out"]
+    assert line in note
+    assert "my pictures" not in out.with_suffix(".md").read_text()
+
+
 def test_a_file_is_not_exported_onto_itself(exported, monkeypatch) -> None:
     _, _, written = exported
     before = written.weights.read_bytes()
@@ -157,4 +186,34 @@ def test_scores_of_other_weights_are_not_on_the_card(exported, tmp_path, of_weig
     card = written.card.read_text()
     assert "99.0" not in card
     assert f"* someset_val: the scores on file are {said}" in card
-    assert [said in line for line in written.left_out] == [True]
+    assert [said in each.line for each in written.left_out] == [True]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, "AP 99.0\n"),
+        ({"words": "split", "vocabulary_hash": "0"}, "AP 99.0 (asked for the split's own names)"),
+        ({"words": "other", "vocabulary_hash": "0"}, "of other words than the student's own,"),
+        ({"vocabulary_hash": "0"}, "of other words than the student's own,"),  # of another file
+        ({"words": "clean"}, "of names put right (--clean-names), and"),
+        ({"precision": "fp16"}, "of precision fp16, where the student's own is fp32, and"),
+        ({"words": None}, "of words that they do not name,"),
+    ],
+)
+def test_scores_of_other_words_or_precision_are_not_on_the_card(exported, tmp_path, other, said):
+    _, subject, _ = exported
+    weights = {"weights_xxh3_128": weights_hash(subject.student)}
+    put_scores(tmp_path / "x_val", {"AP": 0.99, **weights, **asked(subject, **other)})
+    written = export_student(
+        tmp_path / "s.safetensors",
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        subject.provenance,
+        scores=[tmp_path / "x_val"],
+    )
+    card = written.card.read_text()
+    assert said in card
+    assert ("99.0" in card) is ("99.0" in said)
+    assert len(written.left_out) == ("99.0" not in said)

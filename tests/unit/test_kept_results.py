@@ -285,10 +285,8 @@ def test_the_surer_teachers_table_is_of_its_records():
             assert figures(cells[place]) == pytest.approx(values, abs=0.0501)
         if row != "baseline":
             for place, group in ((4, "APr"), (5, "AP")):
-                gains = zip(
-                    scores(folder, row, group), scores(folder, "baseline", group), strict=False
-                )
-                wanted = [mine - its for mine, its in gains][:many]
+                own, plain = (scores(folder, each, group)[:many] for each in (row, "baseline"))
+                wanted = apart(own, plain)
                 assert figures(cells[place]) == pytest.approx(wanted, abs=0.0501)
     ratios = [
         [both / plain for both, plain in zip(scores(folder, "both", "APr"),

@@ -262,10 +262,17 @@ def refuse_impossible(config: ExperimentConfig, *, world_size: int) -> None:
     """Raises UsageError if batches do not divide by the ranks and their parts."""
     batch_size, parts = config.data.batch_size, config.compute.micro_batches
     if batch_size % (world_size * parts):
-        each = f" of {parts} micro-batches" if parts > 1 else ""
+        by: list[str] = []
+        ways: list[str] = []
+        if world_size > 1:
+            by.append(f"{world_size} ranks")
+            ways.append("start fewer ranks, or a number that divides them")
+        if parts > 1:
+            by.append(f"{parts} micro-batches")
+            ways.insert(0, "lower compute.micro_batches")
         raise UsageError(
-            f"fit's batches of {batch_size} images do not divide by {world_size} ranks{each}: "
-            "start fewer, or a number that divides them"
+            f"fit's batches of {batch_size} images do not divide by {' of '.join(by)}: "
+            f"{', or '.join(ways)}"
         )
 
 

@@ -139,6 +139,11 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
             )
             readable = without_images(split, unreadable)
             state = StateFile(request.out / _STATE_FILE, key)
+            if why := state.why_not():
+                say(
+                    f"proposals: the unfinished training in {state.path} {why}: this one starts at "
+                    "step 0 and will overwrite it"
+                )
             with stop_on_sigterm() as stop:
                 training = NetworkTraining(plan.config, readable, state, ranks, stop)
                 if training.recomputes and not plan.config.compute.activation_checkpointing:

@@ -57,6 +57,17 @@ class StateFile:
     path: Path
     key: str
 
+    def why_not(self) -> str | None:
+        """Returns why the state that lies there is not gone on from; None if it is, or none is."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                key = (file.metadata() or {}).get("key")
+        except SafetensorError:
+            return "cannot be read"
+        return None if key == self.key else "is of other settings or inputs"
+
 
 class NetworkTraining:
     """A proposal network in training.
@@ -317,16 +328,11 @@ def _write_state(
 
 def _restore(state: StateFile, trunk: nn.Module, optimizer: torch.optim.AdamW) -> int:
     """Returns the step to start with; 0 if there is no state of this very training."""
-    if not state.path.is_file():
+    if not state.path.is_file() or state.why_not():
         return 0
-    try:
-        with safe_open(state.path, framework="pt") as file:
-            described = file.metadata() or {}
-            if described.get("key") != state.key:
-                return 0
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        return 0
+    with safe_open(state.path, framework="pt") as file:
+        described = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     trunk.load_state_dict(
         {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("trunk.")}
     )

@@ -21,7 +21,10 @@ from pipeline.fit_memory import encoder_bytes, wants_recomputing
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SIDE = 1024
-PAGE = Path(__file__).parents[2] / "pipeline" / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGE, FIRST_PAGE = ROOT / "pipeline" / "README.md", ROOT / "README.md"
+MOST = 0.7
+"""Share of a GPU that counted figures may fill: true peaks are higher."""
 
 
 @cache
@@ -78,6 +81,31 @@ def test_the_page_says_what_was_counted() -> None:
     assert told is not None
     figures = [*counted, counted[2] - still]
     assert told.groups() == tuple(f"{each / 1e9:.1f}" for each in figures)
+
+
+def gb_of_layers_computed_twice(norm: str) -> float:
+    """Returns what 16 images take at the most: while a layer is there again in backward."""
+    whole, kept = (kept_bytes(recomputed=each, kernel=True, norm=norm) for each in (False, True))
+    return 16 * (kept + (whole - kept) / 6) / 1e9
+
+
+def test_the_first_page_s_micro_batches_fit_and_are_needed() -> None:
+    first = " ".join(FIRST_PAGE.read_text("utf-8").split())
+    told = re.search(
+        r"on one GPU of (\d+) or (\d+) GB `cache-teacher` wants "
+        r"`--set compute.micro_batches=(\d+)`, too "
+        r"\(counted: (\d+) GB; all at once, with layers computed twice, (\d+)\)",
+        first,
+    )
+    assert told is not None
+    little, more, parts, in_parts, at_once = map(int, told.groups())
+    counted = 16 / parts * kept_bytes(recomputed=False, kernel=True) / 1e9
+    assert (in_parts, at_once) == (round(counted), round(gb_of_layers_computed_twice("batch")))
+    assert counted <= MOST * little
+    assert gb_of_layers_computed_twice("batch") > MOST * more
+    # `own_r50`, whose batch norm stands still.
+    (own,) = re.findall(r"on a GPU of (\d+) GB or less `cache-teacher` wants", first)
+    assert MOST * int(own) < gb_of_layers_computed_twice("frozen") < MOST * more
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from pipeline.decoding import (
     decode_on_device,
 )
 from pipeline.fit import fit_plan
-from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
+from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
 from pipeline.price import CachePrice, StagePrice, plan_cache, price_of, require_room
 from pipeline.proposal_network import NetworkProposals
@@ -131,7 +131,6 @@ def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> floa
     wait for each other is left out.
     """
     config, ranks = fit_plan(request, split).config, num_ranks()
-    refuse_impossible(config, world_size=ranks)
     parts = config.compute.micro_batches
     one_part = replace(config.data, batch_size=config.data.batch_size // (ranks * parts), workers=0)
     here = replace(config, data=one_part, compute=replace(config.compute, micro_batches=1))

@@ -26,10 +26,10 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.start import experiment_of_split
-from dkdetr.errors import MismatchError, UsageError
+from dkdetr.errors import MismatchError
 from dkdetr.experiment_file import HASHED_AS, load_experiment
 from pipeline.fit_ranks import PATIENCE_S, FirstRankError, share_from_first
-from pipeline.fit_training import NetworkTraining, StateFile
+from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
 from pipeline.proposal_network import load_network, save_network
 from pipeline.proposal_sources import NETWORK_FILE
 from pipeline.request import CacheRequest
@@ -56,10 +56,8 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
 
     A sixth of the experiment's epochs (at least 2) without distillation, in batches of at most 16
     with the learning rate scaled to them, times 2.5: without a decoder and over so few steps the
-    network bears it and needs it (README.md). Micro-batches are those of `--set` alone.
-
-    Raises:
-        UsageError: these batches do not divide into the parts that `--set` asks for.
+    network bears it and needs it (README.md). Micro-batches are those of `--set` alone; whether
+    they divide the batches is asked where it trains (`fit_training.refuse_impossible`).
     """
     experiment = request.experiment or experiment_of_split(split.name)
     resolved = load_experiment(experiment, request.overrides)
@@ -73,11 +71,6 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
     # Those of an experiment file are parts of `train`'s larger batches.
     typed = resolved.origins.get("compute.micro_batches") == "--set"
     parts = config.compute.micro_batches if typed else 1
-    if batch_size % parts:
-        raise UsageError(
-            f"--set compute.micro_batches={parts}: fit's batches of {batch_size} images do not "
-            "divide into so many parts"
-        )
     config = replace(
         config,
         student=replace(config.student, mask_head=False),
@@ -100,6 +93,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
         MismatchError: the cache was made with a network of other inputs.
         NonFiniteLossError: the training diverged.
         PreemptedError: SIGTERM came; what was trained is kept.
+        UsageError: its batches do not divide by the ranks and their parts.
         FirstRankError: on every other rank, where the first one failed before the training.
     """
     path = request.out / NETWORK_FILE
@@ -123,6 +117,8 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
                 request.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(Lease(request.out))
                 reused = _reuse(request, path, key, say)
+                if not reused:
+                    refuse_impossible(plan.config, world_size=ranks.world_size)
                 # A truncated picture is set aside later, by name; it must not stop the training.
                 unreadable = {} if reused else check_images(split, decode=True).unreadable
                 # But what the shards would be refused for is told before hours of training.
@@ -143,6 +139,11 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
             )
             readable = without_images(split, unreadable)
             state = StateFile(request.out / _STATE_FILE, key)
+            if why := state.why_not():
+                say(
+                    f"proposals: the unfinished training in {state.path} {why}: this one starts at "
+                    "step 0 and will overwrite it"
+                )
             with stop_on_sigterm() as stop:
                 training = NetworkTraining(plan.config, readable, state, ranks, stop)
                 if training.recomputes and not plan.config.compute.activation_checkpointing:

@@ -57,6 +57,17 @@ class StateFile:
     path: Path
     key: str
 
+    def why_not(self) -> str | None:
+        """Returns why the state that lies there is not gone on from; None if it is, or none is."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                key = (file.metadata() or {}).get("key")
+        except SafetensorError:
+            return "cannot be read"
+        return None if key == self.key else "is of other settings or inputs"
+
 
 class NetworkTraining:
     """A proposal network in training.
@@ -262,10 +273,17 @@ def refuse_impossible(config: ExperimentConfig, *, world_size: int) -> None:
     """Raises UsageError if batches do not divide by the ranks and their parts."""
     batch_size, parts = config.data.batch_size, config.compute.micro_batches
     if batch_size % (world_size * parts):
-        each = f" of {parts} micro-batches" if parts > 1 else ""
+        by: list[str] = []
+        ways: list[str] = []
+        if world_size > 1:
+            by.append(f"{world_size} ranks")
+            ways.append("start fewer ranks, or a number that divides them")
+        if parts > 1:
+            by.append(f"{parts} micro-batches")
+            ways.insert(0, "lower compute.micro_batches")
         raise UsageError(
-            f"fit's batches of {batch_size} images do not divide by {world_size} ranks{each}: "
-            "start fewer, or a number that divides them"
+            f"fit's batches of {batch_size} images do not divide by {' of '.join(by)}: "
+            f"{', or '.join(ways)}"
         )
 
 
@@ -310,16 +328,11 @@ def _write_state(
 
 def _restore(state: StateFile, trunk: nn.Module, optimizer: torch.optim.AdamW) -> int:
     """Returns the step to start with; 0 if there is no state of this very training."""
-    if not state.path.is_file():
+    if not state.path.is_file() or state.why_not():
         return 0
-    try:
-        with safe_open(state.path, framework="pt") as file:
-            described = file.metadata() or {}
-            if described.get("key") != state.key:
-                return 0
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        return 0
+    with safe_open(state.path, framework="pt") as file:
+        described = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     trunk.load_state_dict(
         {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("trunk.")}
     )

@@ -6,11 +6,13 @@ from cache.beginning import refuse_foreign_folder, stale_cache
 from cache.layout import CACHE_FILE, Head
 from cache.spec import diff_parts
 from dkdetr.data.splits import Split
+from dkdetr.engine.distributed import num_ranks
 from dkdetr.errors import DataError, UsageError
 from pipeline.decoding import choose_decoder, decoder_name
 from pipeline.file_proposals import FileProposals
 from pipeline.fingerprint import settled_parts
 from pipeline.fit import fit_plan
+from pipeline.fit_training import refuse_impossible
 from pipeline.leaks import LeakCheck, check_leaks
 from pipeline.price import plan_cache
 from pipeline.proposal_sources import ProposalSpec, parse_proposals
@@ -51,7 +53,7 @@ def _refuse_words_of_fit(request: CacheRequest) -> None:
 
 
 def check_trainable(request: CacheRequest, split: Split, spec: ProposalSpec) -> None:
-    """Raises UsageError if `fit` is to train and cannot on this split."""
+    """Raises UsageError if `fit` is to train and cannot on this split, or on so many ranks."""
     if not spec.trains:
         return
     if not split.is_train:
@@ -59,7 +61,10 @@ def check_trainable(request: CacheRequest, split: Split, spec: ProposalSpec) -> 
             f"--proposals fit learns from base boxes, and {split.name} is no training split: "
             "make its train split's cache first, then use --proposals fit:CACHE"
         )
-    fit_plan(request, split)
+    plan = fit_plan(request, split)
+    # A network that is there may be reused; `fit_proposals` knows, and asks again if it is not.
+    if spec.trains_in(request.out):
+        refuse_impossible(plan.config, world_size=num_ranks())
 
 
 def check_settings(

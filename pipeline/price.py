@@ -15,7 +15,7 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import num_ranks
 from dkdetr.progress import format_duration
 from pipeline.fit import FitPlan, fit_plan
-from pipeline.proposal_sources import NETWORK_FILE, ProposalSpec
+from pipeline.proposal_sources import ProposalSpec
 from pipeline.request import CacheRequest, gigabytes
 
 
@@ -120,7 +120,7 @@ def price_of(request: CacheRequest, split: Split, spec: ProposalSpec, embed_dim:
     an_image = plan.max_regions * a_region + plan.embed_dim * 2 + 64
     a_truth = plan.embed_dim * 2 + 4 * 4 + 8  # without padding: as many as there are
     parent = next(folder for folder in (request.out, *request.out.parents) if folder.exists())
-    trains = spec.trains and not (request.out / NETWORK_FILE).is_file()
+    trains = spec.trains_in(request.out)
     fitted: FitPlan | None = fit_plan(request, split) if trains else None
     templates = request.prompt_templates()
     return CachePrice(

@@ -37,6 +37,10 @@ class ProposalSpec:
         """True if the network has to be made first."""
         return self.kind == "fit" and not self.path
 
+    def trains_in(self, out: Path) -> bool:
+        """Returns True if it has to be made and a cache's folder has none yet, fitting or not."""
+        return self.trains and not (out / NETWORK_FILE).is_file()
+
     def require(self) -> None:
         """Raises DataError if what is named is not there; looks, and reads nothing."""
         path = Path(self.path)

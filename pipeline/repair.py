@@ -9,11 +9,14 @@ from typing import Any
 from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, Head, load_plan, load_provenance
 from cache.spec import CacheError, CorruptCacheError
+from dkdetr.data.splits import load_split
 from dkdetr.progress import progress_of
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor
 from pipeline.import_cache import ImportRequest, import_cache, recorded_import
 from pipeline.neighbor_stage import ensure_neighbors, recorded_settings
+from pipeline.pre_checks import check_trainable
+from pipeline.proposal_sources import parse_proposals
 from pipeline.request import CacheRequest, recorded_request
 
 
@@ -84,6 +87,7 @@ def repair_cache(
             # What was set aside is under the root that is compared: no limit beside it.
             executor = Executor(workers=workers)
             request = replace(request, device=device, executor=executor, max_bad=1.0)
+            _require_network(request)
         uncommit(damage)
         root = _make_again(request, say)
         finish_repair(damage, root)
@@ -92,6 +96,13 @@ def repair_cache(
     return RepairSummary(
         path, tuple(damage.lines()), root or "", same_bytes=damage.old_root is not None
     )
+
+
+def _require_network(request: CacheRequest) -> None:
+    """Raises, while everything still stands, if a lost network of `fit` cannot be trained again."""
+    spec = parse_proposals(request.proposals)
+    if spec.trains_in(request.out):
+        check_trainable(request, load_split(request.split, request.data_root), spec)
 
 
 def _make_again(request: CacheRequest | ImportRequest, say: Callable[[str], None]) -> str:

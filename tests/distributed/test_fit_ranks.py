@@ -65,5 +65,5 @@ def test_batches_must_divide_by_the_ranks(folder: Path) -> None:
     split = load_split(f"ovcoco:{folder}/train2017:{folder}/train2017.json", folder)
     config = load_experiment("trial", ["data.batch_size=3"]).config
     ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"))
-    with pytest.raises(UsageError, match="do not divide by 2 ranks"):
+    with pytest.raises(UsageError, match="do not divide by 2 ranks: start"):
         NetworkTraining(config, split, StateFile(folder / "x", ""), ranks, StopFlag())

@@ -118,7 +118,7 @@ def test_fit_is_timed_by_the_part_and_priced_for_the_ranks(
         assert fit.seconds == pytest.approx(2 * (NUM_IMAGES // 8) * 8 / ranks)
     assert at_once == [4, 1]
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match="3 ranks of 2 micro-batches"):
+    with pytest.raises(UsageError, match="3 ranks of 2 micro-batches: lower"):
         price_cache(asked)
 
 

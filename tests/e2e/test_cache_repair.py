@@ -184,6 +184,25 @@ def test_changed_pictures_are_no_repair(cache, request_, tmp_path):
     assert repair_cache(cache).same_bytes  # its goal is remembered
 
 
+def test_a_lost_network_that_cannot_be_trained_is_told_before_anything_is_taken_out(
+    cache, monkeypatch
+):
+    provenance = load_provenance(cache)
+    recorded = {"proposals": "fit", "experiment": "trial", "overrides": ["compute.micro_batches=3"]}
+    write_provenance(cache, provenance | {"request": provenance["request"] | recorded})
+    _flip(cache / "data.zarr/objectness/c/1/0")
+    before = committed_bytes(cache)
+    monkeypatch.setattr("pipeline.build.load_teacher", None)
+    with pytest.raises(UsageError, match=r"do not divide by 3 micro-batches"):
+        repair_cache(cache)
+    assert committed_bytes(cache) == before
+    # A network that is there is reused, in however many parts it was trained.
+    (cache / "proposals").mkdir(exist_ok=True)
+    (cache / "proposals/network.safetensors").touch()
+    with pytest.raises(TypeError, match="not callable"):  # it came as far as the teacher
+        repair_cache(cache)
+
+
 def test_a_cache_that_does_not_know_its_making_says_what_to_do(tmp_path):
     with pytest.raises(UsageError, match="cache-teacher command again"):
         recorded_request(None, tmp_path)

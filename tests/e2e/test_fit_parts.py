@@ -15,7 +15,7 @@ from dkdetr.errors import UsageError
 from dkdetr.student.encoder import EncoderLayer
 from pipeline import fit_training
 from pipeline.fit import fit_plan, fit_proposals
-from pipeline.fit_training import NetworkTraining, StateFile
+from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
 from pipeline.proposal_network import load_network
 from pipeline.request import CacheRequest
 from pipeline.source_images import check_images
@@ -103,11 +103,13 @@ def test_parts_come_of_set_alone_and_must_divide(request_: CacheRequest, tmp_pat
 
     def parts(*more: str) -> int:
         request = replace(with_more(request_, *more), experiment=str(file))
-        return fit_plan(request, split).config.compute.micro_batches
+        config = fit_plan(request, split).config
+        refuse_impossible(config, world_size=1)
+        return config.compute.micro_batches
 
     assert parts() == 1  # three parts of `train`'s batches
     assert parts("compute.micro_batches=2") == 2
-    with pytest.raises(UsageError, match="fit's batches of 4 images do not divide"):
+    with pytest.raises(UsageError, match="4 images do not divide by 3 micro-batches: lower"):
         parts("compute.micro_batches=3")
 
 

@@ -74,6 +74,41 @@ def test_a_training_stopped_at_any_step_ends_in_the_same_bits(
     assert not (stopped.out / "proposals/fit_state.safetensors").exists()
 
 
+def test_an_unfinished_training_of_other_settings_is_not_thrown_away_in_silence(
+    request_: CacheRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _terminate_at(1, monkeypatch)
+    with pytest.raises(PreemptedError):
+        _fit(request_)
+    file = tmp_path / "own.toml"
+    file.write_text('extends = "pictograms_tiny"\n[optim]\nema_decay = 0.9\n')
+    monkeypatch.setattr(NetworkTraining, "run", _begun)
+    state = request_.out / "proposals/fit_state.safetensors"
+    split = load_split(request_.split, request_.data_root)
+    images = check_images(split, decode=False)
+
+    def begin(request: CacheRequest, step: int) -> list[str]:
+        said: list[str] = []
+        with pytest.raises(_BegunError, match=f"^{step}$"):
+            fit_proposals(request, split, images, said.append)
+        return [line for line in said if str(state) in line]
+
+    assert begin(request_, 1) == []
+    (line,) = begin(replace(request_, experiment=str(file)), 0)
+    assert "is of other settings or inputs: this one starts at step 0" in line
+    state.write_bytes(state.read_bytes()[:1000])
+    (line,) = begin(request_, 0)
+    assert "cannot be read" in line
+
+
+class _BegunError(Exception):
+    """A training would begin, at this step."""
+
+
+def _begun(training: NetworkTraining) -> None:
+    raise _BegunError(training._iteration)
+
+
 def _terminate_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sends this process a SIGTERM in the middle of a step of the training."""
     calls = iter(range(1, 100))

@@ -102,6 +102,23 @@ def test_fit_wants_a_split_to_train_on(
 
 
 @both
+def test_batches_that_do_not_divide_are_told_before_the_teacher_is_loaded(
+    request_: CacheRequest, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("build", "calibrate"):
+        monkeypatch.setattr(f"pipeline.{module}.load_teacher", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = _fit(request_)  # batches of 4
+    asked = replace(asked, overrides=(*asked.overrides, "compute.micro_batches=4"))
+    with pytest.raises(UsageError, match="by 2 ranks of 4 micro-batches: lower"):
+        command(asked)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="by 3 ranks: start fewer"):
+        command(_fit(request_))
+    assert not request_.out.exists()
+
+
+@both
 def test_proposals_of_another_split_or_of_novel_names_are_refused(
     request_: CacheRequest, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

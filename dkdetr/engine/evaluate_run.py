@@ -249,7 +249,7 @@ def words_of(asked: Vocabulary, own: Vocabulary, split: Split, *, cleaned: bool)
     """
     if asked.hash == own.hash:
         return "own"
-    if has_names_of(asked, split) and not has_names_of(own, split):
+    if has_names_of(asked, split) and not has_names_of(own, split) and asked.prompts == own.prompts:
         return "split"
     return "clean" if cleaned else "other"
 

@@ -58,14 +58,14 @@ class RecentFigures:
             "step_s": round(seconds / self._steps, 4),
             "data_wait": round(self._wait / seconds, 4),
             "skipped_steps": self._skipped,
-            "memory_gib": round(self._memory_gib(), 3),
+            "memory_gib": round(self.keep_peak(), 3),
             "eta_s": round(seconds / self._steps * iterations_left, 1),
         }
         self._clear()
         self.last = means
         return dict(means)
 
-    def _memory_gib(self) -> float:
+    def keep_peak(self) -> float:
         """Returns the most memory used so far: of the GPU by steps, or of this process on a CPU."""
         if self._device.type == "cuda":
             now = torch.cuda.max_memory_allocated(self._device) / 2**30

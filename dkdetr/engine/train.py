@@ -292,7 +292,8 @@ class _Run:
         )  # fmt: skip
 
     def _score(self, diary: RunDiary) -> None:
-        if self.scores is not None:
+        if self.scores is not None and self.state.progress.batch == 0:
+            self.recent.keep_peak()
             self.recent.leave_out(self.scores.score_if_due(self.state, diary, self.stop))
 
     def _draw(self, group: Sequence[LoadedBatch]) -> None:

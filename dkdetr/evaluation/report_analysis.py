@@ -123,8 +123,8 @@ def score_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart
     """Returns charts, in percent, for each split that a run was scored on at several steps.
 
     One for each group of the split's protocol, else one of AP, else of AP50: of VOC there is no
-    other. Of the last weights, asked with the usual words (`scored_weights.USUAL_WORDS`), by the
-    lines of kind `eval` in the runs' diaries.
+    other. Of the last weights, asked with the usual words (`scored_weights.USUAL_WORDS`) in the
+    precision of a run's last scoring, by the lines of kind `eval` in the runs' diaries.
     """
     scored = [
         [
@@ -138,7 +138,7 @@ def score_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart
     ]
     charts = []
     for split in dict.fromkeys(r["split"] for history in scored for r in history):
-        of_split = [[r for r in own if r["split"] == split] for own in scored]
+        of_split = [_comparable([r for r in own if r["split"] == split]) for own in scored]
         for key in _drawn_keys([r for own in of_split for r in own]):
             told = [[r for r in own if r.get(key) is not None] for own in of_split]
             lines = [
@@ -150,6 +150,13 @@ def score_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart
                 title = f"{key.replace('_', ' ')}, {split.rpartition('/')[2]}"
                 charts.append(line_chart(title, "step", lines))
     return charts
+
+
+def _comparable(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the last record of each step, of those in the precision of the last one."""
+    wanted = records[-1].get("precision") if records else None
+    alike = [r for r in records if r.get("precision") == wanted]
+    return list({r["iteration"]: r for r in alike}.values())
 
 
 def _drawn_keys(records: Sequence[Mapping[str, Any]]) -> Sequence[str]:

@@ -88,7 +88,7 @@ def test_whose_words_were_asked_is_known(tmp_path):
     assert words_of(reworded, own, split, cleaned=False) == "other"
     assert words_of(elsewhere, own, split, cleaned=True) == "clean"
     assert words_of(own, elsewhere, split, cleaned=False) == "split"
-    assert words_of(reworded, elsewhere, split, cleaned=True) == "split"
+    assert words_of(reworded, elsewhere, split, cleaned=False) == "other"
 
 
 def test_scores_name_their_weights_and_stand_in_the_diary(tmp_path):

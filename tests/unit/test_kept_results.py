@@ -270,9 +270,29 @@ def test_figures_of_tuning_and_of_the_losses_alone_are_of_the_records():
     ) in words_of("STUDIES.md")
 
 
+def test_both_raise_novel_ap_most_in_eight_of_nine_seeds():
+    ahead = [
+        both
+        for folder in ("small", LONG, EARLY)
+        for both in zip(*(less(folder, "both", row, "APr") for row in ("skd", "rkd")), strict=True)
+    ]
+    assert len(ahead) == 9
+    assert sum(min(each) > 0.05 for each in ahead) == 8
+    assert "in eight of nine seeds over three schedules" in words_of("README.md")
+
+
+def test_the_diarys_rows_with_learned_content_are_of_their_records():
+    page = (EXPERIMENTS / "DIARY.md").read_text()
+    section = page[page.index("content of a detection query") :]
+    shown = {row[0]: row[1] for row in rows_of(section)[2:5]}
+    for label, row in (("SKD", "skd"), ("RKD", "rkd"), ("SKD + RKD", "both")):
+        values = [scores(EARLY, row, group)[0] for group in GROUPS]
+        assert figures(shown[label]) == pytest.approx(values, abs=0.0501)
+
+
 def test_the_surer_teachers_table_is_of_its_records():
     page = (EXPERIMENTS / "STUDIES.md").read_text()
-    section = page[page.index("**A surer teacher**") : page.index("**The surer the teacher")]
+    section = page[page.index("**A surer teacher**") : page.index("**The surer teacher's")]
     folders = {"shipped": EARLY, "surer": "small_sure_teacher"}
     rows = {"baseline": "baseline", "SKD": "skd", "RKD": "rkd", "SKD + RKD": "both"}
     lines = rows_of(section)[2:]
@@ -293,6 +313,12 @@ def test_the_surer_teachers_table_is_of_its_records():
                                              scores(folder, "baseline", "APr"), strict=False)][:2]
         for folder in folders.values()
     ]  # fmt: skip
+    novel, all_names = (
+        [apart(scores("small_sure_teacher", "both", group), scores(EARLY, "both", group)[:2])
+         for group in ("APr", "AP")]
+    )  # fmt: skip
+    assert min(novel) < 0 < max(novel)  # "no higher on novel names"
+    assert min(all_names) > 0
     (few, more), (sure, surer) = ratios
     said = f"{sure:.2f} and {surer:.2f} times the baseline's, with the shipped teacher {few:.2f} "
     assert f"{said}and {more:.2f} times" in words_of("STUDIES.md")

@@ -150,7 +150,7 @@ def test_sigterm_leaves_no_half_file(place: Path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGTERM) == before
     assert [each.name for each in (place / "found").iterdir()] == ["a.jpg"]
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error [75]: stopped by SIGTERM: predictions.json and predictions.csv")
+    assert error.startswith("error [75]: stopped by SIGTERM before predictions.json and ")
     assert len(error.splitlines()) == 1
 
 

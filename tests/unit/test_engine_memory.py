@@ -82,7 +82,7 @@ def bytes_an_image(
             stack.enter_context(each)
         student = build_student(config, text_dim=TEXT_DIM).train()
         if recomputed:
-            recompute_layers(student)
+            recompute_layers((*student.trunk.encoder.layers, *student.decoder.layers))
             del student.trunk.encoder.layers[-1].forward
         standing = stack.enter_context(Standing())
         size = torch.full((IMAGES, 2), side)

@@ -1,13 +1,20 @@
-"""CUDA's autocast on a CPU: norms and softmax are float32, which a CPU's leaves in half."""
+"""CUDA's autocast on a CPU: norms and softmax are float32, which a CPU's leaves in half.
+
+And a GPU of fake tensors, on which memory is counted and nothing is computed.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from dkdetr.student import deformable_attention
 
 _IN_FLOAT32 = {functional.layer_norm, functional.group_norm, functional.softmax, Tensor.softmax}
 
@@ -43,3 +50,14 @@ def on_fake_cuda(dtype: torch.dtype) -> Iterator[None]:
             torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
+
+
+@contextlib.contextmanager
+def fake_gpu(*, kernel: bool) -> Iterator[None]:
+    """New tensors are fake ones of a GPU; attention takes the Triton kernel, or plain PyTorch."""
+    with (
+        FakeTensorMode(),
+        torch.device("cuda"),  # whose dropout keeps a byte where a CPU's keeps four
+        mock.patch.object(deformable_attention, "picks_triton", return_value=kernel),
+    ):
+        yield

@@ -6,11 +6,10 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from cuda_autocast import on_fake_cuda
+from cuda_autocast import fake_gpu, on_fake_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +20,6 @@ from dkdetr.engine.student_setup import recompute_layers
 from dkdetr.experiment_file import load_experiment
 from dkdetr.losses.detection import focal_terms
 from dkdetr.structures import ImageBatch, TeacherRegions
-from dkdetr.student import deformable_attention
 from dkdetr.student.build import build_student
 
 ROOT = Path(__file__).parents[2]
@@ -73,13 +71,7 @@ def bytes_an_image(
     config = load_experiment(name, ["student.backbone.weights=random"]).config
     side, kept = config.data.image_size, config.kd.regions_per_image
     assert (side, kept, config.student.num_queries) == (1024, 20, 300)
-    with ExitStack() as stack:
-        for each in (
-            FakeTensorMode(),
-            torch.device("cuda"),  # whose dropout keeps a byte where a CPU's keeps four
-            mock.patch.object(deformable_attention, "picks_triton", return_value=kernel),
-        ):
-            stack.enter_context(each)
+    with fake_gpu(kernel=kernel), ExitStack() as stack:
         student = build_student(config, text_dim=TEXT_DIM).train()
         if recomputed:
             recompute_layers((*student.trunk.encoder.layers, *student.decoder.layers))

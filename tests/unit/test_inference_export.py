@@ -152,6 +152,18 @@ def test_what_was_left_out_comes_back_by_the_command_that_is_told(exported, tmp_
     assert "my pictures" not in out.with_suffix(".md").read_text()
 
 
+def exported_with(subject, scores: Path):
+    """Exports a student beside the folder of its scores."""
+    return export_student(
+        scores.parent / "s.safetensors",
+        subject.student,
+        subject.config,
+        subject.vocabulary,
+        subject.provenance,
+        scores=[scores],
+    )
+
+
 def test_a_file_is_not_exported_onto_itself(exported, monkeypatch) -> None:
     _, _, written = exported
     before = written.weights.read_bytes()
@@ -175,14 +187,7 @@ def test_a_file_is_not_exported_onto_itself(exported, monkeypatch) -> None:
 def test_scores_of_other_weights_are_not_on_the_card(exported, tmp_path, of_weights, said) -> None:
     _, subject, _ = exported
     put_scores(tmp_path / "someset_val", {"AP": 0.99, **of_weights})
-    written = export_student(
-        tmp_path / "s.safetensors",
-        subject.student,
-        subject.config,
-        subject.vocabulary,
-        subject.provenance,
-        scores=[tmp_path / "someset_val"],
-    )
+    written = exported_with(subject, tmp_path / "someset_val")
     card = written.card.read_text()
     assert "99.0" not in card
     assert f"* someset_val: the scores on file are {said}" in card
@@ -205,14 +210,7 @@ def test_scores_of_other_words_or_precision_are_not_on_the_card(exported, tmp_pa
     _, subject, _ = exported
     weights = {"weights_xxh3_128": weights_hash(subject.student)}
     put_scores(tmp_path / "x_val", {"AP": 0.99, **weights, **asked(subject, **other)})
-    written = export_student(
-        tmp_path / "s.safetensors",
-        subject.student,
-        subject.config,
-        subject.vocabulary,
-        subject.provenance,
-        scores=[tmp_path / "x_val"],
-    )
+    written = exported_with(subject, tmp_path / "x_val")
     card = written.card.read_text()
     assert said in card
     assert ("99.0" in card) is ("99.0" in said)

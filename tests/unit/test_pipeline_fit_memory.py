@@ -1,20 +1,17 @@
 """Where `fit` computes its encoder twice: by a count of what is kept, not by a GPU."""
 
 import re
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from cuda_autocast import fake_gpu
 
 from dkdetr.engine.student_setup import recompute_layers
 from dkdetr.experiment_file import load_experiment
 from dkdetr.structures import ImageBatch
-from dkdetr.student import deformable_attention
 from dkdetr.student.build import build_trunk
 from pipeline import fit_memory
 from pipeline.fit_memory import encoder_bytes, wants_recomputing
@@ -37,13 +34,7 @@ def kept_bytes(*, recomputed: bool, kernel: bool, norm: str = "batch") -> int:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with ExitStack() as stack:
-        for each in (
-            FakeTensorMode(),
-            torch.device("cuda"),  # whose dropout keeps a byte where a CPU's keeps four
-            mock.patch.object(deformable_attention, "picks_triton", return_value=kernel),
-        ):
-            stack.enter_context(each)
+    with fake_gpu(kernel=kernel):
         trunk = build_trunk(config.student, load_weights=False).train()
         if recomputed:
             recompute_layers(trunk.encoder.layers)

@@ -68,22 +68,27 @@ def test_it_equals_open_clip_s(quick: bool, no_norm_before: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_float32_and_as_near_as_autocast(
+def test_half_precision_stays_near_float32_through_all_layers_compiled_or_not(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """A plainly initialised tower, as deep activations of the other tests overflow no precision."""
+    """The sizes and the depth of ViT-B/32, plainly initialised."""
     torch.manual_seed(0)
     visual = open_clip.create_model("ViT-B-32", load_weights=False).visual.eval()
-    del visual.transformer.resblocks[3:]  # the sizes of ViT-B/32, three layers of it
-    pixels = torch.randn(6, 3, 224, 224)
+    assert len(visual.transformer.resblocks) == 12
+    pixels = torch.randn(3, 3, 224, 224)
+    torch._dynamo.reset()
     with torch.inference_mode():
-        wanted = visual(pixels)
-        half = FusedTower(visual, dtype)(pixels).float()
+        wanted = visual(pixels).double()
+        tower = FusedTower(visual, dtype)
+        half = tower(pixels).double()
+        compiled = torch.compile(tower, backend="aot_eager", dynamic=False)(pixels).double()
         with torch.autocast("cpu", dtype=dtype):
-            autocast = visual(pixels).float()
+            autocast = visual(pixels).double()
+    torch._dynamo.reset()
     found, usual = (torch.cosine_similarity(each, wanted).min() for each in (half, autocast))
     assert found > 0.9999
     assert 1 - found < 4 * (1 - usual) + 1e-6
+    assert torch.cosine_similarity(compiled, half).min() > 0.99999
 
 
 def test_compiled_it_still_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

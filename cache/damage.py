@@ -4,11 +4,12 @@ Whatever decides a byte of a cache is in its fingerprint or in the request that 
 keeps, so the remade files are the lost ones; the seal that was there before says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cache.beginning import break_bad_seal, readable_seal, repair_goal
+from cache.beginning import break_bad_seal, readable_seal, repair_goal, stale_cache
 from cache.durable import dump_checked_json, load_checked_json, sync_folder, write_atomic
 from cache.exported import refuse_export
 from cache.layout import (
@@ -28,7 +29,13 @@ from cache.location import local_folder
 from cache.lock import Lease
 from cache.manifest import MANIFEST_FOLDER, ShardManifest, committed_shards, manifest_file
 from cache.neighbor_lists import load_neighbors
-from cache.spec import CacheError, CorruptCacheError
+from cache.spec import (
+    CacheError,
+    CorruptCacheError,
+    diff_parts,
+    fingerprint,
+    split_text_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,23 @@ def find_damage(
     return Damage(path, tuple(files), tuple(bad), neighbors, old_root, old_data_root, made_from)
 
 
-def uncommit(damage: Damage) -> None:
+def uncommit(damage: Damage, parts: Mapping[str, Any] | None = None) -> None:
     """Removes what is damaged, so that stage 1 makes it anew; what is whole stays committed.
 
     Neighbour lists stay where they are: who builds them anew replaces them.
 
+    Args:
+        damage: what was found.
+        parts: what it would be made from anew; None: its maker compares them later.
+
     Raises:
         CacheLockedError: another process writes the cache.
+        StaleCacheError: the cache was made from other parts; nothing was removed.
     """
     path = damage.path
     with Lease(path):
+        if parts is not None:
+            _refuse_others(damage, split_text_parts(parts)[0])
         if damage.old_root is not None:
             # A repair that is cut short must still know what it has to arrive at.
             goal = {
@@ -128,6 +142,20 @@ def uncommit(damage: Damage) -> None:
             if folder.is_dir():
                 sync_folder(folder)
         break_bad_seal(path)
+
+
+def _refuse_others(damage: Damage, parts: Mapping[str, Any]) -> None:
+    """Raises StaleCacheError if the cache was made from other parts, as far as it knows its own."""
+    wanted = fingerprint(parts)
+    try:
+        head = Head.load(damage.path)
+    except (FileNotFoundError, CorruptCacheError):
+        if damage.fingerprint not in (None, wanted):
+            told = f"fingerprint  cache: {damage.fingerprint}  wanted: {wanted}"
+            raise stale_cache(damage.path, [told]) from None
+        return
+    if head.fingerprint != wanted:
+        raise stale_cache(damage.path, diff_parts(head.parts, parts))
 
 
 def finish_repair(damage: Damage, new_root: str) -> None:

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-from cache.layout import changed_rows, load_provenance
+from cache.damage import Damage, uncommit
+from cache.layout import CACHE_FILE, changed_rows, load_provenance
 from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.store import open_cache
@@ -57,12 +58,18 @@ Say = Callable[[str], None]
 
 
 def run_stage_one(
-    request: CacheRequest, say: Say = lambda _: None
+    request: CacheRequest, say: Say = lambda _: None, damage: Damage | None = None
 ) -> CacheSummary | ProposalsReady:
     """Returns what the request was for: a sealed cache, or a proposal network alone.
 
     Under torchrun all ranks train the network of `fit`; then the first one goes on by itself, and
     the others return.
+
+    Args:
+        request: what is wanted.
+        say: told in a line what is going on.
+        damage: of the cache that is there, to be made anew: taken out once all that it takes is
+            there, the proposal network too, and it would be the same cache.
 
     Raises:
         DkdetrError, CacheError: each with its exit code; what was committed stays, and the same
@@ -73,21 +80,25 @@ def run_stage_one(
         # Everything is made whole beside its place and then moved there. `fit` asks a flag
         # instead: its ranks must stop at the same step, and save it.
         with end_on_sigterm(_STOPPED):
-            return _first_rank(request, say)
+            return _first_rank(request, say, damage)
     spec = check_words(request)
     split = load_split(request.split, request.data_root)
     network = fit_proposals(request, split, None, say) if spec.trains else request.out
     return ProposalsReady(network, is_first=False)
 
 
-def cache_teacher(request: CacheRequest, say: Say = lambda _: None) -> CacheSummary:
+def cache_teacher(
+    request: CacheRequest, say: Say = lambda _: None, damage: Damage | None = None
+) -> CacheSummary:
     """Returns the summary of a sealed cache; see `run_stage_one`."""
-    made = run_stage_one(request, say)
+    made = run_stage_one(request, say, damage)
     assert isinstance(made, CacheSummary)
     return made
 
 
-def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsReady:
+def _first_rank(
+    request: CacheRequest, say: Say, damage: Damage | None
+) -> CacheSummary | ProposalsReady:
     started = time.monotonic()
     keep_freed_memory()
     spec = check_words(request)
@@ -103,7 +114,8 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
         request.teacher, device, precision=request.precision, encoder=request.encoder
     )
     _introduce(teacher, request.decoder, say)
-    check_settings(request, split, spec, teacher)
+    if damage is None or CACHE_FILE not in damage.files:
+        check_settings(request, split, spec, teacher)
     images = check_images(split, decode=False)
     if spec.trains:
         network = fit_proposals(request, split, images, say)
@@ -111,7 +123,7 @@ def _first_rank(request: CacheRequest, say: Say) -> CacheSummary | ProposalsRead
             return ProposalsReady(network, is_first=True)
         spec = ProposalSpec("fit", str(request.out))
     prepared = prepare_source(spec, request.out, split)
-    return _fill(request, split, images, teacher, prepared, started, say)
+    return _fill(request, split, images, teacher, prepared, started, say, damage)
 
 
 def _fill(
@@ -122,6 +134,7 @@ def _fill(
     prepared: str,
     started: float,
     say: Say,
+    damage: Damage | None,
 ) -> CacheSummary:
     """Returns the sealed cache's summary, once the proposals are settled."""
     source = open_source(prepared, teacher.device, batch_size=request.image_batch)
@@ -135,6 +148,8 @@ def _fill(
     parts = cache_parts(request, split, images, source, teacher, plan, rule)
     own_canary = pack_canary(canary_embeddings(teacher))
     provenance = cache_provenance(request, split, teacher, leaks, own_canary)
+    if damage is not None:
+        uncommit(damage, parts)
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")

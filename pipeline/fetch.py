@@ -13,7 +13,8 @@ from dkdetr.errors import UsageError
 from dkdetr.experiment_file import load_experiment
 from dkdetr.student.backbone import fetch_imagenet_weights, imagenet_folder
 from pipeline.bundle import BundleFile, install_bundle, write_bundle
-from pipeline.teacher import fetch_teacher, url_weights_folder
+from pipeline.teacher import fetch_teacher
+from pipeline.url_weights import url_weights_folder
 
 _TEXT_SUFFIXES = {".json", ".txt", ".model", ".tiktoken"}
 

@@ -11,7 +11,8 @@ lie outside of their picture are what a wrong order looks like.
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _SHOWN = 20
 _SLACK = 2.0  # pixels that a detector's box may stick out of its picture
 _PICKLES = {".pkl", ".pickle"}
 _ORDERS = ("image_id", "annotations")
+Alone = Callable[[], AbstractContextManager[Any]]
 _IDS = range(-(1 << 63), 1 << 63)
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises for an archive that is cut, flipped or empty; RuntimeError: "encrypted"."""
@@ -136,10 +138,13 @@ class _Rows:
     """Of a list by class; else 0."""
 
 
-def pack_file(path: Path, options: FileOptions, split: Split, folder: Path) -> Path:
+def pack_file(
+    path: Path, options: FileOptions, split: Split, folder: Path, *, alone: Alone = nullcontext
+) -> Path:
     """Returns a packed copy of a user's file; workers read it in no time.
 
     The copy lies in `folder` under a name made of the file's hash and all that decides its content.
+    `alone` is entered while it is written, not where it is there already.
 
     Raises:
         UsageError: a pickled list whose order is not stated.
@@ -156,7 +161,7 @@ def pack_file(path: Path, options: FileOptions, split: Split, folder: Path) -> P
     rows = _read(data, path, options, split)
     order = np.argsort(rows.image_ids, kind="stable")
     unique, first = np.unique(rows.image_ids[order], return_index=True)
-    with atomic_file(packed) as file:
+    with alone(), atomic_file(packed) as file:
         np.savez(
             file,
             image_ids=unique,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cache.beginning import repair_goal
 from cache.layout import CACHE_FILE
 from cache.lock import Lease
 from dkdetr.config import ExperimentConfig
@@ -26,7 +27,7 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import Ranks, join_ranks
 from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.start import experiment_of_split
-from dkdetr.errors import MismatchError
+from dkdetr.errors import CorruptArtefactError, MismatchError
 from dkdetr.experiment_file import HASHED_AS, load_experiment
 from pipeline.fit_ranks import PATIENCE_S, FirstRankError, share_from_first
 from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
@@ -89,6 +90,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
     ranks of a torchrun call this; those behind the first need no `images`.
 
     Raises:
+        CorruptArtefactError: there is one that cannot be read.
         DataError: more pictures cannot be read than the cache will be allowed to leave out.
         MismatchError: the cache was made with a network of other inputs.
         NonFiniteLossError: the training diverged.
@@ -172,11 +174,19 @@ def _reuse(request: CacheRequest, path: Path, key: str, say: Say) -> bool:
     """Returns True if there is a finished network of the same inputs."""
     if not path.is_file():
         return False
-    _, facts = load_network(path)
+    # A repair that was cut short may have taken the head out.
+    has_cache = (request.out / CACHE_FILE).is_file() or bool(repair_goal(request.out))
+    try:
+        _, facts = load_network(path)
+    except CorruptArtefactError as error:
+        mended = "delete it, and the same command trains it anew"
+        if has_cache:
+            mended = f"dkdetr cache repair {request.out} trains it anew"
+        raise CorruptArtefactError(f"{error}; next: {mended}") from None
     if facts["key"] == key:
         say(f"proposals: the network in {path} fits, reused")
         return True
-    if (request.out / CACHE_FILE).is_file():
+    if has_cache:
         raise MismatchError(
             f"{path} was trained on other inputs or settings, and the cache beside it was "
             "made with it: name another --out, or use it as it is with "

@@ -26,6 +26,11 @@ def kept_weights(where: str) -> Path | None:
     return None
 
 
+def was_asked(repository: str, file: str) -> bool:
+    """Returns True if a repository's file is kept here, or is known not to be in it."""
+    return try_to_load_from_cache(repository, file) is not None
+
+
 def weights_record(path: Path | None) -> dict[str, str]:
     """Returns what provenance keeps of a file of weights: its name and sha256, not where it lies.
 

@@ -52,8 +52,13 @@ def _refuse_words_of_fit(request: CacheRequest) -> None:
         )
 
 
-def check_trainable(request: CacheRequest, split: Split, spec: ProposalSpec) -> None:
-    """Raises UsageError if `fit` is to train and cannot on this split, or on so many ranks."""
+def check_trainable(
+    request: CacheRequest, split: Split, spec: ProposalSpec, *, lost: bool = False
+) -> None:
+    """Raises UsageError if `fit` is to train and cannot on this split, or on so many ranks.
+
+    `lost` is True where the network that is there will not be reused.
+    """
     if not spec.trains:
         return
     if not split.is_train:
@@ -63,7 +68,7 @@ def check_trainable(request: CacheRequest, split: Split, spec: ProposalSpec) -> 
         )
     plan = fit_plan(request, split)
     # A network that is there may be reused; `fit_proposals` knows, and asks again if it is not.
-    if spec.trains_in(request.out):
+    if lost or spec.trains_in(request.out):
         refuse_impossible(plan.config, world_size=num_ranks())
 
 

@@ -6,12 +6,16 @@ student:PLACE  a student's own first stage, as in the paper: of a run, a checkpo
 file:PATH      a COCO results json or mmdet's pickled list: see pipeline.file_proposals
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from cache.lock import Lease
 from dkdetr.data.splits import Split
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
 from dkdetr.engine.run_folder import RunFolder
@@ -69,9 +73,12 @@ def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
 
     Raises:
         DataError: a file, checkpoint or network that is not there.
+        CacheLockedError: a file is to be packed where another process writes.
     """
     if spec.kind == "file":
-        packed = pack_file(Path(spec.path), spec.options, split, cache_path / "proposals")
+        alone = partial(_alone_in, cache_path)
+        folder = cache_path / "proposals"
+        packed = pack_file(Path(spec.path), spec.options, split, folder, alone=alone)
         return f"packed:{packed.resolve()}"
     if spec.kind == "student":
         place = _student_place(Path(spec.path))
@@ -79,6 +86,14 @@ def prepare_source(spec: ProposalSpec, cache_path: Path, split: Split) -> str:
         is_file = place.suffix == STUDENT_SUFFIX
         return f"student:{place.absolute() if is_file else place.resolve()}"
     return f"network:{_network_file(Path(spec.path)).resolve()}"
+
+
+@contextmanager
+def _alone_in(cache_path: Path) -> Iterator[None]:
+    """Holds a cache's lease: who has it sweeps away what others have only half written there."""
+    cache_path.mkdir(parents=True, exist_ok=True)
+    with Lease(cache_path):
+        yield
 
 
 def _network_file(given: Path) -> Path:

@@ -10,13 +10,15 @@ from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, Head, load_plan, load_provenance
 from cache.spec import CacheError, CorruptCacheError
 from dkdetr.data.splits import load_split
+from dkdetr.errors import CorruptArtefactError
 from dkdetr.progress import progress_of
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor
 from pipeline.import_cache import ImportRequest, import_cache, recorded_import
 from pipeline.neighbor_stage import ensure_neighbors, recorded_settings
 from pipeline.pre_checks import check_trainable
-from pipeline.proposal_sources import parse_proposals
+from pipeline.proposal_network import load_network
+from pipeline.proposal_sources import NETWORK_FILE, parse_proposals
 from pipeline.request import CacheRequest, recorded_request
 
 
@@ -57,6 +59,9 @@ def repair_cache(
 ) -> RepairSummary:
     """Returns what was made again; the cache is sealed, with the root that it had.
 
+    What stage 1 made is taken out once all is there that makes it again: pictures, teacher and
+    proposals as they were, a network of `fit` that was lost or damaged trained anew.
+
     Args:
         path: the cache.
         shards: look at these alone; none: at every file.
@@ -73,43 +78,74 @@ def repair_cache(
     """
     with progress_of("look for damage") as advance:
         damage = find_damage(path, shards=shards or None, on_shard=advance)
-    if not damage.any:
+    network = _broken_network(path)
+    if not damage.any and not network:
         return RepairSummary(path, (), damage.old_root or "", same_bytes=True)
-    say(f"damaged: {', '.join(damage.lines())}")
+    names = (*damage.lines(), *([NETWORK_FILE] if network else ()))
+    say(f"damaged: {', '.join(names)}")
     neighbors = recorded_settings(path)
     root = damage.old_root
-    if damage.files or damage.shards:
+    if damage.files or damage.shards or network:
         request = _request_of(path, damage)
         if data_root is not None:
             request = replace(request, data_root=data_root)
         request = replace(request, out=path)
-        if isinstance(request, CacheRequest):
+        if isinstance(request, ImportRequest):
+            uncommit(damage)
+            root = import_cache(request, say).merkle_root
+        else:
             # What was set aside is under the root that is compared: no limit beside it.
             executor = Executor(workers=workers)
             request = replace(request, device=device, executor=executor, max_bad=1.0)
-            _require_network(request)
-        uncommit(damage)
-        root = _make_again(request, say)
+            root = _make_again(request, damage, network, say)
         finish_repair(damage, root)
     if damage.neighbors:
         ensure_neighbors(path, neighbors)
-    return RepairSummary(
-        path, tuple(damage.lines()), root or "", same_bytes=damage.old_root is not None
-    )
+    return RepairSummary(path, names, root or "", same_bytes=damage.old_root is not None)
 
 
-def _require_network(request: CacheRequest) -> None:
-    """Raises, while everything still stands, if a lost network of `fit` cannot be trained again."""
+def _broken_network(path: Path) -> str:
+    """Returns why the network that a cache was made with cannot be read.
+
+    Empty: it can, or there is none, or nobody knows that the cache was made with it.
+    """
+    file = path / NETWORK_FILE
+    if not file.is_file():
+        return ""
+    try:
+        record = load_provenance(path).get("request")
+    except (FileNotFoundError, CorruptCacheError):
+        return ""
+    if not isinstance(record, dict) or record.get("proposals") != "fit":
+        return ""
+    try:
+        load_network(file)
+    except CorruptArtefactError as error:
+        return str(error)
+    return ""
+
+
+def _make_again(
+    request: CacheRequest, damage: Damage, network: str, say: Callable[[str], None]
+) -> str:
+    """Returns the root of the cache, sealed again; `network` is why that of `fit` cannot be read.
+
+    A lost network is trained before anything is taken out of the cache, and then stage 1 compares
+    it with the cache's own: hours later, and on another device, it may be none of it.
+    """
     spec = parse_proposals(request.proposals)
-    if spec.trains_in(request.out):
-        check_trainable(request, load_split(request.split, request.data_root), spec)
-
-
-def _make_again(request: CacheRequest | ImportRequest, say: Callable[[str], None]) -> str:
-    """Returns the root of the cache, sealed again."""
-    if isinstance(request, ImportRequest):
-        return import_cache(request, say).merkle_root
-    return cache_teacher(request, say).merkle_root
+    file = request.out / NETWORK_FILE
+    aside = file.with_name(f"{file.name}.damaged")
+    if spec.trains_in(request.out) or network:
+        split = load_split(request.split, request.data_root)
+        check_trainable(request, split, spec, lost=True)
+        if network:
+            file.replace(aside)
+            say(f"{network}: kept as {aside.name}")
+        say("the network of fit is trained anew; nothing is taken out of the cache before")
+    root = cache_teacher(request, say, damage).merkle_root
+    aside.unlink(missing_ok=True)
+    return root
 
 
 def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:

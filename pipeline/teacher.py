@@ -21,9 +21,10 @@ from torch import nn
 from dkdetr.errors import CorruptArtefactError, DataError, UsageError
 from dkdetr.offline import is_offline
 from pipeline.fused_tower import can_be_fused
-from pipeline.hub_weights import kept_weights
+from pipeline.hub_weights import kept_weights, was_asked
 from pipeline.teacher_model import Encoder, Preprocessing, Teacher
 from pipeline.teacher_source import TeacherSource, openai_evidence, parse_teacher_spec
+from pipeline.url_weights import fetch_url_weights
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 EncoderChoice = Literal["auto", "open_clip", "fused", "compiled"]
@@ -115,11 +116,6 @@ def fetch_teacher(spec: str) -> tuple[Path | None, tuple[str, ...]]:
     text = config["text_cfg"]
     named = (text.get("hf_tokenizer_name"), text.get("hf_model_name"))
     return _fetch(source), tuple(dict.fromkeys(name for name in named if name))
-
-
-def url_weights_folder() -> Path:
-    """Returns where open_clip keeps weights that have a URL and no repository."""
-    return Path("~/.cache/clip").expanduser()
 
 
 def teacher_embed_dim(spec: str) -> int:
@@ -226,6 +222,7 @@ def _build(source: TeacherSource, config: Mapping[str, Any]) -> tuple[nn.Module,
     name = source.model
     if source.folder_config is not None and source.model_json is None and source.path is not None:
         name = f"local-dir:{source.path.parent}"
+    _announce_text_parts(source, config["text_cfg"], has_tokenizer=name != source.model)
     try:
         model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
         return model, open_clip.get_tokenizer(name, **_merges_file(source, config))
@@ -251,16 +248,12 @@ def _fetch(source: TeacherSource) -> Path:
     tag = open_clip.get_pretrained_cfg(source.model, source.tag)
     hub, url = str(tag.get("hf_hub") or ""), str(tag.get("url") or "")
     try:
-        kept = kept_weights(hub) if hub else url_weights_folder() / url.rsplit("/", 1)[-1]
-        if hub and kept is not None:
+        if not hub:
+            return fetch_url_weights(url, lambda place: _announce("weights", source, place))
+        if (kept := kept_weights(hub)) is not None:
             return kept  # a hub that is asked again may have other weights by now
-        is_here = kept is not None and kept.is_file()
-        if is_offline() and not hub and not is_here:
-            raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
-        if not is_offline() and not is_here:
-            place = f"the hub ({hub.strip('/')})" if hub else url
-            told = f"fetching the weights of teacher {source.spec} from {place}, once"
-            print(told, file=sys.stderr, flush=True)
+        if not is_offline():
+            _announce("weights", source, f"the hub ({hub.strip('/')})")
         return Path(open_clip.download_pretrained(tag))
     except (OSError, RuntimeError, ValueError) as error:
         where = (hub or url).strip("/")
@@ -271,6 +264,24 @@ def _fetch(source: TeacherSource) -> Path:
             f"'{where}' and type --teacher {source.model}:/path/to/weights; for a trial without "
             f"them: --teacher {source.model}:random"
         ) from error
+
+
+def _announce(what: str, source: TeacherSource, place: str) -> None:
+    """Says that a download begins, on stderr."""
+    told = f"fetching the {what} of teacher {source.spec} from {place}, once"
+    print(told, file=sys.stderr, flush=True)
+
+
+def _announce_text_parts(
+    source: TeacherSource, text: Mapping[str, Any], *, has_tokenizer: bool
+) -> None:
+    """Says which of a text tower's own files will come from the hub; open_clip fetches them."""
+    wanted = [("text tower", text.get("hf_model_name"), "config.json")]
+    if not has_tokenizer:
+        wanted.append(("tokenizer", text.get("hf_tokenizer_name"), "tokenizer_config.json"))
+    for what, name, file in wanted:
+        if name and not is_offline() and not Path(name).exists() and not was_asked(name, file):
+            _announce(what, source, f"the hub ({name})")
 
 
 def _load_weights(model: nn.Module, path: Path, source: TeacherSource) -> None:

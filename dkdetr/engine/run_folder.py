@@ -29,7 +29,7 @@ _UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`config.toml metrics.jsonl checkpoints/ eval/ run.json nonfinite/ pictures/ profile/`."""
+    """`config.toml metrics.jsonl checkpoints/ eval/ run.json`, at times `logs/` and more."""
 
     path: Path
 

@@ -24,6 +24,7 @@ from dkdetr.engine.initial_weights import boxes_seen_before
 from dkdetr.engine.interruption import StopFlag, stop_on_sigterm
 from dkdetr.engine.pairing import teacher_side
 from dkdetr.engine.profiling import WARMUP_STEPS, profiled
+from dkdetr.engine.rank_log import rank_log
 from dkdetr.engine.recent_figures import RecentFigures
 from dkdetr.engine.run_diary import RunDiary, open_diary
 from dkdetr.engine.run_folder import RunFolder, describe_machine, open_run
@@ -276,6 +277,8 @@ class _Run:
             self.held.enter_context(lock)
             open_run(place, self.config, provenance)
         self.ranks.wait()
+        # Not before the first rank has found the folder to be this run's.
+        self.held.enter_context(rank_log(self.request.run, self.ranks))
         return RunFolder(self.request.run)
 
     def _log(self, diary: RunDiary, left: int) -> None:

@@ -3,6 +3,7 @@
 Both give the feature maps of the stages asked for, C2 (stride 4) to C5 (stride 32).
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -193,8 +194,11 @@ def _imagenet_weights() -> dict[str, Tensor]:
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
     name, folder = _imagenet_name(), imagenet_folder()
     try:
-        if is_offline() and not (folder / name).is_file():
-            raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
+        if not (folder / name).is_file():
+            if is_offline():
+                raise OSError("offline")  # noqa: TRY301  the same answer as to a broken line
+            told = f"fetching torchvision's ImageNet weights of ResNet-50 from {weights.url}, once"
+            print(told, file=sys.stderr, flush=True)
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except OSError as error:
         raise DataError(
@@ -204,10 +208,11 @@ def _imagenet_weights() -> dict[str, Tensor]:
             f"student.backbone.weights=/path/{name}; for a trial without them: --set "
             "student.backbone.weights=random"
         ) from None
-    except RuntimeError as error:
+    except Exception as error:
         raise CorruptArtefactError(
-            f"torchvision's download of ResNet-50 is broken: {error}"
-        ) from None
+            f"torchvision's download of ResNet-50 is broken: {error}; next: delete "
+            f"'{folder / name}' if it is there, and the same command fetches it anew"
+        ) from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

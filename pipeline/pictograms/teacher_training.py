@@ -42,6 +42,7 @@ from pipeline.pictograms.worlds import SIZES, World, plan_world
 
 _IMAGE_SIZE = 64
 _FRESH_SEED = 7001
+_FRESH_CROPS = 2500
 _MAX_LOGIT_SCALE = 100.0
 
 
@@ -54,7 +55,8 @@ def main() -> None:
         help="only its names (seed 0): a control that knows them better",
     )
     arguments = parser.parse_args()
-    if arguments.world is not None and arguments.out == assets_folder():
+    shipped = arguments.out.resolve() == assets_folder().resolve()
+    if arguments.world is not None and shipped:
         parser.error("--world makes a control, not the shipped teacher: say where, with --out")
     recipe = recipe_of(arguments)
     torch.set_num_threads(1)
@@ -142,7 +144,7 @@ def measure(model: Any, tokenize: Any, drawings: tuple[Drawing, ...], size: str)
     names = [drawing.name for drawing in drawings]
     results: dict[str, Any] = {"names": len(names)}
     for key, held in (("fresh_scenes", False), ("held_out_style", True)):
-        pool = make_pool(drawings, 2500, seed=_FRESH_SEED, held_out_style=held, title=key)
+        pool = make_pool(drawings, _FRESH_CROPS, seed=_FRESH_SEED, held_out_style=held, title=key)
         results[key] = _accuracy(model, tokenize, pool, names)
     world = _world(size)
     bank = SpriteBank([category.drawing for category in world.categories])

@@ -9,6 +9,7 @@ import torch
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint
 from tests.e2e.commands import DKDETR, call_well, run_command
 from tests.e2e.small_coco import write_coco_folder
+from tests.faults.faulty_rank import LAST_WORD
 
 # What a rank computes alone must not depend on the rest of the batch: no batch statistics, no
 # relations across images.
@@ -31,11 +32,12 @@ def two_runs(tmp_path_factory):
     words = ("train", "--cache", "c", *SETTINGS, "--device", "cpu")
     call_well(*words, "--run", "one", cwd=folder)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--no-python", "--", *DKDETR)  # fmt: skip
+                "--no-python", "--")  # fmt: skip
+    speaking = (sys.executable, "-m", "tests.faults.faulty_rank", "speak")
     scored = ("--eval-every", "1", "--eval-split", split, "--until", "1")
     norms = ("--set", "student.backbone.norm=batch", "--run", "norms")
-    for more in (("--run", "two"), (*norms, *scored)):
-        done = run_command([*torchrun, *words, *more], folder)
+    for program, more in ((speaking, ("--run", "two")), (DKDETR, (*norms, *scored))):
+        done = run_command([*torchrun, *program, *words, *more], folder)
         assert done.returncode == 0, done.stderr
     call_well("eval", "norms", "--split", split, "--device", "cpu", cwd=folder)
     return folder
@@ -52,6 +54,15 @@ def test_the_first_rank_alone_keeps_the_diary(two_runs) -> None:
     diaries = [(two_runs / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     rows = [[json.loads(line) for line in diary.splitlines()] for diary in diaries]
     assert [row["iteration"] for row in rows[0]] == [row["iteration"] for row in rows[1]]
+
+
+def test_what_another_rank_says_is_kept_in_the_run_s_folder(two_runs) -> None:
+    (log,) = (two_runs / "two/logs").iterdir()
+    head, word = log.read_text().splitlines()
+    assert log.name == "rank_1.log"
+    assert " rank 1 of 2, cpu, " in head
+    assert word == LAST_WORD
+    assert not (two_runs / "norms/logs").exists()  # nothing to say, no file
 
 
 def test_ranks_score_as_they_train_what_eval_scores(two_runs) -> None:

@@ -17,11 +17,14 @@ from cache.store import open_cache
 from cache.verify import verify_cache
 from cli import app
 from dkdetr.errors import DataError, UsageError
+from dkdetr.experiment_file import load_experiment
+from dkdetr.student.build import build_trunk
 from pipeline import repair, shard_worker
 from pipeline.build import cache_teacher
 from pipeline.crops import CropRule
 from pipeline.inspect import describe_cache
 from pipeline.neighbor_stage import add_neighbors, ensure_neighbors, recorded_settings
+from pipeline.proposal_network import save_network
 from pipeline.repair import repair_cache
 from pipeline.request import recorded_request
 from tests.cache_samples import committed_bytes
@@ -51,8 +54,8 @@ def test_damaged_shards_and_files_are_made_again_to_the_same_bytes(cache, monkey
     made: list[int] = []
     commit = repair.cache_teacher
 
-    def counted(request, say):
-        summary = commit(request, say)
+    def counted(request, say, damage):
+        summary = commit(request, say, damage)
         made.append(summary.num_made)
         return summary
 
@@ -196,11 +199,20 @@ def test_a_lost_network_that_cannot_be_trained_is_told_before_anything_is_taken_
     with pytest.raises(UsageError, match=r"do not divide by 3 micro-batches"):
         repair_cache(cache)
     assert committed_bytes(cache) == before
-    # A network that is there is reused, in however many parts it was trained.
-    (cache / "proposals").mkdir(exist_ok=True)
-    (cache / "proposals/network.safetensors").touch()
+    # A network that is there is reused, in however many parts it was trained; not a broken one.
+    network = cache / "proposals/network.safetensors"
+    network.parent.mkdir(exist_ok=True)
+    network.touch()
+    before = committed_bytes(cache)
+    with pytest.raises(UsageError, match=r"do not divide by 3 micro-batches"):
+        repair_cache(cache)
+    assert committed_bytes(cache) == before
+    config = load_experiment("trial", ["student.backbone.weights=random"]).config.student
+    save_network(network, build_trunk(config), config, {})
+    before = committed_bytes(cache)
     with pytest.raises(TypeError, match="not callable"):  # it came as far as the teacher
         repair_cache(cache)
+    assert committed_bytes(cache) == before
 
 
 def test_a_cache_that_does_not_know_its_making_says_what_to_do(tmp_path):

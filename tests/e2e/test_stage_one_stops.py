@@ -1,13 +1,18 @@
-"""SIGTERM in every stage of `cache-teacher`: exit code 75, and the same command makes the rest."""
+"""SIGTERM in every stage of `cache-teacher`: exit code 75, and the same command makes the rest.
+
+And a second command that comes in between.
+"""
 
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import pytest
 
+from cache.spec import CacheLockedError
 from dkdetr.errors import PreemptedError
 from pipeline import build, shard_worker
 from pipeline.build import cache_teacher
@@ -76,3 +81,28 @@ def test_sigterm_is_answered_with_75_and_loses_nothing(
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert cache_teacher(stopped).merkle_root == root
+
+
+def test_two_commands_that_pack_one_file_at_once_never_spoil_each_other(
+    request_: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes while the first one's copy is half written: it would sweep that away."""
+    pack = np.savez
+    second: list[CacheLockedError] = []
+
+    def half_written(file: IO[bytes], **arrays: np.ndarray) -> None:
+        monkeypatch.setattr(np, "savez", pack)
+        file.write(b"half")
+        with pytest.raises(CacheLockedError) as caught:
+            cache_teacher(request_)
+        second.append(caught.value)
+        file.seek(0)
+        pack(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", half_written)
+    root = cache_teacher(request_).merkle_root
+    assert second[0].exit_code == 7
+    assert "wait until that command is done" in str(second[0])
+    # What is packed is taken as it is, and the lease was given back.
+    monkeypatch.setattr(np, "savez", None)
+    assert cache_teacher(request_).merkle_root == root

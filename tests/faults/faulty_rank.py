@@ -1,4 +1,4 @@
-"""`dkdetr ...` with a fault in rank 1: FAULT is raise, kill or stall, at its fourth step."""
+"""`dkdetr ...` with a fault in rank 1, at its fourth step: FAULT is raise, kill, stall or speak."""
 
 import os
 import signal

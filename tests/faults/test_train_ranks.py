@@ -60,8 +60,14 @@ def test_a_rank_in_trouble_ends_the_job(world, fault) -> None:
     lines = errors.splitlines()
     # gloo's reason, which we quote, can hold the word too.
     own_words = [line for line in lines if re.match(r"(rank \d: )?error \[", line)]
+    kept = world.root / "runs" / fault / "logs"
+    assert [log.name for log in kept.iterdir()] == ["rank_1.log"]
+    log = (kept / "rank_1.log").read_text()
+    assert re.match(r"\S+ rank 1 of 2, cpu, \S+, process \d+\n" + LAST_WORD, log)
     if fault == "raise":
         assert own_words == ["rank 1: error [3]: picture 7 is broken"]
+        assert "in _break" in log
+        assert log.endswith("DataError: picture 7 is broken\n")
     else:
         assert own_words == []
         assert sum("lost another rank" in line for line in lines) == 1

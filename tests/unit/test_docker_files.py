@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.teacher import url_weights_folder
+from pipeline.url_weights import url_weights_folder
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -1,7 +1,9 @@
 """The small teacher: its vocabulary, its crops, and the weights that ship with the package."""
 
 import hashlib
+import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from dkdetr.student.backbone import slim_resnet
+from pipeline.pictograms import teacher_training
 from pipeline.pictograms.backbone_training import Classifier
 from pipeline.pictograms.captions import caption, merges_file, plain_captions
 from pipeline.pictograms.crop_pool import jittered_windows, make_pool, scaled_windows, soften
@@ -17,6 +20,7 @@ from pipeline.pictograms.scenes import SpriteBank, render_scene
 from pipeline.pictograms.teacher_assets import (
     assets_folder,
     backbone_weights_path,
+    config_path,
     merges_path,
     save_half,
     teacher_spec,
@@ -110,6 +114,68 @@ def test_half_precision_files_keep_whole_numbers(tmp_path):
     loaded = load_file(tmp_path / "w.safetensors")
     assert loaded["weight"].dtype == torch.float16
     assert loaded["count"].item() == 70001
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    open_clip.add_model_config(config_path(assets_folder()))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_control_is_trained_on_its_world_s_names_alone(tmp_path, monkeypatch):
+    size = replace(SIZES["tiny"], num_names=9, num_base=6, num_train=4, num_val=3)
+    drawings = tuple(
+        category.drawing for category in plan_world(size, protocol="lvis-like", seed=0).categories
+    )
+    names = [drawing.name for drawing in drawings]
+    assert 9 == len(set(names)) < len(named_drawings())
+    monkeypatch.setattr(teacher_training, "SIZES", {"nine": size})
+    monkeypatch.setattr(teacher_training, "_FRESH_CROPS", 18)
+    drawn = []
+
+    def spied(of, *given, **named):
+        drawn.append(of)
+        return make_pool(of, *given, **named)
+
+    monkeypatch.setattr(teacher_training, "make_pool", spied)
+    out = tmp_path / "control"
+    words = ["--world", "nine", "--out", str(out), "--steps", "2", "--crops", "27", "--batch", "4"]
+    monkeypatch.setattr("sys.argv", ["teacher_training", *words])
+    teacher_training.main()
+    assert drawn == [drawings] * 3  # to train on, fresh scenes, the held-out style
+    assert merges_path(out).read_bytes() == merges_file(names)
+    log = json.loads((out / "teacher_training.log").read_text())
+    assert (log["world"], log["names"], log["steps"]) == ("nine", 9, 2)
+    assert log["nine_val_boxes"]["crops"] > 0
+    teacher = load_teacher(f"pictograms_clip:{weights_path(out)}")
+    assert teacher.encode_texts(names).shape == (9, 128)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--world", "small"], "say where, with --out"),
+        (["--world", "small", "--out", "here/assets"], "say where, with --out"),
+        (["--world", "huge", "--out", "control"], "invalid choice: 'huge'"),
+    ],
+)
+def test_a_control_never_takes_the_shipped_teacher_s_place(
+    tmp_path, monkeypatch, capsys, words, told
+):
+    shipped = tmp_path / "package/assets"
+    shipped.mkdir(parents=True)
+    (tmp_path / "here").symlink_to(shipped.parent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher_training, "assets_folder", lambda: shipped)
+    monkeypatch.setattr("sys.argv", ["teacher_training", *words])
+    with pytest.raises(SystemExit) as caught:
+        teacher_training.main()
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["assets", "here", "package"]
 
 
 def test_shipped_weights_are_small_and_those_of_the_readme():

@@ -1,5 +1,6 @@
 """`dkdetr fetch` from servers of our own: a URL, and a hub as huggingface_hub speaks to one."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -7,22 +8,30 @@ import socket
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+import torchvision
 from huggingface_hub import constants
 from open_clip import pretrained
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torchvision.models import WeightsEnum
+from transformers import PreTrainedTokenizerFast, RobertaConfig
 from typer.testing import CliRunner
 
 import cli
-from dkdetr.errors import DataError
+from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.student.backbone import fetch_imagenet_weights
 from pipeline import fetch as fetch_module
 from pipeline.fetch import fetch, install, places
 from pipeline.hub_weights import kept_weights, weights_record
 from pipeline.teacher import load_teacher
+from pipeline.url_weights import known_sha256, why_not_whole
 from tests.e2e.tiny_stage_one import TINY_CLIP
 
 COMMIT = "c" * 40
@@ -31,8 +40,14 @@ COMMIT = "c" * 40
 class Server(SimpleHTTPRequestHandler):
     """Plain files, and /OWNER/NAME/resolve/main/FILE with a hub's headers."""
 
+    ends_at: ClassVar[int | None] = None
+    """Bytes of a body after which the line breaks; None: it holds."""
+
     def log_message(self, *_):
         pass
+
+    def copyfile(self, source, outputfile):
+        outputfile.write(source.read()[: self.ends_at])
 
     def end_headers(self):
         path = Path(self.translate_path(self.path))
@@ -43,9 +58,14 @@ class Server(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def served(served_folder):
     """The weights of a small CLIP on a server; its models by URL and by hub are known."""
-    folder = tmp_path_factory.mktemp("server")
+    folder = served_folder
     (folder / "tiny-fetch.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(folder / "tiny-fetch.json")
     torch.manual_seed(0)
@@ -132,6 +152,105 @@ def test_a_download_is_announced_and_happens_once(machine, capsys, monkeypatch, 
     monkeypatch.setitem(globals(), "COMMIT", "d" * 40)
     assert load_teacher(f"tiny-fetch:{tag}").weights_file == first
     assert "fetching" not in capsys.readouterr().err
+
+
+def test_a_cut_download_is_never_taken_for_the_whole(machine, monkeypatch):
+    home = machine("here")
+    wanted = load_teacher("tiny-fetch:hub").identity
+    monkeypatch.setattr(Server, "ends_at", 1000)
+    with pytest.raises(DataError, match=r"the download was cut: 1,000 of [\d,]+ bytes came"):
+        load_teacher("tiny-fetch:url")
+    assert [*(home / ".cache/clip").iterdir()] == []
+    monkeypatch.setattr(Server, "ends_at", None)
+    assert load_teacher("tiny-fetch:url").identity == wanted
+
+
+def test_a_part_that_lies_in_the_folder_is_fetched_anew(machine, capsys, no_network):
+    """open_clip alone, or a kill of it, leaves one under the last name."""
+    home = machine("here")
+    whole = load_teacher("tiny-fetch:url")
+    file = home / ".cache/clip/weights.safetensors"
+    assert whole.weights_file == file
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    capsys.readouterr()
+    assert load_teacher("tiny-fetch:url").identity == whole.identity
+    assert f"is cut: {len(data) - 1:,} bytes, not {len(data):,}), once" in capsys.readouterr().err
+    assert file.read_bytes() == data
+    file.write_bytes(data[:-1])
+    no_network()
+    with pytest.raises(DataError, match=r"offline; '.*weights\.safetensors' is cut"):
+        load_teacher("tiny-fetch:url")
+
+
+def test_what_is_whole(tmp_path):
+    zipped, named = tmp_path / "w.pt", tmp_path / "w.safetensors"
+    torch.save({"x": torch.zeros(100)}, zipped)
+    save_file({"x": torch.zeros(100)}, named)
+    for file in (zipped, named):
+        data = file.read_bytes()
+        assert why_not_whole(file) == ""
+        for size in (0, 5, 30, len(data) // 2, len(data) - 1):
+            file.write_bytes(data[:size])
+            assert why_not_whole(file) != "", size
+    named.write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    for url in (f"https://openaipublic/{digest}/w.pt", f"https://mlfoundations/w-{digest[:8]}.pt"):
+        assert why_not_whole(named, known_sha256(url)) == ""
+    assert why_not_whole(named, known_sha256("https://mlfoundations/w-0123abcd.pt")) != ""
+
+
+def test_a_text_tower_and_its_tokenizer_are_announced(machine, served_folder, capsys):
+    machine("here")
+    words = served_folder / "acme/words/resolve/main"
+    config = RobertaConfig(
+        vocab_size=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    config.save_pretrained(words)
+    known = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "cat": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=known, unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(words)
+    text = {"hf_model_name": "acme/words", "hf_tokenizer_name": "acme/words", "hf_proj_type": "mlp"}
+    (served_folder / "tiny-words.json").write_text(json.dumps({**TINY_CLIP, "text_cfg": text}))
+    open_clip.add_model_config(served_folder / "tiny-words.json")
+    load_teacher("tiny-words:random")
+    said = capsys.readouterr().err
+    for part in ("text tower", "tokenizer"):
+        told = f"fetching the {part} of teacher tiny-words:random from the hub (acme/words), once"
+        assert said.count(told) == 1
+    load_teacher("tiny-words:random")
+    assert "fetching" not in capsys.readouterr().err
+
+
+def test_torchvisions_weights_are_announced_and_fetched_whole(
+    machine, served, served_folder, capsys, monkeypatch
+):
+    home = machine("here")
+    torch.save({"x": torch.ones(1000)}, served_folder / "w.pth")
+    digest = hashlib.sha256((served_folder / "w.pth").read_bytes()).hexdigest()[:8]
+    (served_folder / "w.pth").rename(served_folder / f"resnet50-{digest}.pth")
+    real = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.value
+    ours = dataclasses.replace(real, url=f"{served}/resnet50-{digest}.pth")
+    known = WeightsEnum("ResNet50_Weights", {"IMAGENET1K_V1": ours})
+    monkeypatch.setattr(torchvision.models, "ResNet50_Weights", known)
+    monkeypatch.setattr(Server, "ends_at", 1000)
+    with pytest.raises(CorruptArtefactError, match="invalid hash"):
+        fetch_imagenet_weights()
+    monkeypatch.setattr(Server, "ends_at", None)
+    capsys.readouterr()
+    path = fetch_imagenet_weights()
+    assert path == home / f"torch/hub/checkpoints/resnet50-{digest}.pth"
+    told = f"fetching torchvision's ImageNet weights of ResNet-50 from {ours.url}, once\n"
+    assert told in capsys.readouterr().err
+    assert fetch_imagenet_weights() == path
+    assert "fetching" not in capsys.readouterr().err
+    for size in (1000, 30, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(CorruptArtefactError, match=f"next: delete '{path}'"):
+            fetch_imagenet_weights()
+        assert size == path.stat().st_size
 
 
 def test_a_revision_is_kept_with_the_hash_of_its_weights(machine):

@@ -1,0 +1,130 @@
+"""`cache repair` where the network of `fit` is damaged: nothing is taken out before it is back."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cache.damage import find_damage, uncommit
+from cache.layout import load_provenance, write_provenance
+from cache.spec import StaleCacheError
+from cli import app
+from dkdetr.errors import CorruptArtefactError, MismatchError
+from pipeline.build import cache_teacher
+from pipeline.proposal_network import load_network
+from pipeline.repair import repair_cache
+from pipeline.request import CacheRequest
+from pipeline.teacher_model import tensors_sha256
+from tests.cache_samples import committed_bytes
+from tests.e2e.test_fit_proposals import OVERRIDES
+from tests.e2e.tiny_stage_one import one_pixel_changed, tiny_request
+
+NETWORK = "proposals/network.safetensors"
+ROWS = "data.zarr/objectness/c/1/0"
+
+
+@pytest.fixture(scope="module")
+def made(
+    world: Path, teacher_spec: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CacheRequest, str]:
+    """A cache by `fit` that lies where no test harms it, and a hash of its network."""
+    request = replace(
+        tiny_request(world, teacher_spec, tmp_path_factory.mktemp("made") / "cache"),
+        proposals="fit", experiment="pictograms_tiny", overrides=OVERRIDES, fit_epochs=1,
+    )  # fmt: skip
+    cache_teacher(request)
+    return request, _weights(request.out)
+
+
+@pytest.fixture
+def cache(made: tuple[CacheRequest, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[0].out, tmp_path / "cache"))
+
+
+def _weights(cache: Path) -> str:
+    return tensors_sha256(load_network(cache / NETWORK)[0])
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _committed(cache: Path) -> dict[str, bytes]:
+    """Returns the cache's files without the network and the lease."""
+    files = committed_bytes(cache)
+    return {name: data for name, data in files.items() if not name.startswith(("prop", ".lock"))}
+
+
+@pytest.mark.parametrize("harm", [_flip, _cut, Path.unlink])
+def test_the_network_is_trained_anew_while_the_cache_still_stands(
+    cache: Path, made: tuple[CacheRequest, str], harm: Callable[[Path], None]
+) -> None:
+    before = _committed(cache)
+    harm(cache / NETWORK)
+    _flip(cache / ROWS)
+    harmed = _committed(cache)
+    stood: list[bool] = []
+
+    def say(line: str) -> None:
+        if "training a network" in line:
+            stood.append(_committed(cache) == harmed)
+
+    summary = repair_cache(cache, say=say)
+    assert stood == [True]
+    network = (NETWORK,) if harm is not Path.unlink else ()
+    assert summary.repaired == ("shard 000001", *network)
+    assert _committed(cache) == before
+    assert _weights(cache) == made[1]
+    assert [file.name for file in (cache / "proposals").iterdir()] == ["network.safetensors"]
+
+
+def test_a_broken_network_alone_is_told_by_the_command_and_repaired(
+    cache: Path, made: tuple[CacheRequest, str]
+) -> None:
+    _cut(cache / NETWORK)
+    with pytest.raises(CorruptArtefactError, match=f"next: dkdetr cache repair {cache}"):
+        cache_teacher(replace(made[0], out=cache))
+    result = CliRunner().invoke(app, ["cache", "repair", str(cache)])
+    assert result.exit_code == 0, result.output
+    assert "kept as network.safetensors.damaged" in result.output
+    assert f"repaired  {NETWORK}" in result.output
+    assert _weights(cache) == made[1]
+    assert repair_cache(cache).repaired == ()
+
+
+def test_a_network_that_comes_out_otherwise_leaves_the_cache_as_it_is(cache: Path) -> None:
+    provenance = load_provenance(cache)
+    write_provenance(cache, provenance | {"request": provenance["request"] | {"fit_epochs": 2}})
+    _flip(cache / NETWORK)
+    _flip(cache / ROWS)
+    before = _committed(cache)
+    with pytest.raises(StaleCacheError, match=r"proposals\.weights_sha256 +cache: \w+.* wanted: "):
+        repair_cache(cache)
+    assert _committed(cache) == before
+    assert not (cache / "repair.json").exists()
+    assert (cache / f"{NETWORK}.damaged").is_file()
+
+
+def test_changed_pictures_and_a_lost_head_never_train_over_the_network(
+    cache: Path, made: tuple[CacheRequest, str]
+) -> None:
+    _flip(cache / "CACHE.json")
+    before = committed_bytes(cache)
+    _, images, _ = made[0].split.split(":")
+    with one_pixel_changed(min(Path(images).glob("*.png"))):
+        with pytest.raises(MismatchError, match="was trained on other inputs"):
+            repair_cache(cache)
+        assert committed_bytes(cache) == before
+        uncommit(find_damage(cache))  # as by a repair that is cut short after that
+        with pytest.raises(MismatchError, match="was trained on other inputs"):
+            cache_teacher(replace(made[0], out=cache))
+    assert _weights(cache) == made[1]

@@ -29,8 +29,10 @@ from dkdetr.evaluation.pictures import (
 )
 from dkdetr.evaluation.protocols import GROUP_KEYS, in_group_order, metric_meaning
 from dkdetr.evaluation.report_analysis import (
+    CONFUSION_RULE,
     EXAMPLE_RULE,
     analyse,
+    confusion_tables,
     error_rows,
     loss_charts,
     precision_charts,
@@ -108,6 +110,7 @@ def write_report(
         bar_rows=_bar_rows(runs),
         category_groups=_category_groups(runs),
         has_novel=any(not category.is_base for category in truth.categories),
+        has_groups=bool(GROUP_KEYS[truth.protocol]),
         is_federated=truth.protocol == "lvis",
         pictures=pictures,
         totals=_totals(pictures, runs),
@@ -116,6 +119,8 @@ def write_report(
         precision_charts=precision_charts(analyses),
         recall_rows=recall_rows(analyses),
         errors=error_rows(analyses),
+        confusions=confusion_tables(analyses),
+        confusion_rule=CONFUSION_RULE,
         examples=[each.examples for each in analyses],
         example_rule=EXAMPLE_RULE,
         loss_charts=[*score_charts(histories), *loss_charts(histories)],

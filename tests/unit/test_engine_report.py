@@ -86,6 +86,37 @@ def test_the_page_compares_runs_and_says_why(world):
     assert re.search(r"rare</td><td>2</td><td>0\.0</td><td>50\.0</td>", page)
 
 
+def test_the_page_tells_the_names_taken_for_others(world):
+    root, split = world
+    annotations = json.loads((root / "val.json").read_text())
+
+    def box_of(number):
+        return [4 * (number % 20), 46 + 4 * (number // 20), 3, 3]
+
+    # 51 more names, each of which one of 51 yaks is called; one yak is a cat, twice.
+    for number in range(51):
+        annotations["categories"].append(
+            {"id": 10 + number, "name": f"n{number}", "frequency": "c"}
+        )
+        bbox = box_of(number)
+        annotations["annotations"].append(
+            {"id": 100 + number, "image_id": 1, "category_id": 3, "bbox": bbox, "area": 9}
+        )
+    annotations["images"][0]["neg_category_ids"] = list(range(10, 61))
+    (root / "val.json").write_text(json.dumps(annotations))
+    rows = [(1, 10 + n, box_of(n), 0.4) for n in range(51)]
+    rows += [(i, 2, (45, 5, 30, 40), 0.9) for i in (1, 2)]
+    run = make_run(root / "a", split, rows, weight=0.0)
+    page = report_runs(ReportRequest([run], split, None, root, num_pictures=0)).read_text()
+    assert "53 objects in 52 pairs of names, the first 50" in page
+    # 53 yaks: the two that were there and these.
+    cells = r"<td>yak&lt;</td><td class=\"left\">{}</td><td>{}</td><td>53</td><td>{}</td>"
+    assert re.search(cells.format("cat", 2, "3.8"), page)
+    assert re.search(cells.format("n0", 1, "1.9") + r'<td class="left">rare as common</td>', page)
+    assert len(re.findall(cells.format(r"\w+", r"\d", ".*?"), page)) == 50
+    assert "score 0.3 and more" in page
+
+
 def test_a_results_file_alone_is_enough(world):
     root, split = world
     run = make_run(root / "a", split, [(1, 2, (5, 5, 30, 40), 0.9)], weight=0.0)

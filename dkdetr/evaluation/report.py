@@ -52,8 +52,10 @@ _TEMPLATES = ("report.html", "report_analysis.html", "charts.html")
 class RunForReport:
     """One column of the report: a run's name, a line on what it is, its numbers and detections.
 
-    `history` are the records of its training's diary, `agreement` what was measured of it;
-    `settings` are its flat settings, of which the report shows those that differ between runs.
+    `name` says too what the numbers are of where that is not the run's own: it heads every column.
+    `history` are the records of its training's diary, `agreement` what was measured of it, and
+    `agreement_note` of what weights, if these are not those of the numbers; `settings` are its flat
+    settings, of which the report shows those that differ between runs.
     """
 
     name: str
@@ -62,6 +64,7 @@ class RunForReport:
     results: Results
     history: Sequence[Mapping[str, Any]] = ()
     agreement: Sequence[TeacherAgreement] = ()
+    agreement_note: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -348,8 +348,9 @@ def serve_command(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Runs, checkpoints, student files or owner/name on the Hugging Face hub: the "
-            "first one's student looks at pictures, the curves are of all; default: the newest run"
+            help="A run, checkpoint, student file or owner/name on the Hugging Face hub, whose "
+            "student looks at pictures; behind it more runs, to draw the curves of all; default: "
+            "the newest run"
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="A cache to browse")] = None,

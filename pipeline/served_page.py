@@ -14,6 +14,7 @@ from dkdetr.encoders import TextEncoder
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import RUNS, RunFolder, newest_run
+from dkdetr.engine.run_titles import titled
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, DkdetrError, UsageError
 from dkdetr.inference.hub import student_place
@@ -31,9 +32,9 @@ class PageRequest:
     """What to show.
 
     Args:
-        runs: runs, checkpoints, student files or `owner/name` on the hub; the first one's student
-            looks at pictures, the curves are of all that keep a diary. None: the newest run below
-            `runs/`, if any.
+        runs: a run, a checkpoint, a student file or `owner/name` on the hub, whose student looks
+            at pictures; behind it further runs, or checkpoints of theirs, whose curves are drawn
+            beside the first one's, if it has any. None: the newest run below `runs/`, if any.
         cache: a sealed cache with neighbour lists.
         vocabulary: a vocabulary file instead of the student's own names.
         teacher: the text tower for words; None: the one the student learned from.
@@ -59,7 +60,8 @@ def open_page(request: PageRequest) -> ServedParts:
     """Returns the page's parts; everything that can fail fails here, not under a visitor.
 
     Raises:
-        UsageError: options of a student, and none is served.
+        UsageError: options of a student, and none is served; a place behind the first that is no
+            run.
         DataError: nothing to show, or a run, a cache or pictures that are not there.
         CacheError: a cache that cannot be shown.
         MismatchError: words of another teacher than the student's.
@@ -75,6 +77,7 @@ def open_page(request: PageRequest) -> ServedParts:
     }
     if not runs and (given := [word for word, value in of_a_student.items() if value]):
         raise UsageError(f"{', '.join(given)}: no student is served; name a run (dkdetr serve RUN)")
+    diaries = _diaries(runs)
     about: dict[str, str] = {}
     detector, problem = None, ""
     if runs:
@@ -83,7 +86,6 @@ def open_page(request: PageRequest) -> ServedParts:
     if request.cache is not None:
         browse = CacheBrowser(request.cache, request.data_root)
         about["cache"] = str(request.cache)
-    diaries = {run.name: RunFolder(run).metrics for run in runs if RunFolder(run).metrics.is_file()}
 
     def histories() -> Mapping[str, Sequence[Mapping[str, Any]]]:
         return {name: read_metrics(path) for name, path in diaries.items()}
@@ -99,6 +101,25 @@ def open_page(request: PageRequest) -> ServedParts:
         examples=_examples(request.pictures),
         threshold=request.threshold,
     )
+
+
+def _diaries(places: Sequence[Path]) -> dict[str, Path]:
+    """Returns each run's diary by the run's title: what curves are drawn of.
+
+    Raises:
+        UsageError: a place behind the first, which may be a student alone, is no run.
+    """
+    runs: list[RunFolder] = []
+    for place in places:
+        run = RunFolder.of_checkpoint(place) if place.suffix == ".pt" else RunFolder(place)
+        if run.metrics.is_file() or run.config.is_file():  # a run that begins has no diary yet
+            runs.append(run)
+        elif place != places[0]:
+            raise UsageError(
+                f"'{place}' is no run: of what stands behind the first, '{places[0]}', curves are "
+                "drawn, and only runs have them; name a run's folder, or leave it out"
+            )
+    return {title: RunFolder(path).metrics for path, title in titled([run.path for run in runs])}
 
 
 def _load_student(run: Path, request: PageRequest, about: dict[str, str]) -> tuple[DKDETR, str]:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_agreement import read_agreement
 from dkdetr.engine.run_folder import RunFolder
+from dkdetr.engine.run_titles import titled
 from dkdetr.errors import DataError, UsageError
 from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
@@ -60,7 +61,7 @@ def report_runs(request: ReportRequest) -> Path:
     name = request.split or validation_split(machine.get("split"))
     split = load_split(name, request.data_root)
     truth = ground_truth_of(split)
-    runs = [_read(path, title, truth) for path, title in _titled(request.runs)]
+    runs = [_read(path, title, truth) for path, title in titled(request.runs)]
     out = request.out or (first / "report.html" if len(request.runs) == 1 and first.is_dir()
                           else Path("report.html"))  # fmt: skip
     write_report(
@@ -79,29 +80,6 @@ def report_runs(request: ReportRequest) -> Path:
         notes=[],
     )
     return out
-
-
-def _titled(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Returns each path with a short name that no other has: as many folders as it takes."""
-    whole = [
-        path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts
-        for path in paths
-    ]
-    different = set(whole)
-    titled: list[tuple[Path, str]] = []
-    for path, own in zip(paths, whole, strict=True):
-        depth = next(n for n in range(1, len(own) + 1) if _is_alone(own[-n:], different))
-        name, number = "/".join(own[-depth:]), 1
-        while (title := f"{name} ({number})" if number > 1 else name) in (
-            each for _, each in titled
-        ):
-            number += 1  # the same path again
-        titled.append((path, title))
-    return titled
-
-
-def _is_alone(end: tuple[str, ...], paths: Iterable[tuple[str, ...]]) -> bool:
-    return sum(path[-len(end) :] == end for path in paths) == 1
 
 
 def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:

@@ -65,6 +65,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
     "ablate": (
         "dkdetr ablate --cache cache/lvis --table 5 --dry-run",
+        "dkdetr ablate --cache cache/lvis --table 5 --eval-every 6",
         "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16 "
         "--set compute.activation_checkpointing=true",
     ),
@@ -1141,6 +1142,10 @@ def ablate_command(
     ] = None,
     split: Annotated[str | None, typer.Option(help="What to score on; default: its val")] = None,
     out: Annotated[Path | None, typer.Option(help="Default runs/ablate-EXPERIMENT-HASH")] = None,
+    eval_every: Annotated[
+        int,
+        typer.Option(help="Score each row's every so many epochs too, as `train` does; 0: never"),
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it runs")] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
@@ -1165,6 +1170,7 @@ def ablate_command(
             out=out,
             data_root=data_root,
             device=device,
+            eval_every=eval_every,
         )
         # -P: a cli.py of the user's, in the folder at hand, is none of ours.
         program = (sys.executable, "-P", "-c", "from cli import main; main()")

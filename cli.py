@@ -87,7 +87,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "cache neighbors": ("dkdetr cache neighbors cache/lvis --image 139 --box 4",),
     "cache browse": ("dkdetr cache browse cache/lvis --images 17,42,",),
     "vocab build": (
-        "dkdetr vocab build names.txt -o tools.vocab",
+        "dkdetr vocab build names.txt -o tools.vocab --class-threshold hammer=0.5",
         "dkdetr vocab build objects365-clean -o objects365.vocab --prompts vild63,clip7",
     ),
     "vocab import": (
@@ -363,8 +363,14 @@ def serve_command(
     ] = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
     threshold: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Least score to begin with")
-    ] = DEFAULT_THRESHOLD,
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=0.99,
+            help="Least score to begin with, of all names; default: a name's own in the "
+            f"vocabulary, else {DEFAULT_THRESHOLD}",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = DEFAULT_PORT,
     data_root: DataRoot = Path("data"),
@@ -1012,7 +1018,13 @@ def predict_command(
         str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')
     ] = None,
     vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
-    threshold: Annotated[float, typer.Option(help="Least score")] = DEFAULT_THRESHOLD,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Least score, of all names; default: a name's own in the vocabulary, else "
+            f"{DEFAULT_THRESHOLD}"
+        ),
+    ] = None,
     class_thresholds: Annotated[
         list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
     ] = None,
@@ -1414,6 +1426,14 @@ def vocab_build(
     prompts: Annotated[
         str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
     ] = DEFAULT_PROMPTS,
+    class_thresholds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class-threshold",
+            help="NAME=SCORE: the least score of a name that predict and serve show, kept in the "
+            "file (repeatable)",
+        ),
+    ] = None,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1421,7 +1441,8 @@ def vocab_build(
     """Embed names once; eval, predict and convert then need no CLIP."""
     from pipeline.open_vocabulary import build_vocabulary_file
 
-    built = build_vocabulary_file(names, out, teacher, prompts, device)
+    least = _scores_by_name(class_thresholds or ())
+    built = build_vocabulary_file(names, out, teacher, prompts, device, thresholds=least)
     _tell(built.lines(), json_out)
     _report(built.as_json(), json_out)
 
@@ -1461,7 +1482,7 @@ def vocab_show(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Print a vocabulary's names, teacher, prompts and near-duplicates; loads no CLIP."""
+    """Print a vocabulary's names, teacher, prompts, thresholds and doubts; loads no CLIP."""
     from dkdetr.data.vocabulary import load_vocabulary
     from dkdetr.data.vocabulary_check import describe_vocabulary
 

@@ -1,7 +1,7 @@
 """What `dkdetr serve` shows, put together from runs, a cache and the teacher's text tower."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class PageRequest:
         vocabulary: a vocabulary file instead of the student's own names.
         teacher: the text tower for words; None: the one the student learned from.
         pictures: a folder of pictures to try.
-        threshold: the least score that the page begins with.
+        threshold: the least score that the page begins with, of all names; None: a name's own
+            in the vocabulary, else 0.3.
         report: a page that `dkdetr report` or the demo wrote; None: RUN/report.html.
         data_root: where the cache's pictures lie.
         device: see `pick_device`.
@@ -50,7 +51,7 @@ class PageRequest:
     vocabulary: Path | None = None
     teacher: str | None = None
     pictures: Path | None = None
-    threshold: float = DEFAULT_THRESHOLD
+    threshold: float | None = None
     report: Path | None = None
     data_root: Path = Path("data")
     device: str = "auto"
@@ -99,7 +100,7 @@ def open_page(request: PageRequest) -> ServedParts:
         histories=histories if diaries else None,
         report=report if report is not None and report.is_file() else None,
         examples=_examples(request.pictures),
-        threshold=request.threshold,
+        threshold=DEFAULT_THRESHOLD if request.threshold is None else request.threshold,
     )
 
 
@@ -132,6 +133,8 @@ def _load_student(run: Path, request: PageRequest, about: dict[str, str]) -> tup
         subject.student, subject.config, subject.vocabulary, text_encoder=encoder, device=device
     )
     looked_for = own.resolve(given)
+    if request.threshold is not None:
+        looked_for = replace(looked_for, thresholds={})
     if encoder is not None:
         own.resolve(own.vocabulary.names[:1])  # another teacher's words fail here
     detector = DKDETR(

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,18 @@ def test_a_student_that_does_not_name_its_teacher_has_its_own_names_alone(place:
         vocabulary=place / "tools.vocab",
     )  # fmt: skip
     assert open_page(given).words_problem == ""
+
+
+def test_a_vocabularys_own_thresholds_give_way_to_the_one_typed(place: Path):
+    words = (str(place / "names.txt"), place / "strict.vocab", "pictograms", "single", "cpu")
+    build_vocabulary_file(*words, thresholds={"hammer": 0.7})
+    asked = PageRequest(
+        runs=(place / "s.safetensors",), vocabulary=place / "strict.vocab", device="cpu"
+    )
+    for threshold, own, begins in ((None, {"hammer": 0.7}, 0.3), (0.2, {}, 0.2)):
+        parts = open_page(replace(asked, threshold=threshold))
+        assert parts.detector is not None
+        assert (parts.detector.vocabulary.thresholds, parts.threshold) == (own, begins)
 
 
 def test_curves_are_of_every_run_however_it_is_named(place: Path):

@@ -65,6 +65,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "serve": ("dkdetr serve runs/mine --cache cache/mine --pictures photos/",),
     "ablate": (
         "dkdetr ablate --cache cache/lvis --table 5 --dry-run",
+        "dkdetr ablate --cache cache/lvis --table 5 --eval-every 6",
         "dkdetr ablate --cache cache/lvis --table 5 --set compute.micro_batches=16 "
         "--set compute.activation_checkpointing=true",
     ),
@@ -86,7 +87,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "cache neighbors": ("dkdetr cache neighbors cache/lvis --image 139 --box 4",),
     "cache browse": ("dkdetr cache browse cache/lvis --images 17,42,",),
     "vocab build": (
-        "dkdetr vocab build names.txt -o tools.vocab",
+        "dkdetr vocab build names.txt -o tools.vocab --class-threshold hammer=0.5",
         "dkdetr vocab build objects365-clean -o objects365.vocab --prompts vild63,clip7",
     ),
     "vocab import": (
@@ -348,8 +349,9 @@ def serve_command(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Runs, checkpoints, student files or owner/name on the Hugging Face hub: the "
-            "first one's student looks at pictures, the curves are of all; default: the newest run"
+            help="A run, checkpoint, student file or owner/name on the Hugging Face hub, whose "
+            "student looks at pictures; behind it more runs, to draw the curves of all; default: "
+            "the newest run"
         ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="A cache to browse")] = None,
@@ -361,8 +363,14 @@ def serve_command(
     ] = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder of pictures to try")] = None,
     threshold: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Least score to begin with")
-    ] = DEFAULT_THRESHOLD,
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=0.99,
+            help="Least score to begin with, of all names; default: a name's own in the "
+            f"vocabulary, else {DEFAULT_THRESHOLD}",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="An address of this machine")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = DEFAULT_PORT,
     data_root: DataRoot = Path("data"),
@@ -1010,7 +1018,13 @@ def predict_command(
         str | None, typer.Option("--classes", "-c", help='"cat, traffic cone", @coco or @FILE')
     ] = None,
     vocab: Annotated[Path | None, typer.Option(help="A vocabulary file instead of words")] = None,
-    threshold: Annotated[float, typer.Option(help="Least score")] = DEFAULT_THRESHOLD,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Least score, of all names; default: a name's own in the vocabulary, else "
+            f"{DEFAULT_THRESHOLD}"
+        ),
+    ] = None,
     class_thresholds: Annotated[
         list[str] | None, typer.Option("--class-threshold", help="NAME=SCORE (repeatable)")
     ] = None,
@@ -1140,6 +1154,10 @@ def ablate_command(
     ] = None,
     split: Annotated[str | None, typer.Option(help="What to score on; default: its val")] = None,
     out: Annotated[Path | None, typer.Option(help="Default runs/ablate-EXPERIMENT-HASH")] = None,
+    eval_every: Annotated[
+        int,
+        typer.Option(help="Score each row's every so many epochs too, as `train` does; 0: never"),
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it runs")] = False,
     data_root: DataRoot = Path("data"),
     device: Device = "auto",
@@ -1164,6 +1182,7 @@ def ablate_command(
             out=out,
             data_root=data_root,
             device=device,
+            eval_every=eval_every,
         )
         # -P: a cli.py of the user's, in the folder at hand, is none of ours.
         program = (sys.executable, "-P", "-c", "from cli import main; main()")
@@ -1407,6 +1426,14 @@ def vocab_build(
     prompts: Annotated[
         str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
     ] = DEFAULT_PROMPTS,
+    class_thresholds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class-threshold",
+            help="NAME=SCORE: the least score of a name that predict and serve show, kept in the "
+            "file (repeatable)",
+        ),
+    ] = None,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1414,7 +1441,8 @@ def vocab_build(
     """Embed names once; eval, predict and convert then need no CLIP."""
     from pipeline.open_vocabulary import build_vocabulary_file
 
-    built = build_vocabulary_file(names, out, teacher, prompts, device)
+    least = _scores_by_name(class_thresholds or ())
+    built = build_vocabulary_file(names, out, teacher, prompts, device, thresholds=least)
     _tell(built.lines(), json_out)
     _report(built.as_json(), json_out)
 
@@ -1454,7 +1482,7 @@ def vocab_show(
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
-    """Print a vocabulary's names, teacher, prompts and near-duplicates; loads no CLIP."""
+    """Print a vocabulary's names, teacher, prompts, thresholds and doubts; loads no CLIP."""
     from dkdetr.data.vocabulary import load_vocabulary
     from dkdetr.data.vocabulary_check import describe_vocabulary
 

@@ -1,6 +1,7 @@
 """Where words meet the teacher's text tower: vocabularies of names, detectors that take words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dkdetr.data.vocabulary import (
     build_vocabulary,
     load_vocabulary,
     save_vocabulary,
+    thresholds_by_name,
 )
 from dkdetr.data.vocabulary_check import VocabularyDescription, describe_vocabulary
 from dkdetr.defaults import DEFAULT_PROMPTS
@@ -99,7 +101,13 @@ def _of_words(
 
 
 def build_vocabulary_file(
-    names: str | Path, out: Path, teacher: str, prompts: str, device: str
+    names: str | Path,
+    out: Path,
+    teacher: str,
+    prompts: str,
+    device: str,
+    *,
+    thresholds: Mapping[str, float] | None = None,
 ) -> VocabularyDescription:
     """Writes the vocabulary of a list of names; returns its description with its doubts.
 
@@ -109,13 +117,16 @@ def build_vocabulary_file(
         teacher: the specification of the text tower.
         prompts: see `read_templates`.
         device: where it runs.
+        thresholds: least scores of some names, which `predict` then goes by.
 
     Raises:
         DkdetrError: no such list, an empty or a doubtful one, or no such teacher.
+        UsageError: a threshold of none of the names, or beyond 0..1.
     """
     entries, templates = read_entries(names), read_templates(prompts)
+    least = thresholds_by_name([entry.name for entry in entries], thresholds or {})
     encoder = load_teacher(teacher, pick_device(device))
-    vocabulary = embed_entries(entries, templates, encoder)
+    vocabulary = replace(embed_entries(entries, templates, encoder), thresholds=least)
     save_vocabulary(vocabulary, out)
     return describe_vocabulary(vocabulary)
 

@@ -1,7 +1,7 @@
 """What `dkdetr serve` shows, put together from runs, a cache and the teacher's text tower."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dkdetr.encoders import TextEncoder
 from dkdetr.engine.distributed import pick_device
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_folder import RUNS, RunFolder, newest_run
+from dkdetr.engine.run_titles import titled
 from dkdetr.engine.subject import Subject, load_subject
 from dkdetr.errors import DataError, DkdetrError, UsageError
 from dkdetr.inference.hub import student_place
@@ -31,14 +32,15 @@ class PageRequest:
     """What to show.
 
     Args:
-        runs: runs, checkpoints, student files or `owner/name` on the hub; the first one's student
-            looks at pictures, the curves are of all that keep a diary. None: the newest run below
-            `runs/`, if any.
+        runs: a run, a checkpoint, a student file or `owner/name` on the hub, whose student looks
+            at pictures; behind it further runs, or checkpoints of theirs, whose curves are drawn
+            beside the first one's, if it has any. None: the newest run below `runs/`, if any.
         cache: a sealed cache with neighbour lists.
         vocabulary: a vocabulary file instead of the student's own names.
         teacher: the text tower for words; None: the one the student learned from.
         pictures: a folder of pictures to try.
-        threshold: the least score that the page begins with.
+        threshold: the least score that the page begins with, of all names; None: a name's own
+            in the vocabulary, else 0.3.
         report: a page that `dkdetr report` or the demo wrote; None: RUN/report.html.
         data_root: where the cache's pictures lie.
         device: see `pick_device`.
@@ -49,7 +51,7 @@ class PageRequest:
     vocabulary: Path | None = None
     teacher: str | None = None
     pictures: Path | None = None
-    threshold: float = DEFAULT_THRESHOLD
+    threshold: float | None = None
     report: Path | None = None
     data_root: Path = Path("data")
     device: str = "auto"
@@ -59,7 +61,8 @@ def open_page(request: PageRequest) -> ServedParts:
     """Returns the page's parts; everything that can fail fails here, not under a visitor.
 
     Raises:
-        UsageError: options of a student, and none is served.
+        UsageError: options of a student, and none is served; a place behind the first that is no
+            run.
         DataError: nothing to show, or a run, a cache or pictures that are not there.
         CacheError: a cache that cannot be shown.
         MismatchError: words of another teacher than the student's.
@@ -75,6 +78,7 @@ def open_page(request: PageRequest) -> ServedParts:
     }
     if not runs and (given := [word for word, value in of_a_student.items() if value]):
         raise UsageError(f"{', '.join(given)}: no student is served; name a run (dkdetr serve RUN)")
+    diaries = _diaries(runs)
     about: dict[str, str] = {}
     detector, problem = None, ""
     if runs:
@@ -83,7 +87,6 @@ def open_page(request: PageRequest) -> ServedParts:
     if request.cache is not None:
         browse = CacheBrowser(request.cache, request.data_root)
         about["cache"] = str(request.cache)
-    diaries = {run.name: RunFolder(run).metrics for run in runs if RunFolder(run).metrics.is_file()}
 
     def histories() -> Mapping[str, Sequence[Mapping[str, Any]]]:
         return {name: read_metrics(path) for name, path in diaries.items()}
@@ -97,8 +100,27 @@ def open_page(request: PageRequest) -> ServedParts:
         histories=histories if diaries else None,
         report=report if report is not None and report.is_file() else None,
         examples=_examples(request.pictures),
-        threshold=request.threshold,
+        threshold=DEFAULT_THRESHOLD if request.threshold is None else request.threshold,
     )
+
+
+def _diaries(places: Sequence[Path]) -> dict[str, Path]:
+    """Returns each run's diary by the run's title: what curves are drawn of.
+
+    Raises:
+        UsageError: a place behind the first, which may be a student alone, is no run.
+    """
+    runs: list[RunFolder] = []
+    for place in places:
+        run = RunFolder.of_checkpoint(place) if place.suffix == ".pt" else RunFolder(place)
+        if run.metrics.is_file() or run.config.is_file():  # a run that begins has no diary yet
+            runs.append(run)
+        elif place != places[0]:
+            raise UsageError(
+                f"'{place}' is no run: of what stands behind the first, '{places[0]}', curves are "
+                "drawn, and only runs have them; name a run's folder, or leave it out"
+            )
+    return {title: RunFolder(path).metrics for path, title in titled([run.path for run in runs])}
 
 
 def _load_student(run: Path, request: PageRequest, about: dict[str, str]) -> tuple[DKDETR, str]:
@@ -111,6 +133,8 @@ def _load_student(run: Path, request: PageRequest, about: dict[str, str]) -> tup
         subject.student, subject.config, subject.vocabulary, text_encoder=encoder, device=device
     )
     looked_for = own.resolve(given)
+    if request.threshold is not None:
+        looked_for = replace(looked_for, thresholds={})
     if encoder is not None:
         own.resolve(own.vocabulary.names[:1])  # another teacher's words fail here
     detector = DKDETR(

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from safetensors.numpy import save
 
 from dkdetr.atomic_file import write_bytes
 from dkdetr.data.annotations import Category
-from dkdetr.data.prompts import fill_prompt
+from dkdetr.data.prompts import fill_prompt, readable_name
 from dkdetr.encoders import TextEncoder
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 
 _NORM_TOLERANCE = 2e-3
+_THRESHOLDS_HASH = "thresholds_hash"
 _FIELDS = ("names", "category_ids", "is_base", "frequencies", "prompts", "teacher")
 
 
@@ -32,10 +33,13 @@ class Vocabulary:
     """Category i has names[i], category_ids[i], ... and the unit vector embeddings[i].
 
     `prompts` are the templates whose embeddings were averaged, `teacher` the identity of the text
-    encoder; `frequencies` are LVIS's r, c, f, and '' where unknown.
+    encoder; `frequencies` are LVIS's r, c, f, and '' where unknown. `thresholds` are the least
+    scores that `predict` shows of some names, no part of the hash: they change nothing of what a
+    student is asked, nor of its scores.
 
     Raises:
-        DataError: the parts differ in length, an id occurs twice, or a row is not of unit norm.
+        DataError: the parts differ in length, an id occurs twice, a row is not of unit norm, or a
+            threshold is no score or of a name that is not there.
     """
 
     names: tuple[str, ...]
@@ -45,6 +49,7 @@ class Vocabulary:
     prompts: tuple[str, ...]
     teacher: str
     embeddings: Float[np.ndarray, "num_classes embed_dim"]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {len(self.names), len(self.category_ids), len(self.is_base)}
@@ -54,6 +59,10 @@ class Vocabulary:
             raise DataError("a vocabulary's embeddings are float32 rows, one a name")
         if len(set(self.category_ids)) != len(self.category_ids):
             raise DataError("a category_id occurs twice in a vocabulary")
+        if strange := sorted(self.thresholds.keys() - set(self.names)):
+            raise DataError(f"a vocabulary has a threshold of '{strange[0]}', but no such name")
+        if not all(0 <= least <= 1 for least in self.thresholds.values()):
+            raise DataError("a vocabulary's thresholds are scores: they lie in 0..1")
         norms = np.linalg.norm(self.embeddings.astype(np.float64), axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= _NORM_TOLERANCE))
         if len(bad):
@@ -76,14 +85,16 @@ class Vocabulary:
         return self._rows([i for i, is_base in enumerate(self.is_base) if is_base])
 
     def _rows(self, rows: Sequence[int]) -> "Vocabulary":
+        names = tuple(self.names[i] for i in rows)
         return Vocabulary(
-            names=tuple(self.names[i] for i in rows),
+            names=names,
             category_ids=tuple(self.category_ids[i] for i in rows),
             is_base=tuple(self.is_base[i] for i in rows),
             frequencies=tuple(self.frequencies[i] for i in rows),
             prompts=self.prompts,
             teacher=self.teacher,
             embeddings=self.embeddings[list(rows)],
+            thresholds={name: self.thresholds[name] for name in names if name in self.thresholds},
         )
 
     @cached_property
@@ -130,17 +141,20 @@ class Vocabulary:
     @cached_property
     def hash(self) -> str:
         """64 hex digits that change with any name, group, prompt, teacher or embedding."""
-        digest = hashlib.sha256(_canonical(self.metadata()).encode())
+        digest = hashlib.sha256(_canonical(self._asked()).encode())
         digest.update(np.ascontiguousarray(self.embeddings, dtype="<f4").tobytes())
         return digest.hexdigest()
 
-    def metadata(self) -> dict[str, Any]:
-        """Returns all but the embeddings, as plain JSON values."""
+    def _asked(self) -> dict[str, Any]:
         listed = {name: getattr(self, name) for name in _FIELDS}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in listed.items()
         }
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns all but the embeddings, as plain JSON values; thresholds where there are any."""
+        return self._asked() | ({"thresholds": dict(self.thresholds)} if self.thresholds else {})
 
 
 def from_metadata(
@@ -160,6 +174,10 @@ def from_metadata(
             prompts=tuple(str(prompt) for prompt in metadata["prompts"]),
             teacher=str(metadata["teacher"]),
             embeddings=np.ascontiguousarray(embeddings, dtype=np.float32),
+            thresholds={
+                str(name): float(least)
+                for name, least in dict(metadata.get("thresholds", {})).items()
+            },
         )
     except KeyError as error:
         raise DataError(f"a vocabulary's description lacks {error}") from None
@@ -214,8 +232,11 @@ def build_vocabulary(
 
 
 def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
-    """Writes a vocabulary as safetensors, atomically; its hash travels inside."""
+    """Writes a vocabulary as safetensors, atomically; its hash travels inside, and one of its
+    thresholds, if it has any."""
     described = {"vocabulary": _canonical(vocabulary.metadata()), "hash": vocabulary.hash}
+    if vocabulary.thresholds:
+        described[_THRESHOLDS_HASH] = _thresholds_hash(vocabulary)
     data = save({"embeddings": np.ascontiguousarray(vocabulary.embeddings)}, metadata=described)
     write_bytes(path, data)
 
@@ -237,9 +258,33 @@ def load_vocabulary(path: Path) -> Vocabulary:
         expected = described["hash"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise CorruptArtefactError(f"{path} is not a vocabulary file: {error}") from None
-    if vocabulary.hash != expected:
+    known = _thresholds_hash(vocabulary) if vocabulary.thresholds else None
+    if vocabulary.hash != expected or described.get(_THRESHOLDS_HASH) != known:
         raise CorruptArtefactError(f"{path} is damaged: its content does not give its own hash")
     return vocabulary
+
+
+def thresholds_by_name(names: Sequence[str], given: Mapping[str, float]) -> dict[str, float]:
+    """Returns thresholds by the names as a vocabulary has them: `Fire Hydrant` for `fire_hydrant`.
+
+    Raises:
+        UsageError: one is of none of the names, or no score.
+    """
+    known: dict[str, list[str]] = {}
+    for name in names if given else ():
+        known.setdefault(readable_name(name), []).append(name)  # `Cat` and `cat` may be there
+    found: dict[str, float] = {}
+    for name, least in given.items():
+        if (same := known.get(readable_name(name))) is None:
+            raise UsageError(f"a threshold is given for '{name}', which is none of the names")
+        if not 0 <= least <= 1:
+            raise UsageError(f"the threshold of '{name}' is {least}: scores lie in 0..1")
+        found |= dict.fromkeys(same, least)
+    return found
+
+
+def _thresholds_hash(vocabulary: Vocabulary) -> str:
+    return hashlib.sha256(_canonical(dict(vocabulary.thresholds)).encode()).hexdigest()
 
 
 def _canonical(value: Any) -> str:

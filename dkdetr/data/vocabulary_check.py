@@ -1,5 +1,6 @@
 """What to know of a vocabulary before trusting it: names that mean nearly the same."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class VocabularyDescription:
     near: tuple[tuple[str, str, float], ...]
     merged: tuple[tuple[str, ...], ...]
     """Names that read the same once underscores, case and slashes are gone."""
+    thresholds: Mapping[str, float]
 
     def lines(self) -> list[str]:
         """Returns the description for people."""
@@ -36,6 +38,7 @@ class VocabularyDescription:
             f"teacher: {self.teacher}",
             f"prompts: {len(self.prompts)}, e.g. '{self.prompts[0]}'" if self.prompts else "",
             f"hash: {self.hash[:16]}",
+            _thresholds_in_words(self.thresholds),
         ]
         return [line for line in lines if line] + self.warnings()
 
@@ -65,7 +68,16 @@ def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
         hash=vocabulary.hash,
         near=_near_pairs(vocabulary),
         merged=tuple(tuple(group) for group in same_reading(vocabulary.names)),
+        thresholds=dict(vocabulary.thresholds),
     )
+
+
+def _thresholds_in_words(thresholds: Mapping[str, float]) -> str:
+    if not thresholds:
+        return ""
+    shown = ", ".join(f"{name} {least:g}" for name, least in list(thresholds.items())[:_SHOWN])
+    more = f" and {len(thresholds) - _SHOWN} more" if len(thresholds) > _SHOWN else ""
+    return f"least scores: {shown}{more}"
 
 
 def _near_pairs(vocabulary: Vocabulary) -> tuple[tuple[str, str, float], ...]:

@@ -44,6 +44,7 @@ class AblateRequest:
     `experiment` None: the one of the cache's split, of LVIS the paper's 36 epochs; `split` None:
     its validation split; `out` None: runs/ablate-EXPERIMENT-HASH, which all tables of an experiment
     share; `rows` empty: all; `jobs` None: as many as there are GPUs, or cores where there are none.
+    `eval_every`: as of `train`, of burn-ins and rows, on `split`.
     """
 
     cache: CachePath
@@ -57,6 +58,7 @@ class AblateRequest:
     out: Path | None
     data_root: Path
     device: str
+    eval_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     wanted = _wanted(table, request.rows)
     if request.seeds < 1:
         raise UsageError("--seeds wants 1 or more")
+    if request.eval_every < 0:
+        raise UsageError("--eval-every wants 0 or more epochs")
     seeds = tuple(base.seed + number for number in range(request.seeds))
     names = _folder_names(experiment, request.overrides, own, [row.run for row in table.rows])
     out = request.out or RUNS / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
@@ -296,10 +300,11 @@ class _RunMaker:
         loaders = places_for(request.device, request.jobs, most=most).loader_processes
         if self.base.data.workers > loaders and not asked:  # the others need cores, too
             settings.append(f"data.workers={loaders}")
+        every = ("--eval-every", str(request.eval_every), "--eval-split", self.split)
         return (
             "train", "--cache", str(request.cache), "--experiment", self.experiment,
             "--run", str(folder), "--data-root", str(request.data_root),
-            "--device", request.device, "--seed", str(seed),
+            "--device", request.device, "--seed", str(seed), *(every if request.eval_every else ()),
             *(word for setting in settings for word in ("--set", setting)),
         )  # fmt: skip
 

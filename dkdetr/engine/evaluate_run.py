@@ -22,7 +22,6 @@ from dkdetr.evaluation.evaluate import Evaluation, evaluate_student, score_predi
 from dkdetr.evaluation.gather import RankShare
 from dkdetr.evaluation.scored_weights import ScoredWeights, Words
 from dkdetr.evaluation.table import print_metrics
-from dkdetr.student_file import weights_hash
 
 VocabularyBuilder = Callable[[Split, str, tuple[str, ...]], Vocabulary]
 """Builds a split's vocabulary with a teacher (its specification) and prompt templates."""
@@ -131,15 +130,7 @@ def _evaluate(
         compiled=request.compiled,
     )
     words = words_of(vocabulary, subject.vocabulary, split, cleaned=request.clean_names)
-    at = subject.progress
-    weights = ScoredWeights(
-        weights_hash(subject.student),
-        vocabulary.hash,
-        words,
-        config.optim.precision,
-        epoch=None if at is None else at.epoch,
-        iteration=None if at is None else at.iteration,
-    )
+    weights = subject.scored(vocabulary, words, config.optim.precision)
     evaluation = evaluate_student(
         student,
         split,
@@ -153,7 +144,7 @@ def _evaluate(
     )
     if evaluation is None:
         return None
-    run = RunFolder(subject.folder)
+    run, at = RunFolder(subject.folder), subject.progress
     if at is not None and run.metrics.is_file():  # else a student file, or a checkpoint alone
         values = diary_values(evaluation.metrics, weights, averaged=request.averaged)
         add_record(run.metrics, "eval", at.iteration, values)

@@ -1,9 +1,10 @@
 """`dkdetr report RUN...`: one page on one or several scored runs."""
 
+import contextlib
 import json
 import platform
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,17 +12,21 @@ from typing import Any
 
 import torch
 
+from dkdetr.config import Precision
 from dkdetr.data.splits import load_split
 from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_agreement import read_agreement
 from dkdetr.engine.run_folder import RunFolder
+from dkdetr.engine.run_titles import titled
 from dkdetr.errors import DataError, UsageError
 from dkdetr.evaluation.detection_metrics import score
 from dkdetr.evaluation.ground_truth import GroundTruth, ground_truth_of
 from dkdetr.evaluation.pictures import choose_images
 from dkdetr.evaluation.report import RunForReport, write_report
 from dkdetr.evaluation.results import read_results
+from dkdetr.evaluation.scored_weights import WEIGHTS_KEY, strange_precision, strange_words
+from dkdetr.evaluation.teacher_agreement import TeacherAgreement
 from dkdetr.experiment_file import flatten
 
 
@@ -56,7 +61,7 @@ def report_runs(request: ReportRequest) -> Path:
     name = request.split or validation_split(machine.get("split"))
     split = load_split(name, request.data_root)
     truth = ground_truth_of(split)
-    runs = [_read(path, title, truth) for path, title in _titled(request.runs)]
+    runs = [_read(path, title, truth) for path, title in titled(request.runs)]
     out = request.out or (first / "report.html" if len(request.runs) == 1 and first.is_dir()
                           else Path("report.html"))  # fmt: skip
     write_report(
@@ -77,65 +82,90 @@ def report_runs(request: ReportRequest) -> Path:
     return out
 
 
-def _titled(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Returns each path with a short name that no other has: as many folders as it takes."""
-    whole = [
-        path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts
-        for path in paths
-    ]
-    different = set(whole)
-    titled: list[tuple[Path, str]] = []
-    for path, own in zip(paths, whole, strict=True):
-        depth = next(n for n in range(1, len(own) + 1) if _is_alone(own[-n:], different))
-        name, number = "/".join(own[-depth:]), 1
-        while (title := f"{name} ({number})" if number > 1 else name) in (
-            each for _, each in titled
-        ):
-            number += 1  # the same path again
-        titled.append((path, title))
-    return titled
-
-
-def _is_alone(end: tuple[str, ...], paths: Iterable[tuple[str, ...]]) -> bool:
-    return sum(path[-len(end) :] == end for path in paths) == 1
-
-
 def _read(path: Path, title: str, truth: GroundTruth) -> RunForReport:
-    scored = _Scored(path) if path.is_file() else _scored_of(path, truth.name)
-    averaged, results = scored.averaged, read_results(scored.results)
+    scored = _Scored(path, {}) if path.is_file() else _scored_of(path, truth.name)
+    results = read_results(scored.results)
     if results.masks is not None:
         raise UsageError(f"'{path}' holds masks: report is on boxes, give results.json")
     run = RunFolder(path)
     settings: dict[str, Any] = {}
     if run.config.is_file():
         settings = flatten(tomllib.loads(run.config.read_text(encoding="utf-8")))
+    made_with, precision = run.read_provenance(), settings.get("optim.precision")
+    agreement = read_agreement(
+        path, truth.name, averaged=scored.averaged, weights=scored.said.get(WEIGHTS_KEY)
+    )
     return RunForReport(
-        name=f"{title}, averaged weights" if averaged else title,
-        note=", ".join(filter(None, (str(settings.get("name", "")), _moment_of(scored, run)))),
+        name=", ".join([title, *_not_its_own(scored, made_with, precision, truth.name)]),
+        note=", ".join(filter(None, (str(settings.get("name", "")), *_said_of(scored, run)))),
         metrics=score(truth, results),
         results=results,
         history=read_metrics(run.metrics),
-        agreement=read_agreement(path, truth.name, averaged=averaged),
+        agreement=agreement,
+        agreement_note=_weights_of(agreement, scored),
         settings=settings,
     )
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A results file, whether the averaged weights found that, and at which step, if it says so."""
+    """A results file, what its `metrics.json` says, and whether the averaged weights found that."""
 
     results: Path
+    said: Mapping[str, Any]
     averaged: bool = False
-    iteration: int | None = None
 
 
-def _moment_of(scored: _Scored, run: RunFolder) -> str:
-    """Returns in words at which step a run was scored, and how far it has come since."""
-    step, newest = scored.iteration, run.newest_step()
-    if step is None:
+def _not_its_own(
+    scored: _Scored, made_with: Mapping[str, Any], precision: Precision | None, split: str
+) -> list[str]:
+    """Returns, to be read wherever a run is named, what its scores are of but its last weights,
+    asked with its own words, in its own precision, on its own validation split."""
+    if not scored.said:  # a results file alone
+        return []
+    told = ["averaged weights"] if scored.averaged else []
+    with contextlib.suppress(UsageError):  # which split is its own, it does not say
+        if split != validation_split(made_with.get("split")):
+            told.append(f"on {split.rpartition('/')[2]}")
+    said = scored.said
+    if said.get("words") == "split":
+        told.append("asked for the split's own names")
+    elif "words" in said and (words := strange_words(said, made_with.get("vocabulary_hash"))):
+        told.append(words)
+    if "precision" in said and precision and (other := strange_precision(said, precision)):
+        told.append(other)
+    return told
+
+
+def _said_of(scored: _Scored, run: RunFolder) -> list[str]:
+    """Returns in words at which step a run was scored, and how far it has come since; and whether
+    its scores, being of before, leave something unsaid."""
+    step, newest = scored.said.get("iteration"), run.newest_step()
+    told = [] if step is None else [f"scores of step {step}"]
+    if step is not None and newest is not None and newest > step:
+        told.append(f"trained to step {newest} since")
+    if scored.said and "words" not in scored.said:
+        told.append("the scores do not say what words were asked")
+    return told
+
+
+def _weights_of(agreement: Sequence[TeacherAgreement], scored: _Scored) -> str:
+    """Returns in words which weights an agreement is of, where these are not those of the scores.
+
+    '' where they are, or where there is none.
+    """
+    if not agreement:
         return ""
-    since = f", trained to step {newest} since" if newest is not None and newest > step else ""
-    return f"scores of step {step}{since}"
+    weights = agreement[0].weights
+    if weights is None:
+        return "of weights that it does not name"
+    at = "" if weights.iteration is None else f", those of step {weights.iteration}"
+    if weights.xxh3_128 != scored.said.get(WEIGHTS_KEY):
+        return f"of other weights than the scores{at}"
+    precision = scored.said.get("precision")
+    if weights.precision != precision:
+        return f"of precision {weights.precision}, where the scores are of {precision}"
+    return ""
 
 
 def _scored_of(run: Path, split: str) -> _Scored:
@@ -145,7 +175,7 @@ def _scored_of(run: Path, split: str) -> _Scored:
             metrics = folder / "metrics.json"
             if not metrics.is_file():
                 continue
-            table = json.loads(metrics.read_text(encoding="utf-8"))
-            if table.get("split") == split:
-                return _Scored(folder / "results.json", averaged, table.get("iteration"))
+            said = json.loads(metrics.read_text(encoding="utf-8"))
+            if said.get("split") == split:
+                return _Scored(folder / "results.json", said, averaged)
     raise DataError(f"'{run}' was not scored on {split}; next: dkdetr eval {run} --split {split}")

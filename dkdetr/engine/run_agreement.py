@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,32 +65,43 @@ def measure_run_agreement(
             file=sys.stderr,
         )
     on = pick_device(device)
-    measured = measure_agreement(
+    config = with_batch_size(with_precision(subject.config, precision), batch_size)
+    weights = subject.scored(subject.vocabulary, "own", config.optim.precision)
+    found = measure_agreement(
         subject.student.to(on),
         load_cached_split(reader.info.split, data_root),
         reader,
-        with_batch_size(with_precision(subject.config, precision), batch_size),
+        config,
         device=on,
         held_out=held_out,
     )
+    measured = [replace(each, weights=weights) for each in found]
     described = [each.as_json() for each in measured]
     folder = RunFolder(subject.folder).evaluation(reader.info.split, averaged=averaged)
     write_text(folder / _FILE, json.dumps(described, indent=2) + "\n")
     return measured
 
 
-def read_agreement(run: Path, split: str, *, averaged: bool = False) -> list[TeacherAgreement]:
+def read_agreement(
+    run: Path, split: str, *, averaged: bool = False, weights: str | None = None
+) -> list[TeacherAgreement]:
     """Returns what was measured of a run on one cache, nothing if nothing was.
 
     Of several caches' the one on `split`, else another one on held-out images, else on the
-    training's.
+    training's; before all these, one of the weights with the hash `weights`.
     """
     folders = RunFolder(run).evaluations(averaged=averaged)
     paths = [path / _FILE for path in folders]
     if not averaged:
         paths.append(run / "eval" / _FILE)  # where runs of before have theirs
     found = [measured for path in paths if path.is_file() and (measured := _read(path))]
-    return max(found, key=lambda each: (each[0].split == split, each[0].held_out), default=[])
+
+    def fits(measured: list[TeacherAgreement]) -> tuple[bool, bool, bool]:
+        first = measured[0]
+        own = first.weights is not None and first.weights.xxh3_128 == weights
+        return own, first.split == split, first.held_out
+
+    return max(found, key=fits, default=[])
 
 
 def _read(path: Path) -> list[TeacherAgreement]:

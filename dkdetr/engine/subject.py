@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dkdetr.config import ExperimentConfig
+from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.checkpoint import Progress, load_student, open_checkpoint
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import MismatchError, UsageError
+from dkdetr.evaluation.scored_weights import ScoredWeights, Words
 from dkdetr.student.detector import DKDETR
-from dkdetr.student_file import STUDENT_SUFFIX, build_from_file, load_student_file
+from dkdetr.student_file import STUDENT_SUFFIX, build_from_file, load_student_file, weights_hash
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class Subject:
     folder: Path
     brings_vocabulary: bool = True
     progress: Progress | None = None
+
+    def scored(self, vocabulary: Vocabulary, words: Words, precision: Precision) -> ScoredWeights:
+        """Returns what figures are of that these weights give when asked in this way."""
+        at = self.progress
+        return ScoredWeights(
+            weights_hash(self.student),
+            vocabulary.hash,
+            words,
+            precision,
+            epoch=None if at is None else at.epoch,
+            iteration=None if at is None else at.iteration,
+        )
 
 
 def load_subject(

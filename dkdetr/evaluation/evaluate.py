@@ -21,6 +21,7 @@ from dkdetr.data.loader import make_evaluation_loader
 from dkdetr.data.splits import Split
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.errors import MismatchError
+from dkdetr.evaluation.confusion import confused_pairs, confusion_csv
 from dkdetr.evaluation.detect import detect
 from dkdetr.evaluation.detection_metrics import Evaluator, Metrics, score
 from dkdetr.evaluation.gather import RankShare, gather_results
@@ -37,7 +38,7 @@ _ALONE = RankShare()
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, the files that hold them (`results`, `metrics`, `per_category`), and the time."""
+    """Metrics, their files (`results`, `metrics`, `per_category`, `confusion`), and the time."""
 
     metrics: Metrics
     paths: Mapping[str, Path]
@@ -56,14 +57,15 @@ def evaluate_student(
     share: RankShare = _ALONE,
     weights: ScoredWeights | None = None,
 ) -> Evaluation | None:
-    """Returns the student's metrics on a split; leaves three files in `out_dir`.
+    """Returns the student's metrics on a split; leaves four files in `out_dir`.
 
     Each of several ranks detects on its share of the images; the first gathers all results, scores
     and writes, the others return None.
 
-    `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`. A student
-    with a mask head leaves `results_segm.json` and `per_category_segm.csv` too. Each appears whole;
-    `metrics.json` comes last and names the hash of the results it was computed of.
+    `results.json` (every detection kept, COCO form), `metrics.json`, `per_category.csv`, and
+    `confusion.csv` (which names were taken for which). A student with a mask head leaves
+    `results_segm.json` and `per_category_segm.csv` too. Each appears whole; `metrics.json` comes
+    last and names the hash of the results it was computed of.
 
     Args:
         student: called as `student(images, text_embeddings)`, already on `device`.
@@ -152,11 +154,12 @@ def score_predictions(
     masks_file: Path | None = None,
     weights: ScoredWeights | None = None,
 ) -> Evaluation:
-    """Returns the metrics of a COCO results file; leaves metrics.json and per_category.csv.
+    """Returns the metrics of a COCO results file; leaves metrics.json and tables beside it.
 
-    The predictions stay where they are. A file of masks gives the metrics `segm.AP`, ...; so does
-    `masks_file`, the masks of the same detections, beside those of the boxes, and its categories
-    are in per_category_segm.csv. `notes` go into the metrics, whose weights found all that into
+    The predictions stay where they are. The tables are per_category.csv and, of boxes,
+    confusion.csv. A file of masks gives the metrics `segm.AP`, ...; so does `masks_file`, the masks
+    of the same detections, beside those of the boxes, and its categories are in
+    per_category_segm.csv. `notes` go into the metrics, whose weights found all that into
     metrics.json.
     """
     started = time.monotonic()
@@ -166,6 +169,8 @@ def score_predictions(
     metrics = score(truth, results, evaluator=evaluator)
     files = {"results": predictions_file}
     tables = {"per_category": per_category_csv(metrics)}
+    if results.has_boxes:
+        tables["confusion"] = confusion_csv(confused_pairs(truth, results))
     if masks_file is not None:
         of_masks = score(truth, _read_masks(masks_file), evaluator=evaluator)
         metrics = replace(metrics, values={**metrics.values, **of_masks.values})
@@ -234,5 +239,5 @@ def _read_masks(path: Path) -> Results:
 def _remove_old_metrics(out_dir: Path) -> None:
     # Metrics of an earlier evaluation must not be found beside this one's results; until these
     # are about to take their name, the earlier ones stay: a failure loses nothing.
-    for name in ("metrics.json", "per_category.csv", "per_category_segm.csv"):
+    for name in ("metrics.json", "per_category.csv", "per_category_segm.csv", "confusion.csv"):
         (out_dir / name).unlink(missing_ok=True)

@@ -29,8 +29,10 @@ from dkdetr.evaluation.pictures import (
 )
 from dkdetr.evaluation.protocols import GROUP_KEYS, in_group_order, metric_meaning
 from dkdetr.evaluation.report_analysis import (
+    CONFUSION_RULE,
     EXAMPLE_RULE,
     analyse,
+    confusion_tables,
     error_rows,
     loss_charts,
     precision_charts,
@@ -50,8 +52,10 @@ _TEMPLATES = ("report.html", "report_analysis.html", "charts.html")
 class RunForReport:
     """One column of the report: a run's name, a line on what it is, its numbers and detections.
 
-    `history` are the records of its training's diary, `agreement` what was measured of it;
-    `settings` are its flat settings, of which the report shows those that differ between runs.
+    `name` says too what the numbers are of where that is not the run's own: it heads every column.
+    `history` are the records of its training's diary, `agreement` what was measured of it, and
+    `agreement_note` of what weights, if these are not those of the numbers; `settings` are its flat
+    settings, of which the report shows those that differ between runs.
     """
 
     name: str
@@ -60,6 +64,7 @@ class RunForReport:
     results: Results
     history: Sequence[Mapping[str, Any]] = ()
     agreement: Sequence[TeacherAgreement] = ()
+    agreement_note: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +113,7 @@ def write_report(
         bar_rows=_bar_rows(runs),
         category_groups=_category_groups(runs),
         has_novel=any(not category.is_base for category in truth.categories),
+        has_groups=bool(GROUP_KEYS[truth.protocol]),
         is_federated=truth.protocol == "lvis",
         pictures=pictures,
         totals=_totals(pictures, runs),
@@ -116,6 +122,8 @@ def write_report(
         precision_charts=precision_charts(analyses),
         recall_rows=recall_rows(analyses),
         errors=error_rows(analyses),
+        confusions=confusion_tables(analyses),
+        confusion_rule=CONFUSION_RULE,
         examples=[each.examples for each in analyses],
         example_rule=EXAMPLE_RULE,
         loss_charts=[*score_charts(histories), *loss_charts(histories)],

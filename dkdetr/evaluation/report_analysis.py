@@ -9,6 +9,7 @@ from PIL import Image
 
 from dkdetr.data.splits import Split
 from dkdetr.evaluation.charts import Chart, Line, line_chart
+from dkdetr.evaluation.confusion import LEAST_SCORE, ConfusedPair, confused_pairs
 from dkdetr.evaluation.curves import (
     ERROR_KINDS,
     RECALL_THRESHOLDS,
@@ -29,6 +30,12 @@ EXAMPLE_RULE = (
     "ones are the name's highest-scored detection of that kind, names in the order of that score; "
     "missed ones are the name's largest object that no detection found. No score is a threshold."
 )
+CONFUSION_RULE = (
+    f"Detections of score {LEAST_SCORE} and more, best first, each claim one object at IoU .50: "
+    "one of their name or, where none of their name lies, one of another. Each object is claimed "
+    "once."
+)
+_NUM_PAIRS = 50
 _NUM_EXAMPLES = 8
 _SIDE = 112
 _MARGIN = 0.35
@@ -42,15 +49,18 @@ class Analysis:
 
     curves: Sequence[GroupCurve]
     errors: Sequence[ErrorKind]
+    confused: Sequence[ConfusedPair]
     examples: Mapping[str, Sequence[dict[str, Any]]]
 
 
 def analyse(split: Split, truth: GroundTruth, results: Results) -> Analysis:
-    """Returns a run's curves, errors and examples (`true`, `false`, `missed`: crops as data)."""
+    """Returns a run's curves, errors, confused names and examples (`true`, `false`, `missed`: crops
+    as data)."""
     judged = judge(truth, results)
     return Analysis(
         curves=group_curves(truth, judged),
         errors=error_kinds(truth, judged),
+        confused=confused_pairs(truth, results),
         examples=_examples(split, truth, judged),
     )
 
@@ -99,6 +109,18 @@ def error_rows(analyses: Sequence[Analysis]) -> dict[str, Any]:
         for place, (kind, meaning) in enumerate(ERROR_KINDS.items())
     ]
     return {"groups": shown, "rows": rows}
+
+
+def confusion_tables(analyses: Sequence[Analysis]) -> list[dict[str, Any]]:
+    """Returns each run's most frequent pairs, how many there are in all, and their objects."""
+    return [
+        {
+            "pairs": each.confused[:_NUM_PAIRS],
+            "num_pairs": len(each.confused),
+            "num_objects": sum(pair.count for pair in each.confused),
+        }
+        for each in analyses
+    ]
 
 
 def loss_charts(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]:

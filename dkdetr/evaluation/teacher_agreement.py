@@ -21,6 +21,7 @@ from scipy.special import log_softmax
 from scipy.stats import rankdata
 
 from dkdetr.evaluation.protocols import in_group_order
+from dkdetr.evaluation.scored_weights import ScoredWeights
 
 NO_OBJECT = "no object"
 TEMPERATURE = 0.2
@@ -41,28 +42,39 @@ class GroupAgreement:
 
 @dataclass(frozen=True)
 class TeacherAgreement:
-    """A run's agreement: through which queries, on which images, by group (`all` first)."""
+    """A run's agreement: through which queries, on which images, by group (`all` first).
+
+    `weights`: of which weights; None where a file of before does not say.
+    """
 
     queries: str
     split: str
     held_out: bool
     num_images: int
     groups: tuple[GroupAgreement, ...]
+    weights: ScoredWeights | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Returns plain data; NaN as null."""
+        """Returns plain data; NaN as null, the weights by the keys of `metrics.json`."""
         groups = [
             {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in vars(g).items()}
             for g in self.groups
         ]
-        return vars(self) | {"groups": groups}
+        described = {key: value for key, value in vars(self).items() if key != "weights"}
+        weights = {} if self.weights is None else self.weights.as_json()
+        return described | weights | {"groups": groups}
 
     @classmethod
     def from_json(cls, described: dict[str, Any]) -> "TeacherAgreement":
         """Returns what `as_json` described."""
-        groups = [_with_nan(group) for group in described["groups"]]
-        fields: dict[str, Any] = described | {"groups": tuple(groups)}
-        return cls(**fields)
+        return cls(
+            queries=described["queries"],
+            split=described["split"],
+            held_out=described["held_out"],
+            num_images=described["num_images"],
+            groups=tuple(_with_nan(group) for group in described["groups"]),
+            weights=ScoredWeights.from_json(described),
+        )
 
     def lines(self) -> list[str]:
         """Returns a small table for people."""

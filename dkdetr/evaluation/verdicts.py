@@ -66,7 +66,7 @@ def judge(truth: GroundTruth, results: Results) -> Judged:
     image), and what it does not judge is ignored: names that an LVIS image was not checked for,
     names of which not every instance is marked, and what lies in a crowd.
     """
-    results = _within_limits(truth, results)
+    results = within_limits(truth, results)
     rank = rank_in_run(results.image_ids)
     # LVIS's official tool does not look at iscrowd, and loads no object without area.
     counted = truth.areas > 0 if truth.protocol == "lvis" else ~truth.is_crowd
@@ -79,8 +79,8 @@ def judge(truth: GroundTruth, results: Results) -> Judged:
         reached=np.zeros(len(truth.image_ids), dtype=bool),
         counted=counted,
     )
-    objects_of = _rows_by_image(truth.image_ids)
-    detections_of = _rows_by_image(results.image_ids)
+    objects_of = rows_by_image(truth.image_ids)
+    detections_of = rows_by_image(results.image_ids)
     nothing = np.zeros(0, dtype=np.int64)
     for image in truth.images:
         rows = detections_of.get(image.image_id, nothing)
@@ -97,7 +97,7 @@ def judge(truth: GroundTruth, results: Results) -> Judged:
     return judged
 
 
-def _within_limits(truth: GroundTruth, results: Results) -> Results:
+def within_limits(truth: GroundTruth, results: Results) -> Results:
     """Returns the detections that the protocol looks at, by image, best first."""
     order = np.lexsort((np.arange(len(results)), -results.scores, results.image_ids))
     results = results.take(order)
@@ -121,21 +121,21 @@ def _judge_image(
 ) -> None:
     """Fills in one image's verdicts; `rows` are its detections, best first."""
     names = judged.results.category_ids[rows]
-    boxes = _corners(judged.results.boxes_xywh[rows])
+    boxes = box_corners(judged.results.boxes_xywh[rows])
     crowds = objects[~judged.counted[objects]] if truth.protocol != "lvis" else objects[:0]
     objects = objects[judged.counted[objects]]
-    overlaps = pairwise_iou(boxes, _corners(truth.boxes_xywh[objects])).numpy()
+    overlaps = pairwise_iou(boxes, box_corners(truth.boxes_xywh[objects])).numpy()
     own = names[:, None] == truth.category_ids[objects][None, :]
     judged.reached[objects] = (overlaps >= FOUND_IOU).any(axis=0)
     of_own, of_others = np.where(own, overlaps, 0.0), np.where(own, 0.0, overlaps)
-    in_crowd = _in_crowd(truth, boxes, names, crowds)
-    lenient = np.isin(names, not_exhaustive) if truth.protocol == "lvis" else in_crowd
+    hidden = in_crowd(truth, boxes, names, crowds)
+    lenient = np.isin(names, not_exhaustive) if truth.protocol == "lvis" else hidden
     free = np.ones(len(objects), dtype=bool)
     for place, row in enumerate(rows.tolist()):
         if unchecked[place]:
             continue
         mine = of_own[place]
-        best = _last_best(np.where(free, mine, 0.0))
+        best = last_best(np.where(free, mine, 0.0))
         if best >= 0 and mine[best] >= FOUND_IOU:
             free[best] = False
             judged.finder[objects[best]] = row
@@ -165,32 +165,34 @@ def _kind_of_error(own: np.ndarray, others: np.ndarray) -> tuple[Verdict, int]:
     return Verdict.BACKGROUND, -1
 
 
-def _in_crowd(
+def in_crowd(
     truth: GroundTruth, boxes: torch.Tensor, names: np.ndarray, crowds: np.ndarray
 ) -> np.ndarray:
     """Returns which detections lie by half or more in a crowd of their name (COCO ignores them)."""
     if not len(crowds):
         return np.zeros(len(names), dtype=bool)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).clamp(min=1e-12)
-    share = pairwise_intersection(boxes, _corners(truth.boxes_xywh[crowds])) / areas[:, None]
+    share = pairwise_intersection(boxes, box_corners(truth.boxes_xywh[crowds])) / areas[:, None]
     same = names[:, None] == truth.category_ids[crowds][None, :]
     return ((share.numpy() >= FOUND_IOU) & same).any(axis=1)
 
 
-def _last_best(values: np.ndarray) -> int:
+def last_best(values: np.ndarray) -> int:
     """Returns the last place of the largest value, as the official tools do; -1: all are 0."""
     if not len(values) or values.max() <= 0:
         return -1
     return len(values) - 1 - int(values[::-1].argmax())
 
 
-def _corners(boxes_xywh: np.ndarray) -> torch.Tensor:
+def box_corners(boxes_xywh: np.ndarray) -> torch.Tensor:
+    """Returns boxes f64[n, 4] by their corners, xyxy."""
     corners = torch.from_numpy(boxes_xywh.reshape(-1, 4).copy())
     corners[:, 2:] += corners[:, :2]
     return corners
 
 
-def _rows_by_image(image_ids: np.ndarray) -> dict[int, np.ndarray]:
+def rows_by_image(image_ids: np.ndarray) -> dict[int, np.ndarray]:
+    """Returns by image id the rows it has, in their order."""
     order = np.argsort(image_ids, kind="stable")
     ids, starts = np.unique(image_ids[order], return_index=True)
     return dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=False))

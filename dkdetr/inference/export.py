@@ -9,7 +9,7 @@ from typing import Any
 from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.vocabulary import Vocabulary
-from dkdetr.evaluation.scored_weights import USUAL_WORDS, WEIGHTS_KEY
+from dkdetr.evaluation.scored_weights import WEIGHTS_KEY, strange_precision, strange_words
 from dkdetr.experiment_file import config_hash
 from dkdetr.student.detector import DKDETR
 from dkdetr.student_file import TRAINING_ONLY, StudentFile, save_student_file, weights_hash
@@ -175,15 +175,4 @@ def _strange(table: Mapping[str, Any], own: _Own) -> str | None:
     if table[WEIGHTS_KEY] != own.weights:
         step = table.get("iteration")
         return "of other weights" if step is None else f"of other weights, those of step {step}"
-    words, precision = table.get("words"), table.get("precision")
-    if words is None:
-        return "of words that they do not name"
-    if words == "clean":
-        return "of names put right (--clean-names)"
-    if words not in USUAL_WORDS or (
-        words == "own" and table["vocabulary_hash"] != own.vocabulary_hash
-    ):
-        return "of other words than the student's own"
-    if precision != own.precision:
-        return f"of precision {precision}, where the student's own is {own.precision}"
-    return None
+    return strange_words(table, own.vocabulary_hash) or strange_precision(table, own.precision)

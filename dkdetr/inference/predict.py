@@ -14,8 +14,13 @@ from dkdetr.boxes import nms_keep
 from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.annotations import Category
 from dkdetr.data.picture_input import Picture, decoded_batch, image_batch, rgb_pixels
-from dkdetr.data.prompts import prompt_set, readable_name
-from dkdetr.data.vocabulary import Vocabulary, build_vocabulary, load_vocabulary
+from dkdetr.data.prompts import prompt_set
+from dkdetr.data.vocabulary import (
+    Vocabulary,
+    build_vocabulary,
+    load_vocabulary,
+    thresholds_by_name,
+)
 from dkdetr.defaults import DEFAULT_PROMPTS, DEFAULT_THRESHOLD
 from dkdetr.encoders import TextEncoder
 from dkdetr.errors import MismatchError, UsageError
@@ -118,7 +123,7 @@ class DKDETR:
         images: Picture | Iterable[Picture],
         vocabulary: LookedFor | None = None,
         *,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         thresholds: Mapping[str, float] | None = None,
         nms_iou: float | None = None,
         max_detections: int = 300,
@@ -131,8 +136,9 @@ class DKDETR:
             images: one picture or several: files, PIL, arrays or tensors.
             vocabulary: what to look for: a vocabulary or its file, or a list of bare words where a
                 text encoder is there; None: the student's own names.
-            threshold: least score.
-            thresholds: least scores by name, instead of `threshold` for these names.
+            threshold: least score, of all names; None: the vocabulary's own of a name that has
+                one, else 0.3.
+            thresholds: least scores by name, instead of the one above for these names.
             nms_iou: of boxes of whatever name that overlap by more, 0..1, only the best stays;
                 None: all stay, as in evaluation.
             max_detections: the most of one picture.
@@ -165,7 +171,7 @@ class DKDETR:
         images: Iterable[Picture],
         vocabulary: LookedFor | None = None,
         *,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         thresholds: Mapping[str, float] | None = None,
         nms_iou: float | None = None,
         max_detections: int = 300,
@@ -250,20 +256,14 @@ def words_vocabulary(
 
 
 def _least_scores(
-    vocabulary: Vocabulary, threshold: float, by_name: Mapping[str, float]
+    vocabulary: Vocabulary, threshold: float | None, by_name: Mapping[str, float]
 ) -> torch.Tensor:
-    known: dict[str, list[int]] = {}
-    for label, name in enumerate(vocabulary.names if by_name else ()):
-        known.setdefault(readable_name(name), []).append(label)  # `Cat` and `cat` may be there
-    least = torch.full((len(vocabulary),), float(threshold))
-    for name, value in by_name.items():
-        labels = known.get(readable_name(name))
-        if labels is None:
-            raise UsageError(f"a threshold is given for '{name}', which is not looked for")
-        least[labels] = value
-    if not bool(((least >= 0) & (least <= 1)).all()):
+    others = DEFAULT_THRESHOLD if threshold is None else threshold
+    if not 0 <= others <= 1:
         raise UsageError("thresholds are scores: they lie in 0..1")
-    return least
+    least = dict(vocabulary.thresholds) if threshold is None else {}
+    least |= thresholds_by_name(vocabulary.names, by_name)
+    return torch.tensor([least.get(name, others) for name in vocabulary.names])
 
 
 def _keep(found: Detections, least: torch.Tensor, nms_iou: float | None) -> Detections:

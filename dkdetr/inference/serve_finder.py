@@ -38,7 +38,8 @@ class Finder:
         """Returns what was found in an encoded picture, best first.
 
         Width, height and boxes are those of the picture upright; `orientation` is EXIF's, 1 to 8,
-        by which the page turns what it shows.
+        by which the page turns what it shows. `least` is the threshold of a name that has one of
+        its own, by which the page goes until its slider is moved.
 
         Args:
             data: a JPEG, PNG, WebP or BMP.
@@ -53,8 +54,10 @@ class Finder:
         (found,) = self._detector.predict(
             pixels, vocabulary, threshold=LEAST_SCORE, max_detections=MAX_BOXES
         )
+        least = {name: {"least": value} for name, value in vocabulary.thresholds.items()}
         boxes = [
             {"name": name, "score": round(float(score), 4), "box": [round(v, 1) for v in box]}
+            | least.get(name, {})
             for name, score, box in zip(
                 found.names, found.scores, found.boxes_xyxy.tolist(), strict=True
             )

@@ -5,7 +5,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const at = (id) => document.getElementById(id);
-const state = { about: null, picture: null, address: null, found: null, asked: 0 };
+const state = { about: null, picture: null, address: null, found: null, asked: 0, moved: false };
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -40,12 +40,13 @@ function overlap(a, b) {
   return (width * height) / (area(a) + area(b) - width * height);
 }
 
-// Boxes come best first: of those that overlap by more than half only the first stays.
+// Boxes come best first: of those that overlap by more than half only the first stays. A name's own
+// least score counts until somebody moves the slider, which is then for all.
 function shown(boxes) {
   const least = Number(at("threshold").value);
   const kept = [];
   for (const each of boxes) {
-    if (each.score < least) break;
+    if (each.score < (state.moved ? least : each.least ?? least)) continue;
     if (!at("best").checked || kept.every((other) => overlap(each.box, other.box) <= 0.5)) kept.push(each);
   }
   return kept;
@@ -213,7 +214,10 @@ function listen() {
       find();
     }
   });
-  at("threshold").addEventListener("input", redraw);
+  at("threshold").addEventListener("input", () => {
+    state.moved = true;
+    redraw();
+  });
   at("best").addEventListener("change", redraw);
   for (const kind of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(kind, (event) => {

@@ -19,7 +19,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from dkdetr.inference.serve_finder import MAX_UPLOAD_BYTES
 from tests.served_world import EVIL, encoded, lying, served_parts, serving
-from tests.unit.test_inference_serve import FakeText, make_detector
+from tests.unit.test_inference_serve import NAMES, FakeText, make_detector
 
 pytestmark = pytest.mark.browser
 _FLAGS = (
@@ -120,6 +120,25 @@ def test_a_picture_words_and_boxes(page: WebDriver, world):
     set_threshold(page, 0.01)
     page.find_element(By.ID, "best").click()
     assert 0 < len(boxes(page)) < len(expected)
+
+
+def test_a_names_own_least_score_counts_until_the_slider_is_moved(browser: WebDriver, world):
+    folder, parts = world
+    detector = make_detector(FakeText())
+    strict = NAMES[0]
+    detector.vocabulary = replace(detector.vocabulary, thresholds={strict: 1.0})
+    with serving(replace(parts, detector=detector, threshold=0.01)) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        wait(browser, lambda: browser.find_element(By.TAG_NAME, "body").get_attribute("data-ready"))
+        browser.find_element(By.ID, "best").click()
+        upload(browser, folder / "drop" / "größe 1.jpg")
+        wait(browser, lambda: "box" in text(browser, "count"))
+        before = boxes(browser)
+        assert before
+        assert strict not in before
+        set_threshold(browser, 0.01)
+        assert strict in boxes(browser)
+        assert_nothing_broke(browser, port)
 
 
 @pytest.mark.parametrize(

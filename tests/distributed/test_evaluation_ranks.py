@@ -18,7 +18,7 @@ from dkdetr.student_file import StudentFile, save_student_file
 from tests.e2e.commands import DKDETR, call, run_command, start_dkdetr
 from tests.e2e.small_coco import ovcoco_names, write_coco_folder
 
-FILES = ("results.json", "metrics.json", "per_category.csv")
+FILES = ("results.json", "metrics.json", "per_category.csv", "confusion.csv")
 
 
 def write_student(path: Path, *, batch_size: int, image_size: int = 128) -> None:

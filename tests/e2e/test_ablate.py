@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +10,7 @@ import pytest
 
 from dkdetr.engine.ablate import ablate, price_ablation
 from dkdetr.engine.ablation_plan import AblateRequest, make_plan
+from dkdetr.engine.metric_log import read_metrics
 from dkdetr.errors import UsageError
 from tests.e2e.commands import call_well, succeed
 from tests.e2e.small_coco import write_coco_folder
@@ -29,7 +31,7 @@ def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
               "1", *tiny, cwd=tmp_path)  # fmt: skip
     words = ("ablate", "--cache", "cache/trial", "--experiment", "trial", "--table", "5",
              "--split", val, "--out", "ablation", "--rows", ",".join(ROWS), "--jobs", "2",
-             "--json", "table.json", *tiny)  # fmt: skip
+             "--eval-every", "1", "--json", "table.json", *tiny)  # fmt: skip
     printed = succeed(*words, cwd=tmp_path)
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert rows["baseline"]["seeds"].keys() == {"0"}
@@ -44,6 +46,7 @@ def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
     assert "skd" in first[1]
     assert "skd" not in first[0]
 
+    _were_scored_each_epoch(tmp_path / "ablation/seed0", val)
     _look_again(tmp_path, val, printed)
 
     words = ("eval", "ablation/seed0/baseline", "--agreement", "cache/trial")
@@ -54,6 +57,21 @@ def test_two_rows_of_a_table_share_a_burn_in_and_are_reported(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "Agreement with the teacher" in page
     assert "kd.rkd.weight" in page
+
+
+def _were_scored_each_epoch(seed, val):
+    """The burn-in in its own diary, a row where it ended and, the same, once more by `eval`."""
+    scored = {
+        run: [line for line in read_metrics(seed / run / "metrics.jsonl") if line["kind"] == "eval"]
+        for run in ("burn_in", *ROWS)
+    }
+    epochs = {run: [line["epoch"] for line in lines] for run, lines in scored.items()}
+    assert epochs == {"burn_in": [1], "baseline": [2, 2], "both_no_auxiliary": [2, 2]}
+    assert {line["split"] for lines in scored.values() for line in lines} == {val}
+    record = json.loads((seed / "baseline" / "row.json").read_text())
+    assert all(line["AP50"] == record["metrics"]["AP50"] for line in scored["baseline"])
+    assert f"--eval-every 1 --eval-split {val}" in record["commands"][0]
+    assert "--eval-every" not in record["commands"][1]
 
 
 def _look_again(folder, val, printed):
@@ -75,11 +93,17 @@ def _look_again(folder, val, printed):
         assert "as measured" in priced
         plan = make_plan(request)
         assert {run.steps for run in (*plan.runs, *plan.burn_ins)} == {3}
+        assert not any("--eval-every" in run.commands[0] for run in plan.trainings())
+        watched = make_plan(replace(request, eval_every=2))
+        assert [run.hash for run in watched.runs] == [run.hash for run in plan.runs]
+        assert not watched.jobs()  # what is finished stays so
         _check_loader_processes(request)
         with pytest.raises(UsageError, match="its rows: baseline, skd, rkd"):
             make_plan(AblateRequest(**(vars(request) | {"rows": ("nonsense",)})))
         with pytest.raises(UsageError, match="1 or more"):
             make_plan(AblateRequest(**(vars(request) | {"seeds": 0})))
+        with pytest.raises(UsageError, match="0 or more epochs"):
+            make_plan(replace(request, eval_every=-1))
     finally:
         os.chdir(before)
 

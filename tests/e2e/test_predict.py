@@ -222,7 +222,7 @@ def test_without_drawings_predictions_may_lie_beside_the_pictures(place: Path, m
         (("in", "-c", "a", "--vocab", "tools.vocab"), 2, "not both"),
         (("in", "--teacher", "pictograms"), 2, "--teacher is for words"),
         (("in", "--class-threshold", "hammer"), 2, "NAME=SCORE"),
-        (("in", "--class-threshold", "saw=0.5"), 2, "'saw', which is not looked for"),
+        (("in", "--class-threshold", "saw=0.5"), 2, "'saw', which is none of the names"),
         (("in", "--vocab", "names.txt"), 5, "is not a vocabulary file"),
         (("in", "-c", "a", "--teacher", "ViT-B-32:random"), 4, "nothing in common"),
         (("in", "--model", "absent"), 3, "no run folder"),

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,9 @@ def test_served_as_typed_and_ended_by_ctrl_c(place: Path):
         (("absent",), 3, "no run folder"),
         (("s.safetensors", "--pictures", "run"), 3, "holds no picture"),
         (("s.safetensors", "--pictures", "absent"), 3, "no folder of pictures"),
+        (("s.safetensors", "run", "owner/name"), 2, "'owner/name' is no run"),
+        (("run", "s.safetensors"), 2, "leave it out"),
+        (("s.safetensors", "absent"), 2, "'absent' is no run"),
         (("--cache", "absent"), 4, "no cache at absent"),
         (("s.safetensors", "--host", "0.0.0.0"), 2, "without a password"),
         (("s.safetensors", "--port", "99999"), 2, "65535"),
@@ -121,6 +125,34 @@ def test_a_student_that_does_not_name_its_teacher_has_its_own_names_alone(place:
         vocabulary=place / "tools.vocab",
     )  # fmt: skip
     assert open_page(given).words_problem == ""
+
+
+def test_a_vocabularys_own_thresholds_give_way_to_the_one_typed(place: Path):
+    words = (str(place / "names.txt"), place / "strict.vocab", "pictograms", "single", "cpu")
+    build_vocabulary_file(*words, thresholds={"hammer": 0.7})
+    asked = PageRequest(
+        runs=(place / "s.safetensors",), vocabulary=place / "strict.vocab", device="cpu"
+    )
+    for threshold, own, begins in ((None, {"hammer": 0.7}, 0.3), (0.2, {}, 0.2)):
+        parts = open_page(replace(asked, threshold=threshold))
+        assert parts.detector is not None
+        assert (parts.detector.vocabulary.thresholds, parts.threshold) == (own, begins)
+
+
+def test_curves_are_of_every_run_however_it_is_named(place: Path):
+    runs = [place / seed / "both" for seed in ("seed0", "seed1")]
+    for step, run in enumerate(runs):
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "metrics.jsonl").write_text(json.dumps({"iteration": step, "total": 1.0}) + "\n")
+    begun = place / "begun"
+    begun.mkdir()
+    (begun / "config.toml").touch()
+    named = (place / "s.safetensors", runs[0], runs[1] / "checkpoints" / "step_00000001.pt", begun)
+    parts = open_page(PageRequest(runs=named, device="cpu"))
+    assert parts.histories is not None
+    steps = {name: [each["iteration"] for each in told] for name, told in parts.histories().items()}
+    assert steps == {"seed0/both": [0], "seed1/both": [1], "begun": []}
+    assert open_page(PageRequest(runs=named[:1], device="cpu")).histories is None
 
 
 def test_words_of_another_teacher_are_refused(place: Path):

@@ -60,7 +60,7 @@ def test_eval_writes_what_it_prints(trial) -> None:
     scores = json.loads((folder / "scores.json").read_text())
     assert {"AP50_novel", "AP50_base", "AP50_all"} <= scores.keys()
     assert all(word in printed for word in ("AP50", "novel", "base", "per_category.csv"))
-    for name in ("results", "metrics", "per_category"):
+    for name in ("results", "metrics", "per_category", "confusion"):
         assert (folder / scores["files"][name]).is_file()
 
 

@@ -45,6 +45,45 @@ def test_ones_own_templates(place, monkeypatch):
     assert len(load_vocabulary(place / "b.vocab").prompts) == 8
 
 
+def test_thresholds_of_a_vocabulary(place, monkeypatch, capsys):
+    """They are kept, shown, gone by, and give way to what is typed."""
+    (place / "names.txt").write_text("hammer\nfire_hydrant\n", encoding="utf-8")
+    words = ("names.txt", "-o", "n.vocab", "--prompts", "single", "--class-threshold", "hammer=0")
+    assert build(monkeypatch, *words, "--class-threshold", "Fire Hydrant=1") == 0
+    assert "least scores: hammer 0, fire_hydrant 1" in capsys.readouterr().out
+    assert exit_code(monkeypatch, "vocab", "show", "n.vocab", "--json", "-") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["thresholds"] == {"hammer": 0.0, "fire_hydrant": 1.0}
+
+    vocabulary = load_vocabulary(place / "n.vocab")
+    save_speaking_student(place / "s.safetensors", vocabulary)
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(place / "a.png")
+
+    def found(*options: str) -> set[str]:
+        words = ("predict", "a.png", "--model", "s.safetensors", "--no-draw", "--json", "-")
+        assert exit_code(monkeypatch, *words, *options) == 0
+        return set(json.loads(capsys.readouterr().out)["by_name"])
+
+    for source in ((), ("--vocab", "n.vocab")):  # the student brings it, or the file does
+        assert found(*source) == {"hammer"}
+        assert found(*source, "--threshold", "0") == {"hammer", "fire_hydrant"}
+        assert found(*source, "--class-threshold", "hammer=1") == set()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [("saw=0.5", "none of the names"), ("hammer=2", "0..1"), ("hammer", "NAME=SCORE")],
+)
+def test_impossible_thresholds_are_told_before_a_teacher_is_loaded(
+    place, monkeypatch, capsys, threshold, message
+):
+    (place / "names.txt").write_text("hammer\n", encoding="utf-8")
+    words = ("vocab", "build", "names.txt", "-o", "n.vocab", "--teacher", "absent:absent")
+    assert exit_code(monkeypatch, *words, "--class-threshold", threshold) == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "n.vocab").exists()
+
+
 @pytest.mark.parametrize("form", ["rows.npy", "columns.npy", "background.pt"])
 def test_a_bank_of_another_project(place, monkeypatch, capsys, form):
     rows = np.random.default_rng(0).normal(size=(20, 48)).astype(np.float32) * 7

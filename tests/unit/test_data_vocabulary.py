@@ -1,8 +1,10 @@
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dkdetr.data.annotations import Category
@@ -13,6 +15,7 @@ from dkdetr.data.vocabulary import (
     from_metadata,
     load_vocabulary,
     save_vocabulary,
+    thresholds_by_name,
 )
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from tests.unit.data_world import FakeTextEncoder
@@ -80,6 +83,60 @@ def test_the_hash_moves_with_every_part():
         hashes.add(from_metadata(changed, vocabulary.embeddings).hash)
     hashes.add(from_metadata(vocabulary.metadata(), vocabulary.embeddings[::-1]).hash)
     assert len(hashes) == 3 + 6 + 1
+
+
+def test_thresholds_travel_and_leave_the_hash_alone(tmp_path):
+    plain = built()
+    # What a vocabulary without thresholds hashes to, and so what a run, a cache or scores name it.
+    asked = json.dumps(plain.metadata(), sort_keys=True, separators=(",", ":"))
+    assert sorted(plain.metadata()) == [
+        "category_ids", "frequencies", "is_base", "names", "prompts", "teacher",
+    ]  # fmt: skip
+    expected = hashlib.sha256(asked.encode() + plain.embeddings.tobytes()).hexdigest()
+    strict = dataclasses.replace(plain, thresholds={"cat": 0.5, "acorn": 0.1})
+    assert plain.hash == strict.hash == expected
+    assert strict.base().thresholds == {"cat": 0.5}
+    path = tmp_path / "v.vocab"
+    save_vocabulary(strict, path)
+    loaded = load_vocabulary(path)
+    assert (loaded.thresholds, loaded.hash) == ({"cat": 0.5, "acorn": 0.1}, expected)
+    through_json = json.loads(json.dumps(strict.metadata()))
+    assert from_metadata(through_json, strict.embeddings).thresholds == loaded.thresholds
+    # A file of before has two entries beside its rows, and is what one without thresholds is now.
+    save_vocabulary(plain, path)
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"vocabulary": asked, "hash": expected}
+    assert load_vocabulary(path).thresholds == {}
+
+
+def test_thresholds_that_were_changed_or_lost_are_damage(tmp_path):
+    path = tmp_path / "v.vocab"
+    strict = dataclasses.replace(built(), thresholds={"cat": 0.5})
+    save_vocabulary(strict, path)
+    with safe_open(path, framework="numpy") as file:
+        described = file.metadata()
+    for thresholds in ({"cat": 0.4}, {"acorn": 0.5}, {}, {"dog": 0.5}, {"cat": 5}, {"cat": "x"}):
+        changed = json.dumps(strict.metadata() | {"thresholds": thresholds})
+        save_file({"embeddings": strict.embeddings}, path, described | {"vocabulary": changed})
+        with pytest.raises(CorruptArtefactError):
+            load_vocabulary(path)
+    del described["thresholds_hash"]
+    save_file({"embeddings": strict.embeddings}, path, described)
+    with pytest.raises(CorruptArtefactError, match="damaged"):
+        load_vocabulary(path)
+
+
+def test_thresholds_are_given_by_names_as_people_write_them():
+    names = ("bow_(weapon)", "Cat", "cat")
+    given = {"Bow (weapon)": 0.2, "CAT": 1}
+    expected = {"bow_(weapon)": 0.2, "Cat": 1, "cat": 1}
+    assert thresholds_by_name(names, given) == expected
+    assert thresholds_by_name(names, {}) == {}
+    with pytest.raises(UsageError, match="'dog', which is none of the names"):
+        thresholds_by_name(names, {"dog": 0.5})
+    for beyond in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match=r"threshold of 'cat' is .*0\.\.1"):
+            thresholds_by_name(names, {"cat": beyond})
 
 
 def test_a_damaged_file_is_refused(tmp_path):

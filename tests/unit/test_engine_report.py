@@ -1,9 +1,11 @@
 """`dkdetr report` on run folders as train and eval leave them."""
 
+import html
 import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from dkdetr.engine.report_runs import ReportRequest, report_runs
 from dkdetr.errors import DataError, UsageError
+from dkdetr.evaluation.scored_weights import ScoredWeights
 from dkdetr.evaluation.teacher_agreement import GroupAgreement, TeacherAgreement
 
 
@@ -86,6 +89,37 @@ def test_the_page_compares_runs_and_says_why(world):
     assert re.search(r"rare</td><td>2</td><td>0\.0</td><td>50\.0</td>", page)
 
 
+def test_the_page_tells_the_names_taken_for_others(world):
+    root, split = world
+    annotations = json.loads((root / "val.json").read_text())
+
+    def box_of(number):
+        return [4 * (number % 20), 46 + 4 * (number // 20), 3, 3]
+
+    # 51 more names, each of which one of 51 yaks is called; one yak is a cat, twice.
+    for number in range(51):
+        annotations["categories"].append(
+            {"id": 10 + number, "name": f"n{number}", "frequency": "c"}
+        )
+        bbox = box_of(number)
+        annotations["annotations"].append(
+            {"id": 100 + number, "image_id": 1, "category_id": 3, "bbox": bbox, "area": 9}
+        )
+    annotations["images"][0]["neg_category_ids"] = list(range(10, 61))
+    (root / "val.json").write_text(json.dumps(annotations))
+    rows = [(1, 10 + n, box_of(n), 0.4) for n in range(51)]
+    rows += [(i, 2, (45, 5, 30, 40), 0.9) for i in (1, 2)]
+    run = make_run(root / "a", split, rows, weight=0.0)
+    page = report_runs(ReportRequest([run], split, None, root, num_pictures=0)).read_text()
+    assert "53 objects in 52 pairs of names, the first 50" in page
+    # 53 yaks: the two that were there and these.
+    cells = r"<td>yak&lt;</td><td class=\"left\">{}</td><td>{}</td><td>53</td><td>{}</td>"
+    assert re.search(cells.format("cat", 2, "3.8"), page)
+    assert re.search(cells.format("n0", 1, "1.9") + r'<td class="left">rare as common</td>', page)
+    assert len(re.findall(cells.format(r"\w+", r"\d", ".*?"), page)) == 50
+    assert "score 0.3 and more" in page
+
+
 def test_a_results_file_alone_is_enough(world):
     root, split = world
     run = make_run(root / "a", split, [(1, 2, (5, 5, 30, 40), 0.9)], weight=0.0)
@@ -137,9 +171,77 @@ def test_a_run_scored_with_its_average_alone_says_so(world):
 
 def test_a_run_that_was_trained_on_since_its_scores_says_so(world):
     root, split = world
-    run = make_run(root / "a", split, [], weight=0.0, iteration=4)
+    run = make_run(root / "a", split, [], weight=0.0, iteration=4, words="own")
     (run / "checkpoints").mkdir()
     for step, words in ((4, "trial, scores of step 4"), (8, "of step 4, trained to step 8 since")):
         (run / "checkpoints" / f"step_{step:08d}.json").write_text("{}")
         page = report_runs(ReportRequest([run], split, None, root)).read_text()
         assert f"{words})" in page
+
+
+def name_of(run, split, root, **said):
+    """Returns how the page's columns call a run whose metrics.json says so, and its note."""
+    (run / "eval" / "val" / "metrics.json").write_text(json.dumps({"split": split, **said}))
+    page = report_runs(ReportRequest([run], split, None, root, num_pictures=0)).read_text()
+    name = html.unescape(re.search(r"<th>AP (.*?)</th>", page)[1])
+    # Wherever the run is named it is this name: tables, keys, titles.
+    assert html.unescape(page).count(f"<th>{name}</th>") >= 2
+    note = re.search(r'</i>.*? <span class="small">\((.*?)\)</span>', page)
+    return name, html.unescape(note[1])
+
+
+def test_columns_say_what_the_scores_are_of_where_it_is_not_the_runs_own(world):
+    root, split = world
+    run = make_run(root / "a", split, [], weight=0.0)
+    own = {"words": "own", "vocabulary_hash": "v1", "precision": "fp32"}
+    # A run that does not say what it was trained on and with: nothing to compare.
+    assert name_of(run, split, root, **own) == ("a", "trial")
+    assert name_of(run, split, root) == ("a", "trial, the scores do not say what words were asked")
+    (run / "run.json").write_text(json.dumps({"split": "lvis_train", "vocabulary_hash": "v1"}))
+    (run / "config.toml").write_text('name = "trial"\n[optim]\nprecision = "fp32"\n')
+    names = [
+        name_of(run, split, root, **{**own, **other})[0]
+        for other in (
+            {}, {"words": "split"}, {"words": "clean"}, {"words": "other"},
+            {"vocabulary_hash": "v2"}, {"precision": "bf16"},
+        )
+    ]  # fmt: skip
+    there = "a, on val.json"
+    others = f"{there}, of other words than the student's own"
+    assert names == [
+        there,
+        f"{there}, asked for the split's own names",
+        f"{there}, of names put right (--clean-names)",
+        others,
+        others,
+        f"{there}, of precision bf16, where the student's own is fp32",
+    ]
+
+
+def test_a_run_on_ones_own_pictures_names_no_validation_split_to_compare(world):
+    root, split = world
+    run = make_run(root / "a", split, [], weight=0.0)
+    (run / "run.json").write_text(json.dumps({"split": split}))
+    assert name_of(run, split, root, words="own", vocabulary_hash="v")[0] == "a"
+
+
+def test_an_agreement_of_other_weights_than_the_scores_is_marked(world):
+    root, split = world
+    group = GroupAgreement("all", 12, 0.5, 0.251, 0.0123, 0.5)
+    said = {"weights_xxh3_128": "abc", "words": "own", "vocabulary_hash": "v", "precision": "fp32"}
+    run = make_run(root / "a", split, [], weight=0.0, **said)
+
+    def told(weights):
+        measured = TeacherAgreement("KD queries", "x_val", True, 3, (group,), weights)
+        (run / "eval" / "val" / "agreement.json").write_text(json.dumps([measured.as_json()]))
+        page = report_runs(ReportRequest([run], split, None, root, num_pictures=0)).read_text()
+        assert ("<td>a *</td>" in page) == ("images of x_val (* " in page)
+        return re.search(r"images of x_val(.*?)\. ", page)[1]
+
+    same = ScoredWeights("abc", "v", "own", "fp32", epoch=2, iteration=8)
+    assert told(same) == ""
+    older = replace(same, xxh3_128="def", epoch=1, iteration=4)
+    assert told(older) == " (* of other weights than the scores, those of step 4)"
+    assert told(None) == " (* of weights that it does not name)"
+    half = " (* of precision bf16, where the scores are of fp32)"
+    assert told(replace(same, precision="bf16")) == half

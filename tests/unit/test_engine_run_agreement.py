@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 import cli
 from dkdetr.data.vocabulary import Vocabulary
 from dkdetr.engine.run_agreement import read_agreement
+from dkdetr.engine.subject import load_subject
 from dkdetr.engine.train import train
 from dkdetr.evaluation import agreement_pass
+from dkdetr.evaluation.scored_weights import ScoredWeights
 from dkdetr.evaluation.teacher_agreement import GroupAgreement, TeacherAgreement
+from dkdetr.student_file import weights_hash
 from tests.training_world import make_world, settings
 
 
@@ -56,6 +59,25 @@ def test_the_average_is_measured_apart_and_at_the_precision_asked_for(world, mon
     assert [each[0].groups[0].cosine for each in kept] == [cosines[0], cosines[2]]
 
 
+def test_it_says_whose_weights_as_scores_do(world, monkeypatch) -> None:
+    monkeypatch.setattr(Vocabulary, "require_teacher", lambda *_: None)
+    run, named = world.root / "runs" / "a", []
+    subject = load_subject(run)
+    for words in ((), ("--ema", "--precision", "bf16")):
+        done = evaluate(str(run), "--agreement", str(world.cache), "--json", "-", *words,
+                        "--data-root", str(world.root))  # fmt: skip
+        named.append(json.loads(done.stdout)["agreement"][0])
+    told = {"words": "own", "vocabulary_hash": subject.vocabulary.hash}
+    told |= {"epoch": subject.progress.epoch, "iteration": subject.progress.iteration}
+    assert named[0].items() >= (told | {
+        "weights_xxh3_128": weights_hash(subject.student), "precision": "fp32",
+    }).items()  # fmt: skip
+    average = weights_hash(load_subject(run, averaged=True).student)
+    assert named[1].items() >= (told | {"weights_xxh3_128": average, "precision": "bf16"}).items()
+    kept = read_agreement(run, world.split)[0].weights
+    assert kept == subject.scored(subject.vocabulary, "own", "fp32")
+
+
 def test_the_held_out_one_is_read_whichever_came_last(tmp_path) -> None:
     group = GroupAgreement("all", 12, 0.5, 0.25, 0.01, 0.5)
     training = TeacherAgreement("KD queries", "x_train", False, 3, (group,))
@@ -83,6 +105,13 @@ def test_the_held_out_one_is_read_whichever_came_last(tmp_path) -> None:
     assert read(averaged=True) == []
     keep("x_train-ema", training)
     assert read(averaged=True) == ["x_train"]
+    # One of the weights asked about comes before all others.
+    weights = ScoredWeights("abc", "v", "own", "fp32")
+    keep("other_val", replace(other, weights=weights))
+    assert [each.split for each in read_agreement(tmp_path, "x_val", weights="abc")] == [
+        "other_val"
+    ]
+    assert [each.split for each in read_agreement(tmp_path, "x_val", weights="def")] == ["x_val"]
 
 
 @pytest.mark.parametrize(

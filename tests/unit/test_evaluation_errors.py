@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dkdetr.data.annotations import Category, ImageInfo
+from dkdetr.evaluation.confusion import ConfusedPair, confused_pairs, confusion_csv
 from dkdetr.evaluation.curves import ERROR_KINDS, error_kinds, group_curves
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.results import Results
@@ -132,3 +133,92 @@ def test_nothing_found_and_nothing_there():
     )
     judged = judge(truth, results_of((CAT, 0, 0, 9, 9, 0.5)))
     assert judged.verdicts.tolist() == [Verdict.BACKGROUND]
+
+
+def pairs(truth, results, **options):
+    """Returns (true, named, count, number of objects) of each pair, in order."""
+    found = confused_pairs(truth, results, **options)
+    return [(each.name, each.named_as, each.count, each.num_objects) for each in found]
+
+
+TWO_CATS_AND_A_DOG = ((CAT, 0, 0, 40, 40), (CAT, 60, 0, 40, 40), (DOG, 0, 100, 40, 40))
+
+
+def test_an_object_counts_by_the_best_name_it_was_given():
+    truth = truth_of(TWO_CATS_AND_A_DOG)
+    results = results_of(
+        (DOG, 0, 0, 40, 40, 0.9),  # the first cat, a dog
+        (CAT, 0, 0, 40, 38, 0.8),  # and a cat only after that: it is taken
+        (DOG, 0, 0, 40, 36, 0.7),  # once more: taken as well
+        (CAT, 60, 0, 40, 40, 0.6),  # the second cat, rightly
+        (DOG, 60, 0, 40, 40, 0.5),  # a dog only after that
+        (CAT, 0, 100, 40, 40, 0.4),  # the dog, a cat
+        (CAT, 0, 160, 20, 20, 0.9),  # nothing there
+    )
+    assert pairs(truth, results) == [("dog", "cat", 1, 1), ("cat", "dog", 1, 2)]
+    first, second = confused_pairs(truth, results)
+    assert (first.share, second.share) == (1.0, 0.5)
+    assert (first.group, first.named_group) == ("novel", "base")
+    assert confusion_csv([second], least_score=0.25).splitlines() == [
+        "category_id,name,group,named_category_id,named_as,named_group,count,num_objects,share,"
+        "least_score",
+        "1,cat,base,2,dog,novel,1,2,0.5,0.25",
+    ]
+
+
+def test_detections_below_the_score_give_no_name():
+    truth = truth_of(TWO_CATS_AND_A_DOG)
+    results = results_of((DOG, 0, 0, 40, 40, 0.29), (DOG, 60, 0, 40, 40, 0.3))
+    assert pairs(truth, results) == [("cat", "dog", 1, 2)]
+    assert pairs(truth, results, least_score=0.29) == [("cat", "dog", 2, 2)]
+    assert pairs(truth, results, least_score=0.5) == []
+
+
+def test_a_detection_with_an_object_of_its_name_is_no_confusion():
+    both = truth_of([(CAT, 0, 0, 40, 40), (DOG, 0, 4, 40, 40)])  # IoU .82
+    # The dog is found; the second dog lies on it as well, so it is a duplicate, not a wrong cat.
+    results = results_of((DOG, 0, 4, 40, 40, 0.9), (DOG, 0, 0, 40, 40, 0.8))
+    assert pairs(both, results) == []
+    # With the dog far off the same detections are one wrong cat; near by less than half, too.
+    apart = truth_of([(CAT, 0, 0, 40, 40), (DOG, 0, 24, 40, 40)])
+    assert pairs(apart, results_of((DOG, 0, 0, 40, 40, 0.8))) == [("cat", "dog", 1, 1)]
+
+
+def test_of_two_objects_the_one_it_covers_most_that_is_left_is_claimed():
+    truth = truth_of([(CAT, 0, 0, 40, 40), (CAT, 0, 4, 40, 40)])
+    assert pairs(truth, results_of((DOG, 0, 0, 40, 40, 0.9))) == [("cat", "dog", 1, 2)]
+    thrice = [(DOG, 0, 0, 40, 40, score) for score in (0.9, 0.8, 0.7)]
+    assert pairs(truth, results_of(*thrice)) == [("cat", "dog", 2, 2)]
+    # The first one is taken by its best box; what lies on both is left the other one.
+    mixed = results_of((CAT, 0, 0, 40, 40, 0.9), (DOG, 0, 0, 40, 40, 0.8))
+    assert pairs(truth, mixed) == [("cat", "dog", 1, 2)]
+
+
+def test_lvis_calls_a_name_wrong_only_where_it_was_looked_for_and_marked_throughout():
+    cat, dog = [(CAT, 0, 0, 40, 40)], results_of((DOG, 0, 0, 40, 40, 0.9))
+    lists = {"none": {}, "absent": {"negative": [DOG]}, "there": {}}
+    found = {
+        name: pairs(truth_of(cat + [(DOG, 100, 0, 40, 40)] * (name == "there"), protocol="lvis",
+                             **of_image), dog)
+        for name, of_image in lists.items()
+    }  # fmt: skip
+    assert found == {
+        "none": [], "absent": [("cat", "dog", 1, 1)], "there": [("cat", "dog", 1, 1)],
+    }  # fmt: skip
+    unsure = truth_of([*cat, (DOG, 100, 0, 40, 40)], protocol="lvis", not_exhaustive=[DOG])
+    assert pairs(unsure, dog) == []
+    # A name of which not all are marked still finds its own, and so takes it from others.
+    right_first = results_of((DOG, 100, 0, 40, 40, 0.9), (CAT, 100, 0, 40, 40, 0.8))
+    assert pairs(unsure, right_first) == []
+    (pair,) = confused_pairs(truth_of(cat, protocol="lvis", negative=[DOG]), dog)
+    assert pair == ConfusedPair(CAT, "cat", "frequent", DOG, "dog", "rare", 1, 1)
+
+
+def test_crowds_neither_get_names_nor_make_them_wrong():
+    crowd_of_cats = truth_of([(CAT, 0, 0, 100, 100), (CAT, 120, 0, 40, 40)], crowd=[0])
+    assert pairs(crowd_of_cats, results_of((DOG, 0, 0, 100, 100, 0.9))) == []
+    # What lies in a crowd of dogs may be a dog.
+    crowd_of_dogs = truth_of([(DOG, 0, 0, 100, 100), (CAT, 0, 0, 40, 40)], crowd=[0])
+    assert pairs(crowd_of_dogs, results_of((DOG, 0, 0, 40, 40, 0.9))) == []
+    assert pairs(truth_of([]), results_of((DOG, 0, 0, 40, 40, 0.9))) == []
+    assert pairs(crowd_of_dogs, results_of()) == []

@@ -99,7 +99,7 @@ def vocabulary_of(names):
     )
 
 
-def test_an_oracle_scores_one_and_leaves_three_files(split, config, tmp_path):
+def test_an_oracle_scores_one_and_leaves_four_files(split, config, tmp_path):
     student = Oracle(split).train()
     out_dir = tmp_path / "run" / "eval"
     evaluation = evaluate_student(
@@ -112,6 +112,7 @@ def test_an_oracle_scores_one_and_leaves_three_files(split, config, tmp_path):
     # An image without a base or novel object is no part of OV-COCO's validation set.
     assert sorted(student.seen) == sorted(image.image_id for image in split.images)
     assert sorted(path.name for path in out_dir.iterdir()) == [
+        "confusion.csv",
         "metrics.json",
         "per_category.csv",
         "results.json",

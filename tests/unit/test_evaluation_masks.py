@@ -229,20 +229,23 @@ def test_an_oracle_scores_one_in_boxes_and_masks(split, tmp_path):
     assert values["AP"] == values["segm.AP"] == values["segm.AP50_novel"] == pytest.approx(1.0)
     assert len([key for key in values if key.startswith("segm.")]) == len(values) / 2
     names = {path.name for path in (tmp_path / "eval").iterdir()}
-    tables = {"per_category.csv", "per_category_segm.csv", "metrics.json"}
+    tables = {"per_category.csv", "per_category_segm.csv", "metrics.json", "confusion.csv"}
     assert names == {"results.json", "results_segm.json", *tables}
     assert all(path.is_file() for path in evaluation.paths.values())
     described = orjson.loads((tmp_path / "eval/metrics.json").read_bytes())
     assert {"results_xxh3_128", "results_segm_xxh3_128", "segm.AP"} <= described.keys()
     official = evaluate(split, tmp_path / "official", evaluator="official").metrics.values
     assert official == pytest.approx(values, abs=1e-12, nan_ok=True)
-    # Anybody's file of masks scores the same.
+    # Anybody's file of masks scores the same; it has no boxes to be confused by.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "confusion.csv").touch()
     again = score_predictions(
         tmp_path / "eval/results_segm.json", split, out_dir=tmp_path / "again"
     ).metrics.values
     assert again == pytest.approx(
         {key: value for key, value in values.items() if key.startswith("segm.")}, nan_ok=True
     )
+    assert not (tmp_path / "again" / "confusion.csv").exists()
 
 
 def test_a_student_of_boxes_leaves_no_masks_of_an_earlier_one(split, tmp_path):

@@ -170,7 +170,7 @@ def test_thresholds_and_suppression(detector: DKDETR):
     assert names(threshold=0.4, nms_iou=0.5) == ["cat", "traffic cone"]
     assert names(threshold=0.7) == ["cat", "traffic cone"]
     assert names(threshold=0.4, thresholds={"Traffic_Cone": 0.7}) == ["cat", "traffic cone", "dog"]
-    with pytest.raises(UsageError, match="'horse', which is not looked for"):
+    with pytest.raises(UsageError, match="'horse', which is none of the names"):
         names(thresholds={"horse": 0.5})
     with pytest.raises(UsageError, match=r"0\.\.1"):
         names(threshold=1.5)
@@ -179,6 +179,18 @@ def test_thresholds_and_suppression(detector: DKDETR):
             names(nms_iou=beyond)
     with pytest.raises(UsageError, match="batch_size=0"):
         names(batch_size=0)
+
+
+def test_a_vocabularys_own_thresholds_count_unless_the_call_says_otherwise(detector: DKDETR):
+    detector.student = Fixed()  # pyright: ignore
+    detector.vocabulary = replace(vocabulary(), thresholds={"traffic cone": 0.7, "dog": 0.1})
+    for options, expected in (  # cat .88, traffic cone .73 and .62, dog .5
+        ({}, ["cat", "traffic cone", "dog"]),
+        ({"threshold": 0.6}, ["cat", "traffic cone", "traffic cone"]),
+        ({"thresholds": {"dog": 0.6}}, ["cat", "traffic cone"]),
+        ({"thresholds": {"traffic cone": 0.2, "cat": 0.9}}, ["traffic cone"] * 2 + ["dog"]),
+    ):
+        assert list(detector.predict(picture(2), **options)[0].names) == expected
 
 
 def test_bare_words_and_other_teachers(detector: DKDETR):

@@ -84,6 +84,18 @@ def test_the_boxes_are_those_of_predict(port: int, parts: ServedParts):
     assert own["names"] == 3
 
 
+def test_boxes_bring_their_names_own_least_score():
+    detector = make_detector(FakeText())
+    detector.vocabulary = replace(detector.vocabulary, thresholds={NAMES[1]: 0.99})
+    finder = Finder(detector)
+    least = {(each["name"], each.get("least")) for each in finder.find(encoded(), "")["boxes"]}
+    assert (NAMES[1], 0.99) in least  # sent all the same: the page's slider may ask for it
+    assert {value for name, value in least if name != NAMES[1]} == {None}
+    typed = finder.find(encoded(), NAMES[1])["boxes"]
+    assert typed
+    assert not any("least" in each for each in typed)
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_a_picture_that_lies_is_looked_at_upright(parts: ServedParts, orientation: int):
     """What the page turns by `orientation` is what the boxes lie on."""

@@ -82,14 +82,21 @@ def check_same_cache(path: Path, head: Head, plan: Plan) -> None:
         )
 
 
-def stale_cache(path: Path, differences: Sequence[str]) -> StaleCacheError:
+def stale_cache(
+    path: Path, differences: Sequence[str], *, repairing: bool = False
+) -> StaleCacheError:
     """Returns the error of a cache whose parts differ from those wanted, a line each."""
     lines = "\n  ".join(differences)
-    return StaleCacheError(
-        f"{path} was made from other inputs:\n  {lines}\n"
+    ending = (
         "Its embeddings would be wrong for this command and nothing would fail. "
         "next: the same command with another --out, or delete this cache first"
     )
+    if repairing:
+        ending = (
+            "What is made again would be of another cache, so nothing was taken out of this one. "
+            "next: give the pictures, proposals and teacher it was made from"
+        )
+    return StaleCacheError(f"{path} was made from other inputs:\n  {lines}\n{ending}")
 
 
 def repair_goal(path: Path) -> dict[str, str]:

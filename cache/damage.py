@@ -81,7 +81,8 @@ def find_damage(
     """
     local_folder(path, to="repair")
     refuse_export(path)
-    if not (path / CACHE_FILE).exists() and not (path / COMPLETE_FILE).exists():
+    # The note alone: a repair was killed after it had taken out what began the cache.
+    if not any((path / name).exists() for name in (CACHE_FILE, COMPLETE_FILE, REPAIR_NOTE)):
         raise CacheError(f"no cache at {path}, nothing to repair")
     seal = readable_seal(path)
     everything = shards is None
@@ -152,10 +153,10 @@ def _refuse_others(damage: Damage, parts: Mapping[str, Any]) -> None:
     except (FileNotFoundError, CorruptCacheError):
         if damage.fingerprint not in (None, wanted):
             told = f"fingerprint  cache: {damage.fingerprint}  wanted: {wanted}"
-            raise stale_cache(damage.path, [told]) from None
+            raise stale_cache(damage.path, [told], repairing=True) from None
         return
     if head.fingerprint != wanted:
-        raise stale_cache(damage.path, diff_parts(head.parts, parts))
+        raise stale_cache(damage.path, diff_parts(head.parts, parts), repairing=True)
 
 
 def finish_repair(damage: Damage, new_root: str) -> None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache.damage import Damage, uncommit
 from cache.layout import CACHE_FILE, changed_rows, load_provenance
+from cache.lock import Lease
 from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.store import open_cache
@@ -30,9 +32,21 @@ from pipeline.fingerprint import cache_parts, cache_provenance
 from pipeline.fit import fit_proposals
 from pipeline.leaks import remarks
 from pipeline.neighbor_stage import add_neighbors
-from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
+from pipeline.pre_checks import (
+    check_pictures,
+    check_settings,
+    check_source,
+    check_trainable,
+    check_words,
+)
 from pipeline.price import plan_cache, price_of, require_room
-from pipeline.proposal_sources import ProposalSpec, open_source, prepare_source
+from pipeline.proposal_sources import (
+    NETWORK_FILE,
+    REMADE_FILE,
+    ProposalSpec,
+    open_source,
+    prepare_source,
+)
 from pipeline.proposals import ProposalRule
 from pipeline.recall import cache_recall
 from pipeline.request import CacheRequest, CacheSummary, ProposalsReady, placed
@@ -57,8 +71,20 @@ _STOPPED = "stopped by SIGTERM; what was finished stands, and the same command g
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Repair:
+    """What of a cache is to be made again.
+
+    It is taken out once all that it takes is there, and known to make the same cache.
+    """
+
+    damage: Damage
+    network_lost: bool
+    """The network of `fit` cannot be used: another is trained, and takes its place by then."""
+
+
 def run_stage_one(
-    request: CacheRequest, say: Say = lambda _: None, damage: Damage | None = None
+    request: CacheRequest, say: Say = lambda _: None, repair: Repair | None = None
 ) -> CacheSummary | ProposalsReady:
     """Returns what the request was for: a sealed cache, or a proposal network alone.
 
@@ -68,8 +94,7 @@ def run_stage_one(
     Args:
         request: what is wanted.
         say: told in a line what is going on.
-        damage: of the cache that is there, to be made anew: taken out once all that it takes is
-            there, the proposal network too, and it would be the same cache.
+        repair: of the cache that is there.
 
     Raises:
         DkdetrError, CacheError: each with its exit code; what was committed stays, and the same
@@ -80,7 +105,7 @@ def run_stage_one(
         # Everything is made whole beside its place and then moved there. `fit` asks a flag
         # instead: its ranks must stop at the same step, and save it.
         with end_on_sigterm(_STOPPED):
-            return _first_rank(request, say, damage)
+            return _first_rank(request, say, repair)
     spec = check_words(request)
     split = load_split(request.split, request.data_root)
     network = fit_proposals(request, split, None, say) if spec.trains else request.out
@@ -88,16 +113,16 @@ def run_stage_one(
 
 
 def cache_teacher(
-    request: CacheRequest, say: Say = lambda _: None, damage: Damage | None = None
+    request: CacheRequest, say: Say = lambda _: None, repair: Repair | None = None
 ) -> CacheSummary:
     """Returns the summary of a sealed cache; see `run_stage_one`."""
-    made = run_stage_one(request, say, damage)
+    made = run_stage_one(request, say, repair)
     assert isinstance(made, CacheSummary)
     return made
 
 
 def _first_rank(
-    request: CacheRequest, say: Say, damage: Damage | None
+    request: CacheRequest, say: Say, repair: Repair | None
 ) -> CacheSummary | ProposalsReady:
     started = time.monotonic()
     keep_freed_memory()
@@ -114,16 +139,20 @@ def _first_rank(
         request.teacher, device, precision=request.precision, encoder=request.encoder
     )
     _introduce(teacher, request.decoder, say)
-    if damage is None or CACHE_FILE not in damage.files:
-        check_settings(request, split, spec, teacher)
+    has_head = repair is None or CACHE_FILE not in repair.damage.files
+    if has_head:
+        check_settings(request, split, spec, teacher, repairing=repair is not None)
     images = check_images(split, decode=False)
+    if repair is not None and has_head:
+        check_pictures(request, images)
     if spec.trains:
-        network = fit_proposals(request, split, images, say)
+        anew = repair is not None and repair.network_lost
+        network = fit_proposals(request, split, images, say, anew=anew)
         if request.only_proposals:
             return ProposalsReady(network, is_first=True)
-        spec = ProposalSpec("fit", str(request.out))
+        spec = ProposalSpec("fit", str(network))
     prepared = prepare_source(spec, request.out, split)
-    return _fill(request, split, images, teacher, prepared, started, say, damage)
+    return _fill(request, split, images, teacher, prepared, started, say, repair)
 
 
 def _fill(
@@ -134,7 +163,7 @@ def _fill(
     prepared: str,
     started: float,
     say: Say,
-    damage: Damage | None,
+    repair: Repair | None,
 ) -> CacheSummary:
     """Returns the sealed cache's summary, once the proposals are settled."""
     source = open_source(prepared, teacher.device, batch_size=request.image_batch)
@@ -148,8 +177,10 @@ def _fill(
     parts = cache_parts(request, split, images, source, teacher, plan, rule)
     own_canary = pack_canary(canary_embeddings(teacher))
     provenance = cache_provenance(request, split, teacher, leaks, own_canary)
-    if damage is not None:
-        uncommit(damage, parts)
+    if repair is not None:
+        uncommit(repair.damage, parts)
+        if repair.network_lost:
+            prepared = _adopt_remade(request.out, split)
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
@@ -168,6 +199,16 @@ def _fill(
     if request.neighbors:
         notes += add_neighbors(request.out)
     return _summary(request, split, plan, made, quarantined, notes, time.monotonic() - started)
+
+
+def _adopt_remade(cache: Path, split: Split) -> str:
+    """Returns the prepared source of the network trained anew, now in the lost one's place.
+
+    Its weights are in the fingerprint, by which the cache was found to be made with them.
+    """
+    with Lease(cache):
+        (cache / REMADE_FILE).replace(cache / NETWORK_FILE)
+    return prepare_source(ProposalSpec("fit", str(cache)), cache, split)
 
 
 def _introduce(teacher: Teacher, choice: DecoderChoice, say: Say) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from cache.beginning import repair_goal
-from cache.layout import CACHE_FILE
+from cache.layout import CACHE_FILE, load_provenance
 from cache.lock import Lease
+from cache.spec import CorruptCacheError
 from dkdetr.config import ExperimentConfig
 from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import Ranks, join_ranks
@@ -32,7 +33,7 @@ from dkdetr.experiment_file import HASHED_AS, load_experiment
 from pipeline.fit_ranks import PATIENCE_S, FirstRankError, share_from_first
 from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
 from pipeline.proposal_network import load_network, save_network
-from pipeline.proposal_sources import NETWORK_FILE
+from pipeline.proposal_sources import NETWORK_FILE, REMADE_FILE
 from pipeline.request import CacheRequest
 from pipeline.source_images import ImageCheck, check_images, require_few, without_images
 
@@ -83,11 +84,25 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
     return FitPlan(config, epochs * (with_boxes // batch_size))
 
 
-def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None, say: Say) -> Path:
+def fit_proposals(
+    request: CacheRequest,
+    split: Split,
+    images: ImageCheck | None,
+    say: Say,
+    *,
+    anew: bool = False,
+) -> Path:
     """Returns the trained network's file, CACHE/proposals/network.safetensors.
 
     A finished one for the same inputs is reused; an unfinished one goes on from its last step. All
     ranks of a torchrun call this; those behind the first need no `images`.
+
+    Args:
+        request: of the cache.
+        split: whose base boxes teach it.
+        images: what is known of its files.
+        say: told in a line what is going on.
+        anew: the one that is there is lost; trains another beside it, proposals/remade.safetensors.
 
     Raises:
         CorruptArtefactError: there is one that cannot be read.
@@ -98,7 +113,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
         UsageError: its batches do not divide by the ranks and their parts.
         FirstRankError: on every other rank, where the first one failed before the training.
     """
-    path = request.out / NETWORK_FILE
+    path = request.out / (REMADE_FILE if anew else NETWORK_FILE)
     plan = fit_plan(request, split)
     with join_ranks(request.device, timeout_s=PATIENCE_S) as ranks:
         if not ranks.is_first:
@@ -118,7 +133,7 @@ def fit_proposals(request: CacheRequest, split: Split, images: ImageCheck | None
             with _or_tell_the_others(ranks):
                 request.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(Lease(request.out))
-                reused = _reuse(request, path, key, say)
+                reused = _remade(path, key, say) if anew else _reuse(request, path, key, say)
                 if not reused:
                     refuse_impossible(plan.config, world_size=ranks.world_size)
                 # A truncated picture is set aside later, by name; it must not stop the training.
@@ -170,6 +185,15 @@ def _or_tell_the_others(ranks: Ranks) -> Iterator[None]:
         raise
 
 
+def _remade(path: Path, key: str, say: Say) -> bool:
+    """Returns True if a repair that came to no end has trained the network of the same inputs."""
+    try:
+        return path.is_file() and load_network(path)[1]["key"] == key
+    except CorruptArtefactError as error:
+        say(f"{error}; trained anew")
+        return False
+
+
 def _reuse(request: CacheRequest, path: Path, key: str, say: Say) -> bool:
     """Returns True if there is a finished network of the same inputs."""
     if not path.is_file():
@@ -180,7 +204,7 @@ def _reuse(request: CacheRequest, path: Path, key: str, say: Say) -> bool:
         _, facts = load_network(path)
     except CorruptArtefactError as error:
         mended = "delete it, and the same command trains it anew"
-        if has_cache:
+        if has_cache and _knows_its_request(request.out):
             mended = f"dkdetr cache repair {request.out} trains it anew"
         raise CorruptArtefactError(f"{error}; next: {mended}") from None
     if facts["key"] == key:
@@ -193,6 +217,14 @@ def _reuse(request: CacheRequest, path: Path, key: str, say: Say) -> bool:
             f"--proposals fit:{request.out}"
         )
     return False
+
+
+def _knows_its_request(cache: Path) -> bool:
+    """Returns True if a repair can tell how the cache was made."""
+    try:
+        return "request" in load_provenance(cache)
+    except (FileNotFoundError, CorruptCacheError):
+        return False
 
 
 def _seen(plan: FitPlan, split: Split, iterations: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
+from cache.damage import Damage, uncommit
 from cache.layout import changed_rows
 from cache.plan import make_plan
 from cache.rows import ImageRows
@@ -104,12 +105,15 @@ class ImportSummary:
 
 
 def import_cache(
-    request: ImportRequest, say: Callable[[str], None] = lambda _: None
+    request: ImportRequest,
+    say: Callable[[str], None] = lambda _: None,
+    damage: Damage | None = None,
 ) -> ImportSummary:
     """Returns the summary of a sealed cache with another project's boxes and embeddings.
 
     Vectors are normalised; boxes are cut at the image and sorted by objectness, and those without
     a pixel left are dropped; `max_base_iou` is computed from the split. Resumes like any cache.
+    `damage` of the cache that is there is taken out once it is known to be made of the same files.
 
     Raises:
         DataError: counts or lengths differ, a vector is zero, half of the images are absent, or
@@ -140,6 +144,8 @@ def import_cache(
     )
     parts = {**source.parts(), "batch_layout": dict(plan.batch_layout)}
     parts["text"] = {"imported": vocabulary.hash}
+    if damage is not None:
+        uncommit(damage, parts)
     with create_or_resume(
         request.out, parts=parts, plan=plan, provenance=_provenance(request)
     ) as writer:

@@ -18,6 +18,7 @@ from pipeline.price import plan_cache
 from pipeline.proposal_sources import ProposalSpec, parse_proposals
 from pipeline.proposals import ProposalRule, ProposalSource
 from pipeline.request import CacheRequest
+from pipeline.source_images import ImageCheck
 from pipeline.teacher import teacher_embed_dim
 from pipeline.teacher_model import Teacher
 
@@ -73,7 +74,12 @@ def check_trainable(
 
 
 def check_settings(
-    request: CacheRequest, split: Split, spec: ProposalSpec, teacher: Teacher
+    request: CacheRequest,
+    split: Split,
+    spec: ProposalSpec,
+    teacher: Teacher,
+    *,
+    repairing: bool = False,
 ) -> None:
     """Raises StaleCacheError if the cache in `--out` has other settings.
 
@@ -98,7 +104,20 @@ def check_settings(
     for name in ("images", "proposals"):
         cached[name] = {key: value for key, value in cached[name].items() if key in known[name]}
     if lines := diff_parts(cached, known):
-        raise stale_cache(request.out, lines)
+        raise stale_cache(request.out, lines, repairing=repairing)
+
+
+def check_pictures(request: CacheRequest, images: ImageCheck) -> None:
+    """Raises StaleCacheError if the cache that is repaired was made from other pictures.
+
+    For where a network of `fit` is trained before `create_or_resume` can compare all parts.
+    """
+    if not (request.out / CACHE_FILE).is_file():
+        return
+    cached = Head.load(request.out).parts["images"]
+    known = images.parts()
+    if lines := diff_parts({"images": {name: cached[name] for name in known}}, {"images": known}):
+        raise stale_cache(request.out, lines, repairing=True)
 
 
 def check_source(source: ProposalSource, split: Split, request: CacheRequest) -> LeakCheck:

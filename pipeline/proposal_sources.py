@@ -26,6 +26,8 @@ from pipeline.proposal_network import NetworkProposals, load_network
 from pipeline.proposals import ProposalSource
 
 NETWORK_FILE = "proposals/network.safetensors"
+REMADE_FILE = "proposals/remade.safetensors"
+"""Of a repair: what `fit` has trained anew, until it is known to be the network that was lost."""
 
 
 @dataclass(frozen=True)

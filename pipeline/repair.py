@@ -12,7 +12,7 @@ from cache.spec import CacheError, CorruptCacheError
 from dkdetr.data.splits import load_split
 from dkdetr.errors import CorruptArtefactError
 from dkdetr.progress import progress_of
-from pipeline.build import cache_teacher
+from pipeline.build import Repair, cache_teacher
 from pipeline.executor import Executor
 from pipeline.import_cache import ImportRequest, import_cache, recorded_import
 from pipeline.neighbor_stage import ensure_neighbors, recorded_settings
@@ -20,6 +20,7 @@ from pipeline.pre_checks import check_trainable
 from pipeline.proposal_network import load_network
 from pipeline.proposal_sources import NETWORK_FILE, parse_proposals
 from pipeline.request import CacheRequest, recorded_request
+from pipeline.teacher_model import tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ def repair_cache(
 ) -> RepairSummary:
     """Returns what was made again; the cache is sealed, with the root that it had.
 
-    What stage 1 made is taken out once all is there that makes it again: pictures, teacher and
-    proposals as they were, a network of `fit` that was lost or damaged trained anew.
+    What is damaged is taken out once all is there that makes it again: pictures, teacher and
+    proposals as they were, a network of `fit` that was lost or damaged trained anew; of an import
+    its files.
 
     Args:
         path: the cache.
-        shards: look at these alone; none: at every file.
+        shards: look at these alone, and at a network of `fit` if they are damaged; none: at all.
         data_root: where the pictures lie now; None: where they lay.
         device: where the teacher runs.
         workers: see `CacheRequest.executor`; an import knows none.
@@ -78,7 +80,7 @@ def repair_cache(
     """
     with progress_of("look for damage") as advance:
         damage = find_damage(path, shards=shards or None, on_shard=advance)
-    network = _broken_network(path)
+    network = _why_lost(path) if damage.any or not shards else ""
     if not damage.any and not network:
         return RepairSummary(path, (), damage.old_root or "", same_bytes=True)
     names = (*damage.lines(), *([NETWORK_FILE] if network else ()))
@@ -91,8 +93,7 @@ def repair_cache(
             request = replace(request, data_root=data_root)
         request = replace(request, out=path)
         if isinstance(request, ImportRequest):
-            uncommit(damage)
-            root = import_cache(request, say).merkle_root
+            root = import_cache(request, say, damage).merkle_root
         else:
             # What was set aside is under the root that is compared: no limit beside it.
             executor = Executor(workers=workers)
@@ -104,10 +105,10 @@ def repair_cache(
     return RepairSummary(path, names, root or "", same_bytes=damage.old_root is not None)
 
 
-def _broken_network(path: Path) -> str:
-    """Returns why the network that a cache was made with cannot be read.
+def _why_lost(path: Path) -> str:
+    """Returns why the network of `fit` that lies there is not the one a cache was made with.
 
-    Empty: it can, or there is none, or nobody knows that the cache was made with it.
+    Empty: it is, or there is none, or nobody knows that the cache was made with it.
     """
     file = path / NETWORK_FILE
     if not file.is_file():
@@ -119,33 +120,33 @@ def _broken_network(path: Path) -> str:
     if not isinstance(record, dict) or record.get("proposals") != "fit":
         return ""
     try:
-        load_network(file)
+        trunk, _ = load_network(file)
     except CorruptArtefactError as error:
         return str(error)
+    with contextlib.suppress(FileNotFoundError, CorruptCacheError):
+        known = Head.load(path).parts["proposals"].get("weights_sha256")
+        if known not in (None, tensors_sha256(trunk)):
+            return f"{file}: another network than the cache was made with"
     return ""
 
 
 def _make_again(
     request: CacheRequest, damage: Damage, network: str, say: Callable[[str], None]
 ) -> str:
-    """Returns the root of the cache, sealed again; `network` is why that of `fit` cannot be read.
+    """Returns the root of the cache, sealed again; `network` is why that of `fit` is lost.
 
-    A lost network is trained before anything is taken out of the cache, and then stage 1 compares
-    it with the cache's own: hours later, and on another device, it may be none of it.
+    A lost one is trained anew beside its place, and takes it once stage 1 has found it to be the
+    cache's own: hours later, and on another device, it may be none of it.
     """
     spec = parse_proposals(request.proposals)
-    file = request.out / NETWORK_FILE
-    aside = file.with_name(f"{file.name}.damaged")
-    if spec.trains_in(request.out) or network:
+    lost = spec.trains_in(request.out) or bool(network)
+    if lost:
         split = load_split(request.split, request.data_root)
         check_trainable(request, split, spec, lost=True)
         if network:
-            file.replace(aside)
-            say(f"{network}: kept as {aside.name}")
+            say(network)
         say("the network of fit is trained anew; nothing is taken out of the cache before")
-    root = cache_teacher(request, say, damage).merkle_root
-    aside.unlink(missing_ok=True)
-    return root
+    return cache_teacher(request, say, Repair(damage, network_lost=lost)).merkle_root
 
 
 def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:

@@ -54,8 +54,8 @@ def test_damaged_shards_and_files_are_made_again_to_the_same_bytes(cache, monkey
     made: list[int] = []
     commit = repair.cache_teacher
 
-    def counted(request, say, damage):
-        summary = commit(request, say, damage)
+    def counted(request, say, remaking):
+        summary = commit(request, say, remaking)
         made.append(summary.num_made)
         return summary
 

@@ -12,17 +12,21 @@ from cache.damage import find_damage, uncommit
 from cache.layout import load_provenance, write_provenance
 from cache.spec import StaleCacheError
 from cli import app
+from dkdetr.data.splits import load_split
 from dkdetr.errors import CorruptArtefactError, MismatchError
+from pipeline import build
 from pipeline.build import cache_teacher
+from pipeline.fit import fit_proposals
 from pipeline.proposal_network import load_network
 from pipeline.repair import repair_cache
 from pipeline.request import CacheRequest
+from pipeline.source_images import check_images
 from pipeline.teacher_model import tensors_sha256
 from tests.cache_samples import committed_bytes
 from tests.e2e.test_fit_proposals import OVERRIDES
 from tests.e2e.tiny_stage_one import one_pixel_changed, tiny_request
 
-NETWORK = "proposals/network.safetensors"
+NETWORK, REMADE = "proposals/network.safetensors", "proposals/remade.safetensors"
 ROWS = "data.zarr/objectness/c/1/0"
 
 
@@ -42,6 +46,18 @@ def made(
 @pytest.fixture
 def cache(made: tuple[CacheRequest, str], tmp_path: Path) -> Path:
     return Path(shutil.copytree(made[0].out, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def other_network(made: tuple[CacheRequest, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of `fit` of two epochs, where the cache's was trained for one."""
+    out = tmp_path_factory.mktemp("other") / "cache"
+    return fit_proposals(
+        replace(made[0], out=out, fit_epochs=2),
+        split := load_split(made[0].split, made[0].data_root),
+        check_images(split, decode=False),
+        print,
+    )
 
 
 def _weights(cache: Path) -> str:
@@ -95,7 +111,6 @@ def test_a_broken_network_alone_is_told_by_the_command_and_repaired(
         cache_teacher(replace(made[0], out=cache))
     result = CliRunner().invoke(app, ["cache", "repair", str(cache)])
     assert result.exit_code == 0, result.output
-    assert "kept as network.safetensors.damaged" in result.output
     assert f"repaired  {NETWORK}" in result.output
     assert _weights(cache) == made[1]
     assert repair_cache(cache).repaired == ()
@@ -106,12 +121,74 @@ def test_a_network_that_comes_out_otherwise_leaves_the_cache_as_it_is(cache: Pat
     write_provenance(cache, provenance | {"request": provenance["request"] | {"fit_epochs": 2}})
     _flip(cache / NETWORK)
     _flip(cache / ROWS)
+    before, trained = committed_bytes(cache), []
+    for _ in range(2):
+        with pytest.raises(StaleCacheError, match=r"proposals\.weights_sha256 +cache: \w+.* want"):
+            repair_cache(cache, say=trained.append)
+        after = committed_bytes(cache)
+        assert after.pop(REMADE)  # kept: another start compares it at once
+        assert {name: data for name, data in after.items() if not name.startswith(".lock")} == {
+            name: data for name, data in before.items() if not name.startswith(".lock")
+        }
+    assert sum("training a network" in line for line in trained) == 1
+
+
+def test_another_network_in_its_place_is_found_and_replaced(
+    cache: Path, made: tuple[CacheRequest, str], other_network: Path
+) -> None:
+    shutil.copyfile(other_network, cache / NETWORK)
+    assert _weights(cache) != made[1]
+    said: list[str] = []
+    assert repair_cache(cache, say=said.append).repaired == (NETWORK,)
+    assert any("another network than the cache was made with" in line for line in said)
+    assert _weights(cache) == made[1]
+
+
+def test_a_repair_that_fails_before_or_after_the_training_goes_on_where_it_was(
+    cache: Path, made: tuple[CacheRequest, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cut(cache / NETWORK)
+    _flip(cache / ROWS)
     before = _committed(cache)
-    with pytest.raises(StaleCacheError, match=r"proposals\.weights_sha256 +cache: \w+.* wanted: "):
-        repair_cache(cache)
-    assert _committed(cache) == before
-    assert not (cache / "repair.json").exists()
-    assert (cache / f"{NETWORK}.damaged").is_file()
+    _, images, _ = made[0].split.split(":")
+    said: list[str] = []
+    told = r"images\.content_xxh3_128(.|\n)*nothing was taken"
+    with (
+        one_pixel_changed(min(Path(images).glob("*.png"))),
+        pytest.raises(StaleCacheError, match=told),
+    ):
+        repair_cache(cache, say=said.append)
+    assert not any("training a network" in line for line in said)  # known before it
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for moment in ("uncommit", "_adopt_remade", "create_or_resume"):
+        with monkeypatch.context() as patched:
+            patched.setattr(build, moment, killed)
+            with pytest.raises(KeyboardInterrupt):
+                repair_cache(cache, say=said.append)
+        if moment == "uncommit":
+            assert _committed(cache) == before
+    repair_cache(cache, say=said.append)
+    assert sum("training a network" in line for line in said) == 1
+    assert _weights(cache) == made[1]
+    assert [file.name for file in (cache / "proposals").iterdir()] == ["network.safetensors"]
+    assert repair_cache(cache).repaired == ()
+
+
+def test_single_shards_ask_nothing_of_a_network_that_they_do_not_need(cache: Path) -> None:
+    _cut(cache / NETWORK)
+    assert repair_cache(cache, shards=[0]).repaired == ()
+
+
+def test_without_provenance_the_command_names_no_repair(
+    cache: Path, made: tuple[CacheRequest, str]
+) -> None:
+    _cut(cache / NETWORK)
+    (cache / "provenance.json").unlink()
+    with pytest.raises(CorruptArtefactError, match="next: delete it"):
+        cache_teacher(replace(made[0], out=cache))
 
 
 def test_changed_pictures_and_a_lost_head_never_train_over_the_network(

@@ -128,6 +128,16 @@ def test_a_repair_cut_short_still_knows_its_goal_and_other_bytes_are_an_error(ca
         finish_repair(again, "another")
 
 
+def test_what_a_killed_repair_left_without_head_and_seal_is_still_a_cache_to_repair(cache):
+    root = open_cache(cache).info.merkle_root
+    (cache / "CACHE.json").unlink()
+    uncommit(find_damage(cache))
+    assert not (cache / "COMPLETE.json").exists()
+    again = find_damage(cache)
+    assert again.old_root == root
+    assert {"CACHE.json", "COMPLETE.json"} <= set(again.files)
+
+
 def test_damaged_neighbour_lists_are_named(cache):
     build_neighbors(cache, NeighborSettings(per_image=3, k=3))
     file = cache / "neighbors/sims.npy"

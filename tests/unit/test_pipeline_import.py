@@ -3,6 +3,7 @@
 import json
 import os
 import pickle  # noqa: TID251  the lists that our reader reads are written with the real one
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -10,13 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from cache.spec import StaleCacheError
 from cache.store import open_cache
 from cache.verify import verify_cache
 from dkdetr.data.splits import load_split
-from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
+from dkdetr.errors import (
+    CorruptArtefactError,
+    DataError,
+    DkdetrError,
+    MismatchError,
+    UsageError,
+)
 from pipeline.import_cache import ImportRequest, import_cache
 from pipeline.repair import repair_cache
 from pipeline.text_bank import read_text_bank
+from tests.cache_samples import committed_bytes
 from tests.unit.data_world import coco_document, write_world
 
 DIM = 16
@@ -238,6 +247,20 @@ def test_a_damaged_import_is_imported_again_to_the_same_bytes(world, tmp_path):
     whole[len(whole) // 2] ^= 8
     file.write_bytes(whole)
     assert not verify_cache(cache).good
+    # Not there, and other than it was: nothing is taken out of what can still be read.
+    before = committed_bytes(cache)
+    moved = source.rename(tmp_path / "elsewhere")
+    with pytest.raises(DkdetrError):
+        repair_cache(cache)
+    first, second, *_ = sorted(_write(source, "hdovd").glob("*.pth"))
+    shutil.copyfile(second, first)
+    with pytest.raises(StaleCacheError, match="nothing was taken out"):
+        repair_cache(cache)
+    after = committed_bytes(cache)
+    assert after.pop(".lock", None) == before.pop(".lock", None)
+    assert after == before
+    shutil.rmtree(source)
+    moved.rename(source)
     repaired = repair_cache(cache)
     assert repaired.repaired == ("shard 000000",)
     assert repaired.merkle_root == summary.merkle_root

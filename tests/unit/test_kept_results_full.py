@@ -90,3 +90,16 @@ def test_what_full_stands_on_is_of_the_records():
         for cell, group in zip(shown[labels[each["row"]] + ending], groups, strict=True):
             assert figures(cell)[0] == pytest.approx(group["cosine"], abs=0.0051)
             assert figures(cell)[1] == pytest.approx(group["margin"], abs=0.00051)
+
+
+def test_the_rates_tried_at_full_are_of_the_kept_runs():
+    lines = (EXPERIMENTS / "results" / "tuning_full.jsonl").read_text().splitlines()
+    runs = {
+        next(word for word in run["settings"] if word.startswith("optim.lr=")): " / ".join(
+            f"{100 * run['metrics'][group]:.1f}" for group in GROUPS
+        )
+        for run in map(json.loads, lines)
+    }
+    diary = words_of("DIARY.md")
+    told = diary.split("the rate of `full`")[1]
+    assert f"| APr / APc / APf / AP | {runs['optim.lr=8e-4']} | {runs['optim.lr=1.6e-3']} |" in told

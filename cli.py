@@ -92,6 +92,8 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "vocab import": (
         "dkdetr vocab import bank.npy --names lvis --teacher 'their CLIP' -o theirs.vocab",
+        "dkdetr vocab import bank.pt --names names.txt --teacher 'their CLIP' -o theirs.vocab "
+        "--class-threshold hammer=0.5",
     ),
     "vocab show": ("dkdetr vocab show tools.vocab", "dkdetr vocab show student.safetensors"),
     "data list": ("dkdetr data list",),
@@ -143,6 +145,14 @@ DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="DKDETR_DATA", help="Folder of coco/ lvis/ ...")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+KeptScores = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class-threshold",
+        help="NAME=SCORE: the least score of a name that predict and serve show, kept in the "
+        "file (repeatable)",
+    ),
+]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout")
 ]
@@ -1429,14 +1439,7 @@ def vocab_build(
     prompts: Annotated[
         str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
     ] = DEFAULT_PROMPTS,
-    class_thresholds: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class-threshold",
-            help="NAME=SCORE: the least score of a name that predict and serve show, kept in the "
-            "file (repeatable)",
-        ),
-    ] = None,
+    class_thresholds: KeptScores = None,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1467,6 +1470,7 @@ def vocab_import(
     width: Annotated[
         int | None, typer.Option(help="Embedding length, where a bank is square")
     ] = None,
+    class_thresholds: KeptScores = None,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
@@ -1474,7 +1478,8 @@ def vocab_import(
     from pipeline.open_vocabulary import import_vocabulary_file
 
     row: Any = _one_of("--background", background, ("first", "last")) if background else None
-    described = import_vocabulary_file(bank, names, out, teacher, row, width)
+    least = _scores_by_name(class_thresholds or ())
+    described = import_vocabulary_file(bank, names, out, teacher, row, width, thresholds=least)
     _tell(described.lines(), json_out)
     _report(described.as_json(), json_out)
 

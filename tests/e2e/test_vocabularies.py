@@ -129,11 +129,17 @@ def test_a_bank_of_another_project(place, monkeypatch, capsys, form):
         assert exit_code(monkeypatch, *words) == 2
         assert "--background first or" in capsys.readouterr().err
         words = (*words, "--background", "last")
+    assert exit_code(monkeypatch, *words, "--class-threshold", "saw=0.5") == 2
+    assert "none of the names" in capsys.readouterr().err
+    words = (*words, "--class-threshold", "Cat=0.5")
     assert exit_code(monkeypatch, *words, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["names"][0] == "aeroplane"
+    assert shown["thresholds"] == {"cat": 0.5}
     assert shown["teacher"] == "their CLIP"
-    taken = load_vocabulary(place / "v.vocab").embeddings
+    kept = load_vocabulary(place / "v.vocab")
+    assert kept.thresholds == {"cat": 0.5}
+    taken = kept.embeddings
     expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(taken, expected, atol=1e-3)
 

@@ -92,8 +92,10 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "vocab import": (
         "dkdetr vocab import bank.npy --names lvis --teacher 'their CLIP' -o theirs.vocab",
+        "dkdetr vocab import bank.pt --names names.txt --teacher 'their CLIP' -o theirs.vocab "
+        "--class-threshold hammer=0.5",
     ),
-    "vocab show": ("dkdetr vocab show tools.vocab",),
+    "vocab show": ("dkdetr vocab show tools.vocab", "dkdetr vocab show student.safetensors"),
     "data list": ("dkdetr data list",),
     "data check": ("dkdetr data check lvis_train", "dkdetr data check lvis_train --decode"),
     "data prepare": ("dkdetr data prepare pictograms --size tiny",),
@@ -143,6 +145,14 @@ DataRoot = Annotated[
     Path, typer.Option("--data-root", envvar="DKDETR_DATA", help="Folder of coco/ lvis/ ...")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+KeptScores = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--class-threshold",
+        help="NAME=SCORE: the least score of a name that predict and serve show, kept in the "
+        "file (repeatable)",
+    ),
+]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout")
 ]
@@ -1059,7 +1069,7 @@ def predict_command(
     from dkdetr.engine.interruption import end_on_sigterm
 
     with end_on_sigterm(_PREDICT_STOPPED):
-        from dkdetr.data.vocabulary_check import describe_vocabulary
+        from dkdetr.data.vocabulary_check import describe_vocabulary, thresholds_in_force
         from dkdetr.errors import DataError
         from dkdetr.inference.picture_sources import find_sources, open_pictures, require_all_read
         from dkdetr.inference.prediction_files import predict_to_folder, require_sources_apart
@@ -1081,6 +1091,9 @@ def predict_command(
         if words is not None:
             for line in describe_vocabulary(looked_for).warnings():
                 _say(line)
+        typed = _scores_by_name(class_thresholds or ())
+        if threshold is None and (own := thresholds_in_force(looked_for, typed)):
+            _say(own)
         unreadable: list[DataError] = []
         summary = predict_to_folder(
             detector,
@@ -1090,7 +1103,7 @@ def predict_command(
             num_files=len(sources),
             draw=draw,
             threshold=threshold,
-            thresholds=_scores_by_name(class_thresholds or ()),
+            thresholds=typed,
             nms_iou=nms,
             batch_size=batch_size,
             masks=masks,
@@ -1426,14 +1439,7 @@ def vocab_build(
     prompts: Annotated[
         str, typer.Option(help="vild63, clip7 or single, several by commas, or a file of templates")
     ] = DEFAULT_PROMPTS,
-    class_thresholds: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--class-threshold",
-            help="NAME=SCORE: the least score of a name that predict and serve show, kept in the "
-            "file (repeatable)",
-        ),
-    ] = None,
+    class_thresholds: KeptScores = None,
     device: Device = "auto",
     json_out: Json = None,
     verbose: Verbose = False,
@@ -1464,6 +1470,7 @@ def vocab_import(
     width: Annotated[
         int | None, typer.Option(help="Embedding length, where a bank is square")
     ] = None,
+    class_thresholds: KeptScores = None,
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
@@ -1471,22 +1478,32 @@ def vocab_import(
     from pipeline.open_vocabulary import import_vocabulary_file
 
     row: Any = _one_of("--background", background, ("first", "last")) if background else None
-    described = import_vocabulary_file(bank, names, out, teacher, row, width)
+    least = _scores_by_name(class_thresholds or ())
+    described = import_vocabulary_file(bank, names, out, teacher, row, width, thresholds=least)
     _tell(described.lines(), json_out)
     _report(described.as_json(), json_out)
 
 
 @_command(vocab_app, "show")
 def vocab_show(
-    path: Annotated[Path, typer.Argument(help="A vocabulary file")],
+    path: Annotated[Path, typer.Argument(help="A vocabulary file, or a student file")],
     json_out: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Print a vocabulary's names, teacher, prompts, thresholds and doubts; loads no CLIP."""
     from dkdetr.data.vocabulary import load_vocabulary
     from dkdetr.data.vocabulary_check import describe_vocabulary
+    from dkdetr.errors import CorruptArtefactError
 
-    described = describe_vocabulary(load_vocabulary(path))
+    try:
+        vocabulary = load_vocabulary(path)
+    except CorruptArtefactError:
+        from dkdetr.student_file import is_student_file, student_vocabulary
+
+        if not is_student_file(path):
+            raise
+        vocabulary = student_vocabulary(path)
+    described = describe_vocabulary(vocabulary)
     _tell(described.lines(), json_out)
     _report(described.as_json(), json_out)
 

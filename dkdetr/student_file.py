@@ -101,6 +101,28 @@ def load_student_file(path: Path) -> StudentFile:
     )
 
 
+def is_student_file(path: Path) -> bool:
+    """Returns whether a file says that it is one; its hash is not looked at."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def student_vocabulary(path: Path) -> Vocabulary:
+    """Returns the vocabulary that a student file brings.
+
+    Raises:
+        DataError: no such file, or it brings none.
+        CorruptArtefactError: not a student file, or damaged.
+    """
+    vocabulary = load_student_file(path).vocabulary
+    if vocabulary is None:
+        raise DataError(f"the student file '{path}' brings no vocabulary")
+    return vocabulary
+
+
 def weights_hash(student: nn.Module) -> str:
     """Returns a hash of the weights that a student detects with: its file's are the run's own."""
     tensors = {

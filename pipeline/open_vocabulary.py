@@ -132,7 +132,14 @@ def build_vocabulary_file(
 
 
 def import_vocabulary_file(
-    bank: Path, names: str, out: Path, teacher: str, background: Background | None, dim: int | None
+    bank: Path,
+    names: str,
+    out: Path,
+    teacher: str,
+    background: Background | None,
+    dim: int | None,
+    *,
+    thresholds: Mapping[str, float] | None = None,
 ) -> VocabularyDescription:
     """Writes another project's text bank as a vocabulary; returns its description.
 
@@ -143,14 +150,18 @@ def import_vocabulary_file(
         teacher: the identity of what embedded it; a student understands the same one alone.
         background: which row is no name.
         dim: the length of a row, where the sides cannot be told apart.
+        thresholds: see `build_vocabulary_file`.
 
     Raises:
         DkdetrError: no such file, or a bank that does not fit the names.
+        UsageError: a threshold of none of the names, or beyond 0..1.
     """
+    entries = read_entries(names)
+    least = thresholds_by_name([entry.name for entry in entries], thresholds or {})
     vocabulary = import_vocabulary(
-        bank, _categories(read_entries(names)), teacher=teacher, embed_dim=dim,
-        background=background,
-    )  # fmt: skip
+        bank, _categories(entries), teacher=teacher, embed_dim=dim, background=background
+    )
+    vocabulary = replace(vocabulary, thresholds=least)
     save_vocabulary(vocabulary, out)
     return describe_vocabulary(vocabulary)
 

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from dkdetr.atomic_file import atomic_file
@@ -21,6 +22,7 @@ _BLOCK = 1 << 20
 _MB = 1_000_000
 _PATIENCE_S = 60.0
 _ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
 
 
 def url_weights_folder() -> Path:
@@ -32,13 +34,19 @@ def fetch_url_weights(url: str, announce: Callable[[str], None]) -> Path:
     """Returns the file that a URL names, downloaded if it is not here or only a part of it is.
 
     Args:
-        url: its last part is the file's name.
+        url: http or https; its last part is the file's name.
         announce: told, before a download, from where and why.
 
     Raises:
+        ValueError: the URL is another kind's, or names no file.
         OSError: it cannot be reached.
         RuntimeError: what came was cut short or is another file; nothing of it is kept.
     """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"'{url}' is no http or https URL")
+    if parts.path.rsplit("/", 1)[-1] in ("", ".", ".."):
+        raise ValueError(f"'{url}' names no file")
     path = url_weights_folder() / url.rsplit("/", 1)[-1]
     why = why_not_whole(path, known_sha256(url)) if path.is_file() else ""
     if path.is_file() and not why:
@@ -63,7 +71,8 @@ def why_not_whole(path: Path, sha256: str = "", *, suffix: str | None = None) ->
     """Returns why a file of weights is only a part, or another one; "" if nothing says so.
 
     A safetensors file says how long it is, a zip (`torch.save`) ends with its table of contents.
-    Pickles from before PyTorch 1.6 have neither: only a hash tells.
+    Pickles from before PyTorch 1.6 have neither: only a hash tells. What begins as none of these is
+    no weights at all, but a page that a network puts in their place, say.
 
     Args:
         path: the file.
@@ -82,6 +91,8 @@ def why_not_whole(path: Path, sha256: str = "", *, suffix: str | None = None) ->
             return "" if size == wanted else f"is cut: {size:,} bytes, not {wanted:,}"
     if len(start) < 8 or (start.startswith(_ZIP) and not zipfile.is_zipfile(path)):
         return f"is cut: {size:,} bytes without an end"
+    if not start.startswith((_ZIP, _PICKLE)):
+        return f"is no file of weights: it begins with {start!r}"
     return ""
 
 
@@ -105,9 +116,10 @@ def _download(url: str, path: Path) -> None:
                 file.write(block)
                 came += len(block)
                 advance(came // _MB, "")
-        if announced and came != announced:
-            raise RuntimeError(f"the download was cut: {came:,} of {announced:,} bytes came")
         file.flush()
+        size = Path(file.name).stat().st_size
+        if announced and size != announced:
+            raise RuntimeError(f"the download was cut: {size:,} of {announced:,} bytes came")
         if why := why_not_whole(Path(file.name), known_sha256(url), suffix=path.suffix):
             raise RuntimeError(f"what came {why}")
 

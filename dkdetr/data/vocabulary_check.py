@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from dkdetr.data.prompts import same_reading
-from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.data.vocabulary import Vocabulary, thresholds_by_name
 
 NEAR = 0.95
 """Cosine above which two names compete for the same boxes."""
 _SHOWN = 20
+_SHOWN_IN_FORCE = 5
 _BLOCK = 512
 
 
@@ -68,16 +69,40 @@ def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
         hash=vocabulary.hash,
         near=_near_pairs(vocabulary),
         merged=tuple(tuple(group) for group in same_reading(vocabulary.names)),
-        thresholds=dict(vocabulary.thresholds),
+        thresholds=_in_order(vocabulary),
     )
 
 
+def thresholds_in_force(vocabulary: Vocabulary, typed: Mapping[str, float]) -> str:
+    """Returns a line on the vocabulary's own least scores, where none is typed for all names.
+
+    "" where it has none, or each gives way to one that is typed.
+
+    Args:
+        vocabulary: what is looked for.
+        typed: least scores by name, which come before its own.
+
+    Raises:
+        UsageError: one is of none of the names, or no score.
+    """
+    given = thresholds_by_name(vocabulary.names, typed)
+    own = {name: least for name, least in _in_order(vocabulary).items() if name not in given}
+    return f"least scores of the vocabulary: {_scores(own, _SHOWN_IN_FORCE)}" if own else ""
+
+
+def _in_order(vocabulary: Vocabulary) -> dict[str, float]:
+    """Returns the thresholds in the names' order; a student file has them in another."""
+    least = vocabulary.thresholds
+    return {name: least[name] for name in vocabulary.names if name in least}
+
+
 def _thresholds_in_words(thresholds: Mapping[str, float]) -> str:
-    if not thresholds:
-        return ""
-    shown = ", ".join(f"{name} {least:g}" for name, least in list(thresholds.items())[:_SHOWN])
-    more = f" and {len(thresholds) - _SHOWN} more" if len(thresholds) > _SHOWN else ""
-    return f"least scores: {shown}{more}"
+    return f"least scores: {_scores(thresholds, _SHOWN)}" if thresholds else ""
+
+
+def _scores(thresholds: Mapping[str, float], most: int) -> str:
+    shown = ", ".join(f"{name} {least:g}" for name, least in list(thresholds.items())[:most])
+    return shown + (f" and {len(thresholds) - most} more" if len(thresholds) > most else "")
 
 
 def _near_pairs(vocabulary: Vocabulary) -> tuple[tuple[str, str, float], ...]:

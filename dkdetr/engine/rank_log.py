@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from dkdetr.engine.distributed import Ranks
+from dkdetr.errors import PreemptedError
 
 
 @contextmanager
 def rank_log(run: Path, ranks: Ranks) -> Iterator[None]:
     """Appends what this rank says on stderr, and the traceback of an error, to its own file.
+
+    Of SIGTERM, which is no error, one line.
 
     RUN/logs/rank_K.log; not of the first rank, whose words are the command's, and not before there
     is a word. Where the file cannot be written a line says so, and the training goes on.
@@ -31,6 +34,9 @@ def rank_log(run: Path, ranks: Ranks) -> Iterator[None]:
     try:
         with redirect_stderr(cast("TextIO", _Copied(sys.stderr, log))):
             yield
+    except PreemptedError as stopped:
+        log.write(f"{_now()} {stopped}\n")
+        raise
     except Exception:
         log.write(f"{_now()} {traceback.format_exc()}")
         raise

@@ -150,7 +150,8 @@ def _said_of(scored: _Scored, run: RunFolder) -> list[str]:
 
 
 def _weights_of(agreement: Sequence[TeacherAgreement], scored: _Scored) -> str:
-    """Returns in words which weights an agreement is of, where these are not those of the scores.
+    """Returns in words which weights an agreement is of, where these are not those of the scores,
+    or where one of the two, being of before, does not say.
 
     '' where they are, or where there is none.
     """
@@ -159,10 +160,12 @@ def _weights_of(agreement: Sequence[TeacherAgreement], scored: _Scored) -> str:
     weights = agreement[0].weights
     if weights is None:
         return "of weights that it does not name"
+    if WEIGHTS_KEY not in scored.said:
+        return "the scores do not name their weights"
     at = "" if weights.iteration is None else f", those of step {weights.iteration}"
-    if weights.xxh3_128 != scored.said.get(WEIGHTS_KEY):
+    if weights.xxh3_128 != scored.said[WEIGHTS_KEY]:
         return f"of other weights than the scores{at}"
-    precision = scored.said.get("precision")
+    precision = scored.said.get("precision", weights.precision)
     if weights.precision != precision:
         return f"of precision {weights.precision}, where the scores are of {precision}"
     return ""

@@ -52,6 +52,15 @@ function shown(boxes) {
   return kept;
 }
 
+// Names whose boxes go by a least score of their own, so that the slider's number is not theirs.
+function showOwnLeast(boxes) {
+  const own = new Map(boxes.filter((each) => each.least !== undefined).map((each) => [each.name, each.least]));
+  at("own-least").hidden = state.moved || !own.size;
+  const some = [...own].slice(0, 3).map(([name, least]) => `${name} ${least.toFixed(2)}`).join(", ");
+  const more = own.size > 3 ? ` and ${own.size - 3} more` : "";
+  at("own-least").textContent = `The vocabulary's own, until this is moved: ${some}${more}.`;
+}
+
 function light(group, on) {
   for (const other of at("view").querySelectorAll("g")) other.classList.toggle("dim", on && other !== group);
   group.classList.toggle("lit", on);
@@ -93,6 +102,7 @@ function redraw() {
   at("threshold-shown").textContent = Number(at("threshold").value).toFixed(2);
   if (!state.found) return;
   const { width, height, boxes } = state.found;
+  showOwnLeast(boxes);
   const view = at("view");
   view.setAttribute("viewBox", `0 0 ${width} ${height}`);
   view.replaceChildren(draw("image", { href: state.address, ...asSeen(state.found) }));

@@ -111,6 +111,7 @@ def test_a_picture_words_and_boxes(page: WebDriver, world):
     )
     assert boxes(page) == list(expected.names)
     assert len(page.find_elements(By.CSS_SELECTOR, "#view rect.box")) == len(expected) > 0
+    assert not page.find_element(By.ID, "own-least").is_displayed()
     assert page.find_elements(By.CSS_SELECTOR, "#list b b, #view b") == []
     assert page.find_element(By.ID, "view").get_dom_attribute("viewBox") == "0 0 90 60"
     middle = float(sorted(expected.scores)[len(expected) // 2])
@@ -136,7 +137,10 @@ def test_a_names_own_least_score_counts_until_the_slider_is_moved(browser: WebDr
         before = boxes(browser)
         assert before
         assert strict not in before
+        told = f"The vocabulary's own, until this is moved: {strict} 1.00."
+        assert text(browser, "own-least") == told
         set_threshold(browser, 0.01)
+        assert text(browser, "own-least") == ""
         assert strict in boxes(browser)
         assert_nothing_broke(browser, port)
 

@@ -1,16 +1,19 @@
 """`dkdetr vocab build|import` as typed, and words of a list in `predict`, with a small CLIP."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_student import save_speaking_student
 
 from dkdetr.data.name_lists import shipped_entries
 from dkdetr.data.vocabulary import load_vocabulary
+from dkdetr.student_file import load_student_file, save_student_file
 from tests.e2e.commands import exit_code
 
 
@@ -59,15 +62,43 @@ def test_thresholds_of_a_vocabulary(place, monkeypatch, capsys):
     save_speaking_student(place / "s.safetensors", vocabulary)
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(place / "a.png")
 
-    def found(*options: str) -> set[str]:
+    def found(*options: str) -> tuple[set[str], str]:
+        """Returns the names, and what was said of the vocabulary's own least scores."""
         words = ("predict", "a.png", "--model", "s.safetensors", "--no-draw", "--json", "-")
         assert exit_code(monkeypatch, *words, *options) == 0
-        return set(json.loads(capsys.readouterr().out)["by_name"])
+        said = capsys.readouterr()
+        _, _, own = said.err.partition("least scores of the vocabulary: ")
+        return set(json.loads(said.out)["by_name"]), own.partition("\n")[0]
 
     for source in ((), ("--vocab", "n.vocab")):  # the student brings it, or the file does
-        assert found(*source) == {"hammer"}
-        assert found(*source, "--threshold", "0") == {"hammer", "fire_hydrant"}
-        assert found(*source, "--class-threshold", "hammer=1") == set()
+        assert found(*source) == ({"hammer"}, "hammer 0, fire_hydrant 1")
+        assert found(*source, "--threshold", "0") == ({"hammer", "fire_hydrant"}, "")
+        assert found(*source, "--class-threshold", "hammer=1") == (set(), "fire_hydrant 1")
+
+
+def test_a_student_files_vocabulary_is_shown_and_other_files_are_not(place, monkeypatch, capsys):
+    (place / "names.txt").write_text("hammer\nsaw\n", encoding="utf-8")
+    words = ("names.txt", "-o", "n.vocab", "--prompts", "single", "--class-threshold", "saw=0.5")
+    assert build(monkeypatch, *words) == 0
+    vocabulary = load_vocabulary(place / "n.vocab")
+    save_speaking_student(place / "s.safetensors", vocabulary)
+    capsys.readouterr()
+
+    def shown(name: str, code: int = 0) -> str:
+        assert exit_code(monkeypatch, "vocab", "show", name) == code
+        said = capsys.readouterr()
+        return said.err if code else said.out
+
+    assert shown("s.safetensors") == shown("n.vocab")
+    mute = replace(load_student_file(place / "s.safetensors"), vocabulary=None)
+    save_student_file(place / "mute.safetensors", mute)
+    assert "brings no vocabulary" in shown("mute.safetensors", 3)
+    save_file({"x": torch.zeros(3)}, place / "other.safetensors")
+    assert "not a vocabulary file" in shown("other.safetensors", 5)
+    data = bytearray((place / "s.safetensors").read_bytes())
+    data[-1] ^= 1
+    (place / "s.safetensors").write_bytes(data)
+    assert "damaged" in shown("s.safetensors", 5)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +129,17 @@ def test_a_bank_of_another_project(place, monkeypatch, capsys, form):
         assert exit_code(monkeypatch, *words) == 2
         assert "--background first or" in capsys.readouterr().err
         words = (*words, "--background", "last")
+    assert exit_code(monkeypatch, *words, "--class-threshold", "saw=0.5") == 2
+    assert "none of the names" in capsys.readouterr().err
+    words = (*words, "--class-threshold", "Cat=0.5")
     assert exit_code(monkeypatch, *words, "--json", "-") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["names"][0] == "aeroplane"
+    assert shown["thresholds"] == {"cat": 0.5}
     assert shown["teacher"] == "their CLIP"
-    taken = load_vocabulary(place / "v.vocab").embeddings
+    kept = load_vocabulary(place / "v.vocab")
+    assert kept.thresholds == {"cat": 0.5}
+    taken = kept.embeddings
     expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(taken, expected, atol=1e-3)
 

@@ -85,6 +85,9 @@ def test_sigterm_to_torchrun_saves_on_both_ranks_and_one_process_goes_on(world) 
     errors = said.read_text()
     assert errors.count("error [75]: stopped by SIGTERM") == 2, errors
     assert processes_of(job.pid) == []
+    log = (world.root / "runs/slow/logs/rank_1.log").read_text()
+    assert " stopped by SIGTERM at iteration " in log.splitlines()[-1]
+    assert "Traceback" not in log
     cut = checkpoint_of(world, "slow")
     assert 0 <= cut.progress.iteration < 18
     moved = replace(CONFIG, compute=replace(CONFIG.compute, micro_batches=2))

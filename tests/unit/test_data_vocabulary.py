@@ -17,6 +17,7 @@ from dkdetr.data.vocabulary import (
     save_vocabulary,
     thresholds_by_name,
 )
+from dkdetr.data.vocabulary_check import thresholds_in_force
 from dkdetr.errors import CorruptArtefactError, DataError, MismatchError, UsageError
 from tests.unit.data_world import FakeTextEncoder
 
@@ -207,3 +208,20 @@ def test_prompt_sets_are_of_their_published_sizes_and_name_their_source():
 def test_names_are_put_into_sentences(name, sentence):
     assert fill_prompt("It is {article} {}.", name) == sentence
     assert readable_name(name) in sentence
+
+
+def test_a_line_names_the_least_scores_in_force_and_not_those_that_gave_way():
+    plain = built()
+    assert thresholds_in_force(plain, {}) == ""
+    some = dataclasses.replace(plain, thresholds={"cat": 0.5, "acorn": 0.25})
+    told = "least scores of the vocabulary: "
+    assert thresholds_in_force(some, {}) == f"{told}acorn 0.25, cat 0.5"
+    assert thresholds_in_force(some, {"Cat": 0.9}) == f"{told}acorn 0.25"
+    assert thresholds_in_force(some, {"acorn": 0.1, "cat": 0.9}) == ""
+    rows = np.eye(8, dtype=np.float32)
+    names = tuple(f"n{number}" for number in range(8))
+    many = dataclasses.replace(
+        plain, names=names, category_ids=tuple(range(8)), is_base=(True,) * 8,
+        frequencies=("",) * 8, embeddings=rows, thresholds=dict.fromkeys(names, 0.5),
+    )  # fmt: skip
+    assert thresholds_in_force(many, {}).endswith(" n3 0.5, n4 0.5 and 3 more")

@@ -1,5 +1,6 @@
 """What a rank behind the first leaves in RUN/logs."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.rank_log import rank_log
-from dkdetr.errors import DataError
+from dkdetr.errors import DataError, PreemptedError
 
 FIRST, THIRD = (Ranks(rank=rank, world_size=4, device=torch.device("cpu")) for rank in (0, 2))
 
@@ -43,6 +44,14 @@ def test_words_and_a_traceback_are_kept_after_what_was_there(
     again = (tmp_path / "logs/rank_2.log").read_text().splitlines()
     assert again[: len(lines)] == lines
     assert again[-1] == "again"
+
+
+def test_a_stop_by_sigterm_is_one_line_and_no_break(tmp_path: Path) -> None:
+    with pytest.raises(PreemptedError), rank_log(tmp_path, THIRD):
+        raise PreemptedError("stopped by SIGTERM at iteration 7; saved")
+    head, end = (tmp_path / "logs/rank_2.log").read_text().splitlines()
+    assert " rank 2 of 4, " in head
+    assert re.fullmatch(r"\S+ stopped by SIGTERM at iteration 7; saved", end)
 
 
 def test_the_first_rank_and_a_silent_one_leave_nothing(tmp_path: Path) -> None:

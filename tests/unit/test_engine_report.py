@@ -245,3 +245,12 @@ def test_an_agreement_of_other_weights_than_the_scores_is_marked(world):
     assert told(None) == " (* of weights that it does not name)"
     half = " (* of precision bf16, where the scores are of fp32)"
     assert told(replace(same, precision="bf16")) == half
+    # Scores of before say less: what they do not say is not compared.
+    metrics = run / "eval" / "val" / "metrics.json"
+    new = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps({key: new[key] for key in new.keys() - {"precision"}}))
+    assert told(replace(same, precision="auto")) == ""
+    assert told(older) == " (* of other weights than the scores, those of step 4)"
+    metrics.write_text(json.dumps({key: new[key] for key in new.keys() - {"weights_xxh3_128"}}))
+    assert told(older) == " (* the scores do not name their weights)"
+    assert told(None) == " (* of weights that it does not name)"

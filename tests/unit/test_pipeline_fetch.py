@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import socket
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -198,6 +199,37 @@ def test_what_is_whole(tmp_path):
     for url in (f"https://openaipublic/{digest}/w.pt", f"https://mlfoundations/w-{digest[:8]}.pt"):
         assert why_not_whole(named, known_sha256(url)) == ""
     assert why_not_whole(named, known_sha256("https://mlfoundations/w-0123abcd.pt")) != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("portal.pt", "what came is no file of weights: it begins with b'<!DOCTYP'"),
+        ("", "names no file"),
+        ("?of=portal.pt", "names no file"),
+        ("FILE", "is no http or https URL"),
+    ],
+)
+def test_what_is_no_weights_by_its_url_or_its_beginning_is_not_kept(
+    machine, served, served_folder, monkeypatch, name, told
+):
+    home = machine("here")
+    portal = served_folder / "portal.pt"
+    portal.write_text("<!DOCTYPE html><title>Please log in</title>")
+    url = portal.as_uri() if name == "FILE" else f"{served}/{name}"
+    monkeypatch.setitem(pretrained._PRETRAINED["tiny-fetch"], "odd", {"url": url})
+    with pytest.raises(DataError, match=re.escape(told)):
+        load_teacher("tiny-fetch:odd")
+    kept = home / ".cache/clip"
+    assert not kept.is_dir() or not [*kept.iterdir()]
+
+
+def test_a_page_kept_for_weights_is_told_from_a_pickle_of_before(tmp_path):
+    file = tmp_path / "w.pt"
+    torch.save({"x": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
+    assert why_not_whole(file) == ""
+    file.write_text("<html>Please log in</html>")
+    assert "is no file of weights" in why_not_whole(file)
 
 
 def test_a_text_tower_and_its_tokenizer_are_announced(machine, served_folder, capsys):

@@ -32,7 +32,6 @@ from pipeline import fetch as fetch_module
 from pipeline.fetch import fetch, install, places
 from pipeline.hub_weights import kept_weights, weights_record
 from pipeline.teacher import load_teacher
-from pipeline.url_weights import known_sha256, why_not_whole
 from tests.e2e.tiny_stage_one import TINY_CLIP
 
 COMMIT = "c" * 40
@@ -184,23 +183,6 @@ def test_a_part_that_lies_in_the_folder_is_fetched_anew(machine, capsys, no_netw
         load_teacher("tiny-fetch:url")
 
 
-def test_what_is_whole(tmp_path):
-    zipped, named = tmp_path / "w.pt", tmp_path / "w.safetensors"
-    torch.save({"x": torch.zeros(100)}, zipped)
-    save_file({"x": torch.zeros(100)}, named)
-    for file in (zipped, named):
-        data = file.read_bytes()
-        assert why_not_whole(file) == ""
-        for size in (0, 5, 30, len(data) // 2, len(data) - 1):
-            file.write_bytes(data[:size])
-            assert why_not_whole(file) != "", size
-    named.write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    for url in (f"https://openaipublic/{digest}/w.pt", f"https://mlfoundations/w-{digest[:8]}.pt"):
-        assert why_not_whole(named, known_sha256(url)) == ""
-    assert why_not_whole(named, known_sha256("https://mlfoundations/w-0123abcd.pt")) != ""
-
-
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -222,14 +204,6 @@ def test_what_is_no_weights_by_its_url_or_its_beginning_is_not_kept(
         load_teacher("tiny-fetch:odd")
     kept = home / ".cache/clip"
     assert not kept.is_dir() or not [*kept.iterdir()]
-
-
-def test_a_page_kept_for_weights_is_told_from_a_pickle_of_before(tmp_path):
-    file = tmp_path / "w.pt"
-    torch.save({"x": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
-    assert why_not_whole(file) == ""
-    file.write_text("<html>Please log in</html>")
-    assert "is no file of weights" in why_not_whole(file)
 
 
 def test_a_text_tower_and_its_tokenizer_are_announced(machine, served_folder, capsys):

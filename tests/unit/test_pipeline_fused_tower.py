@@ -67,28 +67,34 @@ def test_it_equals_open_clip_s(quick: bool, no_norm_before: bool, tmp_path: Path
     assert (other.encode_crops(crops) * usual.encode_crops(crops)).sum(1).min() < 0.9999
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_float32_through_all_layers_compiled_or_not(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def whole_tower() -> torch.nn.Module:
     """The sizes and the depth of ViT-B/32, plainly initialised."""
     torch.manual_seed(0)
     visual = open_clip.create_model("ViT-B-32", load_weights=False).visual.eval()
     assert len(visual.transformer.resblocks) == 12
-    pixels = torch.randn(3, 3, 224, 224)
-    torch._dynamo.reset()
+    return visual
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32_through_all_layers(
+    whole_tower: torch.nn.Module, dtype: torch.dtype
+) -> None:
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        wanted = visual(pixels).double()
-        tower = FusedTower(visual, dtype)
+        wanted = whole_tower(pixels).double()
+        tower = FusedTower(whole_tower, dtype)
         half = tower(pixels).double()
-        compiled = torch.compile(tower, backend="aot_eager", dynamic=False)(pixels).double()
         with torch.autocast("cpu", dtype=dtype):
-            autocast = visual(pixels).double()
-    torch._dynamo.reset()
+            autocast = whole_tower(pixels).double()
+        if dtype == torch.bfloat16:  # what `compiled` computes in on a GPU
+            torch._dynamo.reset()
+            compiled = torch.compile(tower, backend="aot_eager", dynamic=False)(pixels).double()
+            torch._dynamo.reset()
+            assert torch.cosine_similarity(compiled, half).min() > 0.99999
     found, usual = (torch.cosine_similarity(each, wanted).min() for each in (half, autocast))
     assert found > 0.9999
     assert 1 - found < 4 * (1 - usual) + 1e-6
-    assert torch.cosine_similarity(compiled, half).min() > 0.99999
 
 
 def test_compiled_it_still_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,9 +113,13 @@ def safe_join(root: Path, file_name: str) -> Path:
 
 def _leads_out(root: Path, file_name: str) -> bool:
     try:
-        return not (root / file_name).resolve().is_relative_to(root.resolve())
+        place, trusted = (root / file_name).resolve(), root.resolve()
+        loops = place.is_symlink()
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
         raise DataError(f"file_name {file_name!r} under {root}: {error}") from None
+    if loops:  # from Python 3.13 on a loop is no error of `resolve`
+        raise DataError(f"file_name {file_name!r} under {root}: a loop of links")
+    return not place.is_relative_to(trusted)
 
 
 @dataclass(frozen=True)

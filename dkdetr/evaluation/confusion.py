@@ -17,7 +17,9 @@ from dkdetr.evaluation.results import Results
 from dkdetr.evaluation.verdicts import (
     FOUND_IOU,
     box_corners,
+    counted_objects,
     in_crowd,
+    is_checked,
     last_best,
     rows_by_image,
     within_limits,
@@ -70,8 +72,7 @@ def confused_pairs(
     """
     results = within_limits(truth, results.take(results.scores >= least_score))
     is_lvis = truth.protocol == "lvis"
-    # LVIS's official tool does not look at iscrowd, and loads no object without area.
-    counted = truth.areas > 0 if is_lvis else ~truth.is_crowd
+    counted = counted_objects(truth)
     objects_of, detections_of = rows_by_image(truth.image_ids), rows_by_image(results.image_ids)
     pairs: Counter[tuple[int, int]] = Counter()
     for image in truth.images:
@@ -95,8 +96,8 @@ def confused_pairs(
 
 def _may_be_wrong(image: ImageInfo, names: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Returns which names an LVIS image was checked for, every instance of them."""
-    checked = np.union1d(there, image.neg_category_ids)
-    return np.isin(names, checked) & ~np.isin(names, image.not_exhaustive_category_ids)
+    whole = ~np.isin(names, image.not_exhaustive_category_ids)
+    return is_checked(image, names, there) & whole
 
 
 def _claims(

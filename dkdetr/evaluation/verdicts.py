@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dkdetr.boxes import pairwise_intersection, pairwise_iou
+from dkdetr.data.annotations import ImageInfo
 from dkdetr.evaluation.fast import is_known, keep_best_per_image, rank_in_run
 from dkdetr.evaluation.ground_truth import GroundTruth
 from dkdetr.evaluation.protocols import MAX_DETECTIONS_PER_CLASS, MAX_DETECTIONS_PER_IMAGE
@@ -68,8 +69,7 @@ def judge(truth: GroundTruth, results: Results) -> Judged:
     """
     results = within_limits(truth, results)
     rank = rank_in_run(results.image_ids)
-    # LVIS's official tool does not look at iscrowd, and loads no object without area.
-    counted = truth.areas > 0 if truth.protocol == "lvis" else ~truth.is_crowd
+    counted = counted_objects(truth)
     judged = Judged(
         results=results,
         verdicts=np.full(len(results), Verdict.IGNORED, dtype=np.int64),
@@ -91,10 +91,20 @@ def judge(truth: GroundTruth, results: Results) -> Judged:
         ignored = np.zeros(len(rows), dtype=bool)
         if truth.protocol == "lvis":
             there = truth.category_ids[objects[counted[objects]]]
-            checked = np.union1d(there, image.neg_category_ids)
-            ignored = ~np.isin(names, checked)
+            ignored = ~is_checked(image, names, there)
         _judge_image(truth, judged, rows, objects, ignored, image.not_exhaustive_category_ids)
     return judged
+
+
+def counted_objects(truth: GroundTruth) -> np.ndarray:
+    """Returns which objects the protocol counts, bool[num_objects]; the others are crowds."""
+    # LVIS's official tool does not look at iscrowd, and loads no object without area.
+    return truth.areas > 0 if truth.protocol == "lvis" else ~truth.is_crowd
+
+
+def is_checked(image: ImageInfo, names: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Returns which names an LVIS image was checked for: those `there`, and those said absent."""
+    return np.isin(names, np.union1d(there, image.neg_category_ids))
 
 
 def within_limits(truth: GroundTruth, results: Results) -> Results:

@@ -53,5 +53,11 @@ def average(*of: str) -> str:
     return f"{mean(less(*of)):+.1f}"
 
 
+def record_of(folder: Path, run: str, seed: int) -> dict | None:
+    """Returns a row's record, or None where there is none."""
+    path = folder / f"seed{seed}" / _SAME.get(run, run) / "row.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def record(folder: Path, run: str, seed: str) -> dict:
     return json.loads((folder / f"seed{seed}" / _SAME.get(run, run) / "row.json").read_text())

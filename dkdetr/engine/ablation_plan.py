@@ -16,7 +16,7 @@ from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.split_sources import Protocol
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import from_metadata
-from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of
+from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of, with_weights
 from dkdetr.engine.evaluate_run import validation_split
 from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
@@ -164,7 +164,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     steps = _steps_per_epoch(request, base, info.split)
     maker = _RunMaker(request, experiment, out, split, base, steps, num_rows=len(wanted))
     return AblationPlan(
-        table=table,
+        table=with_weights(table, own),
         out=out,
         split=split,
         protocol=load_split(split, request.data_root).protocol,

@@ -91,6 +91,7 @@ def _look_again(folder, val, printed):
         # One burn-in of 3 steps spared, at the measured rate.
         assert "spares 3 steps" in priced
         assert "as measured" in priced
+        assert make_plan(replace(request, table="6", rows=())).table.note.endswith("0.5, ViLD's.")
         plan = make_plan(request)
         assert {run.steps for run in (*plan.runs, *plan.burn_ins)} == {3}
         assert not any("--eval-every" in run.commands[0] for run in plan.trainings())

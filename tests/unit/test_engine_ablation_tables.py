@@ -4,7 +4,13 @@ import pytest
 
 from dkdetr.engine.ablation_plan import set_words
 from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
-from dkdetr.engine.ablation_tables import TABLE_NAMES, TableRow, row_overrides, table_of
+from dkdetr.engine.ablation_tables import (
+    TABLE_NAMES,
+    TableRow,
+    row_overrides,
+    table_of,
+    with_weights,
+)
 from dkdetr.errors import UsageError
 from dkdetr.experiment_file import ConfigError, load_experiment
 
@@ -82,3 +88,16 @@ def test_an_experiment_file_may_tune_rows(tmp_path):
     for override in ("ablate.skd_l1.kd.skd.weight=0.3", "ablate=3"):
         with pytest.raises(ConfigError, match="stands in an experiment file"):
             load_experiment("trial", [override])
+
+
+def test_table_6_states_the_weight_that_l1_is_trained_with():
+    def note(name: str, experiment: str) -> str:
+        resolved = load_experiment(experiment)
+        known = row_overrides(resolved.config)
+        own = {row: known[row] | dict(resolved.rows.get(row, {})) for row in known}
+        return with_weights(table_of(name), own).note
+
+    unstated = "The paper does not state the weight of L1. Here it is "
+    assert note("6", "lvis_r50_36e") == f"{unstated}0.5, ViLD's."
+    assert note("6", "pictograms_small") == f"{unstated}1, the experiment's."
+    assert note("5", "pictograms_small") == table_of("5").note

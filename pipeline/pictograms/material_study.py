@@ -4,8 +4,9 @@
         --sources fit:CACHE student:RUN
 
 Prints the recall of base and novel objects at 20, 100 and 300 boxes for each source, and how often
-the teacher's first (and one of its first five) among all names is a true box's. It reads novel
-annotations: a report, of which nothing goes into a cache or a training.
+the teacher's first (and one of its first five) among all names is a true box's: of base and novel
+objects, and by the groups that scores have (common and frequent are base, rare is novel). It reads
+novel annotations: a report, of which nothing goes into a cache or a training.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 
 from cache.store import CacheReader, open_cache
 from dkdetr.data.splits import Split, load_split
+from dkdetr.evaluation.protocols import group_of, in_group_order
 from pipeline.crops import rule_from_parts
 from pipeline.proposal_sources import open_source, parse_proposals, prepare_source
 from pipeline.proposals import ProposalRule, SourceImage, apply_rule
@@ -26,7 +28,6 @@ from pipeline.recall import proposal_recall
 from pipeline.recorded_teacher import load_recorded_teacher
 
 _BATCH = 16
-_GROUPS = {True: "base", False: "novel"}
 
 
 def source_recall(split: Split, source: str, cache: Path) -> dict[str, Any]:
@@ -59,14 +60,28 @@ def teacher_accuracy(split: Split, reader: CacheReader) -> dict[str, Any]:
             labels += [label_of[int(number)] for number in true.category_ids]
     similarity, wanted = np.concatenate(vectors) @ text.T, np.array(labels)
     rank = (similarity > similarity[np.arange(len(wanted)), wanted][:, None]).sum(axis=1)
-    of_base = np.array(metadata["is_base"])[wanted]
+    groups = {label_of[each.category_id]: each for each in split.categories}
+    return shares_by_group(
+        rank,
+        ["base" if groups[label].is_base else "novel" for label in labels],
+    ) | shares_by_group(rank, [group_of(split.protocol, groups[label]) for label in labels])
+
+
+def shares_by_group(rank: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
+    """Returns objects, and the shares that are first and among the first five, of each group.
+
+    Args:
+        rank: by object, how many names the teacher puts before the right one.
+        groups: by object; "" is left out.
+    """
+    of = np.array(groups)
     return {
         name: {
-            "objects": int((of_base == group).sum()),
-            "top1": round(float((rank[of_base == group] < 1).mean()), 3),
-            "top5": round(float((rank[of_base == group] < 5).mean()), 3),
+            "objects": int((of == name).sum()),
+            "top1": round(float((rank[of == name] < 1).mean()), 3),
+            "top5": round(float((rank[of == name] < 5).mean()), 3),
         }
-        for group, name in _GROUPS.items()
+        for name in in_group_order(group for group in groups if group)
     }
 
 

@@ -229,6 +229,21 @@ def test_figures_of_tuning_and_of_the_losses_alone_are_of_the_records():
     ) in words_of("STUDIES.md")
 
 
+def test_the_head_of_small_and_what_is_said_in_short_are_of_the_records():
+    head = (EXPERIMENTS / "pictograms_small.toml").read_text()
+    for row in ("both", "skd", "baseline"):
+        means = " / ".join(f"{mean(scores('small', row, group)):.1f}" for group in GROUPS)
+        assert means in head
+    shown = shown_between("### In short", "```")
+    for claim, row in (("SKD raises novel AP", "skd"), ("RKD raises novel AP", "rkd"),
+                       ("both together raise it most", "both")):  # fmt: skip
+        first = f"{figures(shown[claim][-1])[0]:+.1f}"
+        assert first == average(LONG, row, "baseline", "APr")
+        assert min(less(LONG, row, "baseline", "APr")) > 0
+    plain = [mean(scores(LONG, "baseline", group)) for group in ("APr", "AP")]
+    assert f"has {plain[0]:.1f} on novel names and {plain[1]:.1f} on all" in words_of("README.md")
+
+
 def test_both_raise_novel_ap_most_in_eight_of_nine_seeds():
     ahead = [
         both

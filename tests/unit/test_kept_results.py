@@ -101,6 +101,24 @@ def test_what_the_earlier_start_shows_is_of_its_records():
         assert min(less(EARLY, "rkd_image", "rkd", group)) > 0
 
 
+def test_what_a_repetition_from_another_cache_gave_is_of_the_records():
+    """A baseline's steps are the same whenever the others begin to distil."""
+    page = words_of("README.md")
+    pairs = [
+        {group: (scores(folder, row, group), scores("small", row, group)) for group in GROUPS}
+        for row, folder in (("both", "small_start_50"), ("baseline", EARLY))
+    ]
+    both, baseline = (
+        " / ".join(f"{mean(apart(*of[group])):+.1f}" for group in GROUPS) for of in pairs
+    )
+    assert f"were {both} for SKD + RKD and {baseline} for the baseline" in page
+    gains = [mean(apart(pairs[0]["APr"][place], pairs[1]["APr"][place])) for place in (0, 1)]
+    assert f"both's gain on novel names was {gains[0]:+.1f}, not {gains[1]:+.1f}" in page
+    most = {group: max(abs(each) for of in pairs for each in apart(*of[group])) for group in GROUPS}
+    ap = most.pop("AP")
+    assert f"moved by up to {max(most.values()):.1f} in a group and {ap:.1f} in AP" in page
+
+
 def test_figures_by_seed_and_of_short_are_of_the_records():
     page = words_of("README.md")
     for said in (

@@ -84,7 +84,17 @@ def test_what_full_stands_on_is_of_the_records():
         said = figures(shown["objects held by `fit`'s best 20, 100, 300 proposals"][place])
         assert said == pytest.approx([100 * share for share in recall[group].values()])
     labels = {"baseline": "baseline", "skd": "SKD", "rkd": "RKD", "both": "SKD + RKD"}
-    for each in json.loads((EXPERIMENTS / "results" / "agreement_full.json").read_text()):
+    agreement = json.loads((EXPERIMENTS / "results" / "agreement_full.json").read_text())
+    margins = {
+        each["row"]: group["margin"]
+        for each in agreement
+        for group in each["groups"]
+        if each["queries"].startswith("detection") and group["group"] == "rare"
+    }
+    ahead = [f"{margins[row] - margins['baseline']:+.3f}" for row in ("skd", "rkd", "both")]
+    skd, rkd, both = (each.replace("0.", ".") for each in ahead)
+    assert f"SKD {skd}, RKD {rkd}, both {both} (APr" in page
+    for each in agreement:
         ending = "" if each["queries"].startswith("detection") else ", its KD queries"
         groups = [group for group in each["groups"] if group["group"] != "all"]
         for cell, group in zip(shown[labels[each["row"]] + ending], groups, strict=True):

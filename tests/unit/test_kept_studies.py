@@ -50,6 +50,12 @@ def test_recall_of_proposals_and_accuracy_of_the_teacher():
         f"right for {100 * base['top1']:.1f} % of base and {100 * novel['top1']:.1f} % of novel "
         f"objects (one of five: {100 * base['top5']:.1f} and {100 * novel['top5']:.1f} %)"
     ) in page
+    groups = [
+        f"{100 * MATERIAL['teacher'][g]['top1']:.1f} %" for g in ("rare", "common", "frequent")
+    ]
+    assert (
+        f"for {groups[0]} of rare (the novel), {groups[1]} of common and {groups[2]} of frequent"
+    ) in page
     right = sum(each["top1"] * each["objects"] for each in (base, novel))
     assert f"the shipped one on {100 * right / (base['objects'] + novel['objects']):.1f} %" in page
 

@@ -1,7 +1,7 @@
 """What `dkdetr cache info` and `dkdetr cache verify` say about a cache."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from cache.verify import VerifyReport, verify_cache
 from dkdetr.data.splits import load_split
 from dkdetr.errors import DkdetrError
 from dkdetr.progress import progress_of
+from pipeline.network_check import why_lost
 from pipeline.recall import Recall, cache_recall
 from pipeline.zero_shot import ZeroShot, accuracy_by_mode, cached_accuracy, parse_modes
 
@@ -169,7 +170,8 @@ def verify_and_report(
 ) -> CheckedCache:
     """Returns what is wrong with a cache, its proposals' recall and its teacher's accuracy.
 
-    Recall needs the split's annotations; where they are not at hand the result says so.
+    What is wrong may be its network of `fit`, too: lost, damaged or another's. Recall needs the
+    split's annotations; where they are not at hand the result says so.
 
     Args:
         path: the cache.
@@ -186,6 +188,8 @@ def verify_and_report(
     mends = f"dkdetr cache {'export CACHE' if is_export(path) else 'repair'} {path}"
     with progress_of("verify") as advance:
         report = verify_cache(path, on_shard=advance)
+    if not is_export(path) and (lost := why_lost(path)):
+        report = replace(report, problems=(*report.problems, lost), unfinished=False)
     if report.problems or not report.sealed:
         return CheckedCache(report, (), (), "the cache is not whole", mends)
     reader = open_cache(path)

@@ -10,17 +10,15 @@ from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, Head, load_plan, load_provenance
 from cache.spec import CacheError, CorruptCacheError
 from dkdetr.data.splits import load_split
-from dkdetr.errors import CorruptArtefactError
 from dkdetr.progress import progress_of
 from pipeline.build import Repair, cache_teacher
 from pipeline.executor import Executor
 from pipeline.import_cache import ImportRequest, import_cache, recorded_import
 from pipeline.neighbor_stage import ensure_neighbors, recorded_settings
+from pipeline.network_check import why_lost
 from pipeline.pre_checks import check_trainable
-from pipeline.proposal_network import load_network
 from pipeline.proposal_sources import NETWORK_FILE, parse_proposals
 from pipeline.request import CacheRequest, recorded_request
-from pipeline.teacher_model import tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def repair_cache(
     """
     with progress_of("look for damage") as advance:
         damage = find_damage(path, shards=shards or None, on_shard=advance)
-    network = _why_lost(path) if damage.any or not shards else ""
+    network = why_lost(path) if damage.any or not shards else ""
     if not damage.any and not network:
         return RepairSummary(path, (), damage.old_root or "", same_bytes=True)
     names = (*damage.lines(), *([NETWORK_FILE] if network else ()))
@@ -105,31 +103,6 @@ def repair_cache(
     return RepairSummary(path, names, root or "", same_bytes=damage.old_root is not None)
 
 
-def _why_lost(path: Path) -> str:
-    """Returns why the network of `fit` that lies there is not the one a cache was made with.
-
-    Empty: it is, or there is none, or nobody knows that the cache was made with it.
-    """
-    file = path / NETWORK_FILE
-    if not file.is_file():
-        return ""
-    try:
-        record = load_provenance(path).get("request")
-    except (FileNotFoundError, CorruptCacheError):
-        return ""
-    if not isinstance(record, dict) or record.get("proposals") != "fit":
-        return ""
-    try:
-        trunk, _ = load_network(file)
-    except CorruptArtefactError as error:
-        return str(error)
-    with contextlib.suppress(FileNotFoundError, CorruptCacheError):
-        known = Head.load(path).parts["proposals"].get("weights_sha256")
-        if known not in (None, tensors_sha256(trunk)):
-            return f"{file}: another network than the cache was made with"
-    return ""
-
-
 def _make_again(
     request: CacheRequest, damage: Damage, network: str, say: Callable[[str], None]
 ) -> str:
@@ -139,14 +112,12 @@ def _make_again(
     cache's own: hours later, and on another device, it may be none of it.
     """
     spec = parse_proposals(request.proposals)
-    lost = spec.trains_in(request.out) or bool(network)
-    if lost:
+    if network:
         split = load_split(request.split, request.data_root)
         check_trainable(request, split, spec, lost=True)
-        if network:
-            say(network)
+        say(network)
         say("the network of fit is trained anew; nothing is taken out of the cache before")
-    return cache_teacher(request, say, Repair(damage, network_lost=lost)).merkle_root
+    return cache_teacher(request, say, Repair(damage, network_lost=bool(network))).merkle_root
 
 
 def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:

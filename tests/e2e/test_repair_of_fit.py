@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cache.damage import find_damage, uncommit
 from cache.layout import load_provenance, write_provenance
+from cache.location import cache_path
 from cache.spec import StaleCacheError
 from cli import app
 from dkdetr.data.splits import load_split
@@ -17,6 +18,7 @@ from dkdetr.errors import CorruptArtefactError, MismatchError
 from pipeline import build
 from pipeline.build import cache_teacher
 from pipeline.fit import fit_proposals
+from pipeline.inspect import verify_and_report
 from pipeline.proposal_network import load_network
 from pipeline.repair import repair_cache
 from pipeline.request import CacheRequest
@@ -96,19 +98,26 @@ def test_the_network_is_trained_anew_while_the_cache_still_stands(
 
     summary = repair_cache(cache, say=say)
     assert stood == [True]
-    network = (NETWORK,) if harm is not Path.unlink else ()
-    assert summary.repaired == ("shard 000001", *network)
+    assert summary.repaired == ("shard 000001", NETWORK)
     assert _committed(cache) == before
     assert _weights(cache) == made[1]
     assert [file.name for file in (cache / "proposals").iterdir()] == ["network.safetensors"]
 
 
-def test_a_broken_network_alone_is_told_by_the_command_and_repaired(
-    cache: Path, made: tuple[CacheRequest, str]
+@pytest.mark.parametrize(
+    ("harm", "told"), [(_cut, "is no proposal network"), (Path.unlink, "network of fit is missing")]
+)
+def test_a_broken_or_lost_network_alone_is_told_and_repaired(
+    cache: Path, made: tuple[CacheRequest, str], harm: Callable[[Path], None], told: str
 ) -> None:
-    _cut(cache / NETWORK)
-    with pytest.raises(CorruptArtefactError, match=f"next: dkdetr cache repair {cache}"):
-        cache_teacher(replace(made[0], out=cache))
+    harm(cache / NETWORK)
+    if harm is _cut:
+        with pytest.raises(CorruptArtefactError, match=f"next: dkdetr cache repair {cache}"):
+            cache_teacher(replace(made[0], out=cache))
+    result = CliRunner().invoke(app, ["cache", "verify", str(cache)])
+    assert result.exit_code == 5, result.output
+    assert told in result.output
+    assert f"next: dkdetr cache repair {cache}" in result.output
     result = CliRunner().invoke(app, ["cache", "repair", str(cache)])
     assert result.exit_code == 0, result.output
     assert f"repaired  {NETWORK}" in result.output
@@ -138,10 +147,23 @@ def test_another_network_in_its_place_is_found_and_replaced(
 ) -> None:
     shutil.copyfile(other_network, cache / NETWORK)
     assert _weights(cache) != made[1]
+    told = f"{cache / NETWORK}: another network than the cache was made with"
+    assert verify_and_report(cache, made[0].data_root).report.problems == (told,)
     said: list[str] = []
     assert repair_cache(cache, say=said.append).repaired == (NETWORK,)
     assert any("another network than the cache was made with" in line for line in said)
     assert _weights(cache) == made[1]
+    assert verify_and_report(cache, made[0].data_root).report.good
+
+
+def test_a_network_behind_a_url_is_read_like_one_in_a_folder(
+    cache: Path, made: tuple[CacheRequest, str]
+) -> None:
+    url = cache_path(f"file://{cache}")
+    assert verify_and_report(url, made[0].data_root).report.good
+    _cut(cache / NETWORK)
+    (problem,) = verify_and_report(url, made[0].data_root).report.problems
+    assert f"'file://{cache / NETWORK}' is no proposal network" in problem
 
 
 def test_a_repair_that_fails_before_or_after_the_training_goes_on_where_it_was(

@@ -1,6 +1,7 @@
 """Where a student file comes from: a path, a folder, or the Hugging Face hub."""
 
 import re
+import sys
 from pathlib import Path
 
 from dkdetr.defaults import DEFAULT_RUNS
@@ -15,7 +16,7 @@ _FILE_SUFFIXES = (".safetensors", ".pt")
 def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> Path:
     """Returns the path of a student file; a hub's is downloaded into its usual cache.
 
-    Offline (`dkdetr.offline`) that cache alone is looked into.
+    A line on stderr says so before. Offline (`dkdetr.offline`) that cache alone is looked into.
 
     Args:
         path_or_hub_id: a file, a folder with `model.safetensors`, or `owner/name`.
@@ -39,7 +40,7 @@ def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> P
         if not path.is_file():
             raise DataError(f"no student file '{path}'")
         return path
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -47,6 +48,10 @@ def fetch_student_file(path_or_hub_id: str, *, revision: str | None = None) -> P
     )
 
     try:
+        kept = try_to_load_from_cache(path_or_hub_id, FILE_NAME, revision=revision)
+        if not isinstance(kept, str) and not is_offline():
+            told = f"fetching the student {path_or_hub_id} from the hub, once"
+            print(told, file=sys.stderr, flush=True)
         return Path(
             hf_hub_download(
                 path_or_hub_id, FILE_NAME, revision=revision, local_files_only=is_offline()

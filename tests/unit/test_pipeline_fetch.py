@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 import cli
 from dkdetr.errors import CorruptArtefactError, DataError
+from dkdetr.inference.hub import student_place
 from dkdetr.student.backbone import fetch_imagenet_weights
 from pipeline import fetch as fetch_module
 from pipeline.fetch import fetch, install, places
@@ -228,6 +229,16 @@ def test_a_text_tower_and_its_tokenizer_are_announced(machine, served_folder, ca
         assert said.count(told) == 1
     load_teacher("tiny-words:random")
     assert "fetching" not in capsys.readouterr().err
+
+
+def test_a_student_is_announced_too(machine, served_folder, capsys):
+    machine("here")
+    (folder := served_folder / "acme/student/resolve/main").mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    for told in (1, 0):
+        assert student_place(Path("acme/student")).is_file()
+        said = capsys.readouterr().err
+        assert said.count("fetching the student acme/student from the hub, once") == told
 
 
 def test_torchvisions_weights_are_announced_and_fetched_whole(

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import fcntl
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -9,20 +11,28 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, large: bool = False) -> Iterator[BinaryIO]:
     """Yields a new file that takes the name `path` once the block has ended without an error.
 
     The bytes reach the disk before the name does; after an error `path` is as it was.
+
+    Args:
+        path: the file's last name.
+        large: what killed writers of `path` have left beside it is worth a look: it is removed, if
+            all who write it say this. Where a file system knows no locks it stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Containers that share a volume often share small process numbers as well.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    if large:
+        _sweep_killed(path)
+    temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
+            if large:
+                _hold(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # while the lock is held
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
@@ -38,9 +48,29 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a whole file atomically."""
-    with atomic_file(path) as file:
+def _beside(path: Path) -> Path:
+    # Containers that share a volume often share small process numbers as well.
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
+def _sweep_killed(path: Path) -> None:
+    """Removes what nobody writes any more; a file that was begun this moment is not locked yet."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_size:
+                leftover.unlink()
+
+
+def _hold(file: BinaryIO) -> None:
+    """Locks a file that is being written, before its first byte."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def write_bytes(path: Path, content: bytes, *, large: bool = False) -> None:
+    """Writes a whole file atomically; `large` as `atomic_file` has it."""
+    with atomic_file(path, large=large) as file:
         file.write(content)
 
 

@@ -62,7 +62,8 @@ def save_student_file(path: Path, file: StudentFile) -> None:
         "vocabulary": json.dumps(vocabulary, sort_keys=True),
         "provenance": json.dumps(dict(file.provenance), sort_keys=True),
     }
-    write_bytes(path, save(tensors, metadata={**described, "xxh3_128": _hash(tensors, described)}))
+    described["xxh3_128"] = _hash(tensors, described)
+    write_bytes(path, save(tensors, metadata=described), large=True)
 
 
 def load_student_file(path: Path) -> StudentFile:

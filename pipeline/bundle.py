@@ -54,7 +54,7 @@ def write_bundle(path: Path, files: Sequence[BundleFile], made_for: Mapping[str,
         made_for,
     )
     text = json.dumps({"format": _FORMAT, **vars(manifest)}, indent=2, sort_keys=True).encode()
-    with atomic_file(path) as raw, tarfile.open(fileobj=raw, mode="w|") as tar:
+    with atomic_file(path, large=True) as raw, tarfile.open(fileobj=raw, mode="w|") as tar:
         tar.addfile(_member(MANIFEST, len(text)), io.BytesIO(text))
         for each in ordered:
             with each.source.open("rb") as content:
@@ -174,7 +174,7 @@ def _refuse_files_as_folders(targets: Mapping[str, Path], path: Path) -> None:
 
 def _place(content: IO[bytes], target: Path, expected: str, path: Path) -> None:
     digest = hashlib.sha256()
-    with atomic_file(target) as file:
+    with atomic_file(target, large=True) as file:
         while piece := content.read(_PIECE):
             digest.update(piece)
             file.write(piece)

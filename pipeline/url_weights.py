@@ -108,7 +108,7 @@ def _safetensors_bytes(header: bytes) -> int | None:
 
 def _download(url: str, path: Path) -> None:
     """Writes what a URL gives under a name of its own, and gives it `path`'s once it is whole."""
-    with urlopen(url, timeout=_PATIENCE_S) as source, atomic_file(path) as file:
+    with urlopen(url, timeout=_PATIENCE_S) as source, atomic_file(path, large=True) as file:
         announced = int(source.headers.get("Content-Length") or 0)
         came = 0
         with progress(f"{path.name}, MB", announced // _MB) as advance:

@@ -115,7 +115,7 @@ def _content(file: OutlinedFile) -> Iterator[bytes]:
 def _write(target: Path, file: OutlinedFile) -> bool:
     """Returns whether the very same file was there; writes it if there is none."""
     if not target.exists():
-        with atomic_file(target) as out:
+        with atomic_file(target, large=True) as out:
             for piece in _content(file):
                 out.write(piece)
         return False

@@ -151,7 +151,7 @@ def _write_onnx(
         entry.key, entry.value = key, value
     onnx.checker.check_model(model)
     data = model.SerializeToString()
-    write_bytes(path, data)
+    write_bytes(path, data, large=True)
     runtime = _imported("onnxruntime")
     if runtime is None:
         return None, ["onnxruntime is not installed: nobody compared the graph with PyTorch"]
@@ -177,7 +177,7 @@ def _write_torchscript(
         example = traced_with(graph, text_dim).arguments(baked=baked)
         traced = torch.jit.trace(graph, example, check_trace=False)
         torch.jit.save(traced, buffer, _extra_files={_EXTRA_FILE: json.dumps(described)})
-        write_bytes(path, buffer.getvalue())
+        write_bytes(path, buffer.getvalue(), large=True)
         loaded = torch.jit.load(io.BytesIO(buffer.getvalue()))
 
     def run(arguments: tuple[Tensor, ...]) -> Any:

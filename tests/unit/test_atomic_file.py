@@ -1,8 +1,10 @@
 """Files that appear whole or not at all."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-from dkdetr.atomic_file import atomic_file
+from dkdetr.atomic_file import atomic_file, write_bytes
 
 
 def test_two_writers_of_one_name_and_one_process_number_do_not_mix(tmp_path: Path) -> None:
@@ -16,3 +18,32 @@ def test_two_writers_of_one_name_and_one_process_number_do_not_mix(tmp_path: Pat
         slow.write(b"one")
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b"slow one"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dkdetr.atomic_file import atomic_file
+with atomic_file(Path(sys.argv[1]), large=True) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_large_files_next_writer_removes_what_a_killed_one_left_and_nothing_of_others(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "w[1].pt", tmp_path / "w1.pt"
+    for place in (path, other):
+        subprocess.run([sys.executable, "-c", KILLED, str(place)], check=False)
+    dead, of_other = sorted(tmp_path.iterdir(), key=lambda file: "w1" in file.name)
+    with atomic_file(path, large=True) as slow:
+        slow.write(b"slow")
+        slow.flush()
+        (living,) = {*tmp_path.iterdir()} - {of_other}  # `dead` is gone
+        assert living != dead
+        write_bytes(path, b"fast", large=True)  # leaves `living` where it is
+        assert {*tmp_path.iterdir()} == {of_other, living, path}
+    assert {*tmp_path.iterdir()} == {of_other, path}
+    assert path.read_bytes() == b"slow"

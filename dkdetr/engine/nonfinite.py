@@ -26,6 +26,8 @@ class Diagnosis:
     began_here: bool
     """True if a weight, an input or an output is broken without anything of other ranks."""
     parts: Mapping[str, float | str]
+    out_of_memory: bool = False
+    """True if the device had no room for the look: where it began is then not known."""
 
     def sentence(self) -> str:
         """Returns the diagnosis in words."""
@@ -61,25 +63,39 @@ def diagnose(
     bad_parts = dict.fromkeys(name for number in bad for name in _bad_names(parts[number]))
     weights = {f"weight {name}": value for name, value in student.named_parameters()}
     first = next(iter(_bad_names(weights)), None)
-    for number in suspects:
-        first = first or _first_bad_of(student, forward, on_device(group[number], device))
+    out_of_memory = False
+    for number in suspects if first is None else ():
+        try:
+            first = _first_bad_of(student, forward, on_device(group[number], device))
+        except torch.OutOfMemoryError:  # what broke the step is the news, not the look for it
+            out_of_memory = True
+        if first is not None:
+            break
     gradients = {
         f"gradient of {name}": value.grad
         for name, value in student.named_parameters()
         if value.grad is not None
     }
+    out_of_memory = out_of_memory and first is None
+    if first is not None:
+        named = first
+    elif out_of_memory and bad:  # gradients are broken by then, and by what is not known
+        named = "not found, the device is out of memory"
+    else:
+        named = next(iter(_bad_names(gradients)), "none")
     image_ids = [i for number in suspects for i in group[number].images.image_ids]
     shown = parts[bad[0]] if bad else parts[0]
     return Diagnosis(
         image_ids=tuple(image_ids),
         bad_parts=tuple(bad_parts),
-        first_bad_tensor=first or next(iter(_bad_names(gradients)), "none"),
+        first_bad_tensor=named,
         began_here=first is not None,
         # JSON has no NaN: what is not finite is written as a word.
         parts={
             name: value.item() if value.isfinite() else str(value.item())
             for name, value in shown.items()
         },
+        out_of_memory=out_of_memory,
     )
 
 

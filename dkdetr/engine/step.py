@@ -300,7 +300,8 @@ class TrainingStep:
         # What a rank lost by itself nobody else has broken.
         joined = self._config.student.backbone.norm == "sync_batch" or self._config.kd.rkd.gather
         elsewhere = ""
-        if not told and self._ranks.world_size > 1 and (joined or not diagnosis.bad_parts):
+        looked = not told and not diagnosis.out_of_memory
+        if looked and self._ranks.world_size > 1 and (joined or not diagnosis.bad_parts):
             elsewhere = ". This rank alone is not broken: other ranks' images may have done it"
         return NonFiniteLossError(f"{diagnosis.sentence()}{elsewhere}; see {path}")
 

@@ -41,7 +41,9 @@ def broken_step(
     pixel: float = 0.0,
     option: str = "relations apart",
     ranks: type[Ranks] = OneOfTwo,
+    room_for: int = 2,
 ) -> str:
+    """Returns what is said of a step that breaks; the device has room for so many passes."""
     config = option_config(option)
     assert config.kd.rkd.gather == (option == "relations apart")
     student = tiny_student(config).train()
@@ -54,6 +56,13 @@ def broken_step(
         precision=torch.float32,
         dumps=tmp_path,
     )
+    passes = iter(range(room_for))
+
+    def take_room(*_: Any) -> None:
+        if next(passes, None) is None:
+            raise torch.OutOfMemoryError("no room")
+
+    student.register_forward_pre_hook(take_room)
     batch = training_batch(config)
     batch.images.pixels[0, 0, 5, 5] = pixel
     with pytest.raises(NonFiniteLossError) as raised:
@@ -82,6 +91,21 @@ def test_a_rank_that_is_whole_by_itself_says_so(tmp_path, monkeypatch) -> None:
     break_matching(monkeypatch)
     words = broken_step(tmp_path)
     assert "This rank alone is not broken: other ranks' images may have done it" in words
+
+
+@pytest.mark.parametrize(
+    ("option", "ranks"), [("relations apart", OneOfTwo), ("cached", OneThatVotes)]
+)
+def test_a_look_that_finds_no_room_leaves_the_error_what_it_is(
+    tmp_path, monkeypatch, option: str, ranks: type[Ranks]
+) -> None:
+    """The loss is still the news, and nothing is said of what nobody has looked at."""
+    break_matching(monkeypatch)
+    words = broken_step(tmp_path, option=option, ranks=ranks, room_for=1)
+    assert "first bad tensor: not found, the device is out of memory; images [0, 1]" in words
+    assert "other ranks" not in words
+    dump = json.loads((tmp_path / "step_00010000_rank0.json").read_text())
+    assert (dump["out_of_memory"], dump["began_here"]) == (True, False)
 
 
 def test_a_loss_that_no_other_rank_has_part_in_is_not_laid_to_others(tmp_path, monkeypatch) -> None:

@@ -29,7 +29,14 @@ from pipeline.decoding import (
 from pipeline.fit import fit_plan
 from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
-from pipeline.price import CachePrice, StagePrice, plan_cache, price_of, require_room
+from pipeline.price import (
+    CachePrice,
+    StagePrice,
+    plan_cache,
+    price_of,
+    price_of_proposals,
+    require_room,
+)
 from pipeline.proposal_network import NetworkProposals
 from pipeline.proposal_sources import (
     NETWORK_FILE,
@@ -74,7 +81,8 @@ class _ShardRates:
 def price_cache(request: CacheRequest) -> CachePrice:
     """Returns what a cache would cost, in crops, bytes and time; writes nothing.
 
-    Under torchrun one rank asks for all: `fit` is theirs together. Where the teacher's weights are
+    Of the network of `fit` alone, if that is what is asked for. Under torchrun one rank asks for
+    all: `fit` is theirs together. Where the teacher's weights are
     not at hand the times are left out, and the price says so.
 
     Raises:
@@ -87,8 +95,10 @@ def price_cache(request: CacheRequest) -> CachePrice:
     split.require_images()
     check_trainable(request, split, spec)
     price = price_of(request, split, spec, teacher_embed_dim(request.teacher))
-    require_room(request, price)
     device = pick_device(request.device)
+    if request.only_proposals:
+        return _price_of_proposals(request, split, price, device)
+    require_room(request, price)
     with tempfile.TemporaryDirectory() as folder:
         source = _source(request, split, spec, device, Path(folder))
     check_source(source, split, request)
@@ -122,6 +132,20 @@ def price_cache(request: CacheRequest) -> CachePrice:
         "the neighbour lists"
     )
     return replace(price, stages=stages, calibration=calibration)
+
+
+def _price_of_proposals(
+    request: CacheRequest, split: Split, price: CachePrice, device: torch.device
+) -> CachePrice:
+    """Returns the price of the network alone, timed if it is still to be trained."""
+    trunk = build_trunk(fit_plan(request, split).config.student, load_weights=False)
+    num_bytes = sum(each.numel() * each.element_size() for each in trunk.state_dict().values())
+    price = price_of_proposals(price, num_bytes)
+    if not price.fit_iterations:
+        return replace(price, calibration="nothing to measure")
+    (fit,) = price.work()
+    fit = replace(fit, seconds=_time_fit(request, split, device) * price.fit_iterations)
+    return replace(price, stages=(fit,), calibration=f"measured here on two steps, {device}")
 
 
 def _time_fit(request: CacheRequest, split: Split, device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """What a cache will cost, and whether there is room for it: before anything is made."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class CachePrice:
     """Micro-batches in which a rank takes its share."""
     bytes_neighbors: int = 0
     """Beside `bytes_needed`: the neighbour lists and, while they are built, what is searched."""
+    only_proposals: bool = False
+    """The network of `fit` alone: the cache's counts are 0."""
     stages: tuple[StagePrice, ...] = ()
     """With their times, once they were measured (pipeline.calibrate)."""
     calibration: str = "not measured"
@@ -83,8 +85,11 @@ class CachePrice:
             f"{self.fit_iterations:,} training steps of {self.fit_batch_size} images first, "
             f"{where}{parts}"
         )
+        trained = StagePrice("fit", fit if self.fit_iterations else "nothing to train", None)
+        if self.only_proposals:
+            return (trained,)
         return (
-            StagePrice("fit", fit if self.fit_iterations else "nothing to train", None),
+            trained,
             StagePrice(
                 "shards", f"at most {self.max_crops:,} crops in {self.num_shards} shards", None
             ),
@@ -108,6 +113,23 @@ def plan_cache(split: Split, request: CacheRequest, embed_dim: int, *, crop_batc
         storage=request.storage,
         batch_layout={"crop_batch": crop_batch, "image_batch": request.image_batch},
         flipped=request.crops.views == "orig,flip",
+    )
+
+
+def price_of_proposals(price: CachePrice, network_bytes: int) -> CachePrice:
+    """Returns what of a cache's price is that of its network of `fit` alone.
+
+    On the disk: the weights and Adam's two moments, twice while one state follows another.
+    """
+    needed = 2 * 3 * network_bytes if price.fit_iterations else 0
+    return replace(
+        price,
+        max_crops=0,
+        num_shards=0,
+        num_texts=0,
+        bytes_needed=needed,
+        bytes_neighbors=0,
+        only_proposals=True,
     )
 
 

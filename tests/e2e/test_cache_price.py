@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dkdetr.data.splits import load_split
 from dkdetr.errors import UsageError
+from dkdetr.student.build import build_trunk
 from pipeline import calibrate, decoding, readable_images
 from pipeline.calibrate import price_cache
+from pipeline.fit import fit_plan
 from pipeline.fit_training import NetworkTraining
 from pipeline.readable_images import READ_THREADS
 from pipeline.request import CacheRequest
@@ -120,6 +123,32 @@ def test_fit_is_timed_by_the_part_and_priced_for_the_ranks(
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="3 ranks of 2 micro-batches: lower"):
         price_cache(asked)
+
+
+def test_proposals_alone_are_priced_by_themselves(
+    of_jpegs: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NetworkTraining, "time_step", lambda _: (0.0, 3.0))
+    asked = replace(
+        of_jpegs, proposals="fit", experiment="trial", fit_epochs=2, only_proposals=True,
+        overrides=("data.image_size=64", "student.backbone.weights=random", "data.batch_size=8"),
+    )  # fmt: skip
+    price = price_cache(asked)
+    steps = 2 * (NUM_IMAGES // 8)
+    assert [(each.stage, each.seconds) for each in price.stages] == [("fit", 3.0 * steps)]
+    assert (price.max_crops, price.num_shards, price.num_texts, price.bytes_neighbors) == (0,) * 4
+    split = load_split(asked.split, asked.data_root)
+    trunk = build_trunk(fit_plan(asked, split).config.student, load_weights=False)
+    held = sum(each.nbytes for each in trunk.state_dict().values())
+    assert price.bytes_needed == 6 * held  # weights, two moments, of this state and of the next
+    shown = "\n".join(price.lines())
+    assert "fit" in shown
+    assert "crops" not in shown
+    (asked.out / "proposals").mkdir(parents=True)
+    (asked.out / "proposals/network.safetensors").touch()
+    price = price_cache(asked)
+    assert (price.bytes_needed, price.calibration) == (0, "nothing to measure")
+    assert "nothing to train" in "\n".join(price.lines())
 
 
 def test_the_disk_that_neighbour_lists_take_is_told(of_jpegs: CacheRequest) -> None:

@@ -16,8 +16,15 @@ from dkdetr.data.loader import batches_per_epoch
 from dkdetr.data.split_sources import Protocol
 from dkdetr.data.splits import load_split
 from dkdetr.data.vocabulary import from_metadata
-from dkdetr.engine.ablation_tables import AblationTable, row_overrides, table_of, with_weights
-from dkdetr.engine.evaluate_run import validation_split
+from dkdetr.engine.ablation_tables import (
+    AblationTable,
+    row_overrides,
+    set_words,
+    table_of,
+    wanted_rows,
+    with_weights,
+)
+from dkdetr.engine.evaluate_run import refuse_other_names, validation_split
 from dkdetr.engine.jobs import Job
 from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.row_places import places_for
@@ -142,6 +149,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
 
     Raises:
         UsageError: an unknown table or row, or an experiment that nothing can be taken away from.
+        MismatchError: curves are asked for, on a split of other names than the cache's.
         cache.spec.CacheError: the cache is unsealed, stale or damaged.
     """
     table = table_of(request.table)
@@ -152,7 +160,7 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     check_row_tables(resolved, experiment)
     known = row_overrides(base)
     own = {row: known[row] | dict(resolved.rows.get(row, {})) for row in known}
-    wanted = _wanted(table, request.rows)
+    wanted = wanted_rows(table, request.rows)
     if request.seeds < 1:
         raise UsageError("--seeds wants 1 or more")
     if request.eval_every < 0:
@@ -161,13 +169,17 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     names = _folder_names(experiment, request.overrides, own, [row.run for row in table.rows])
     out = request.out or RUNS / f"ablate-{portable_name(base.name)}-{config_hash(base)}"
     split = request.split or validation_split(info.split)
+    scored = load_split(split, request.data_root)
+    if request.eval_every:
+        named = from_metadata(*open_cache(request.cache).text())
+        refuse_other_names(named, scored, "leave --eval-every out, or name another --split")
     steps = _steps_per_epoch(request, base, info.split)
     maker = _RunMaker(request, experiment, out, split, base, steps, num_rows=len(wanted))
     return AblationPlan(
         table=with_weights(table, own),
         out=out,
         split=split,
-        protocol=load_split(split, request.data_root).protocol,
+        protocol=scored.protocol,
         experiment=experiment,
         cache_fingerprint=info.fingerprint,
         seeds=seeds,
@@ -307,21 +319,6 @@ class _RunMaker:
             "--device", request.device, "--seed", str(seed), *(every if request.eval_every else ()),
             *(word for setting in settings for word in ("--set", setting)),
         )  # fmt: skip
-
-
-def set_words(overrides: Mapping[str, Any]) -> list[str]:
-    """Returns overrides as `--set` takes them: `a.b=value`, the value in TOML."""
-    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-
-
-def _wanted(table: AblationTable, rows: Sequence[str]) -> frozenset[str]:
-    names = [row.run for row in table.rows]
-    strange = [row for row in rows if row not in names]
-    if strange:
-        raise UsageError(
-            f"table {table.name} has no row '{strange[0]}'; its rows: {', '.join(names)}"
-        )
-    return frozenset(rows or names)
 
 
 def _folder_names(

@@ -4,7 +4,8 @@ A row says only what it changes; one and the same row may stand in several table
 once.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -194,3 +195,19 @@ _TABLES = {
     ),
 }
 TABLE_NAMES = tuple(_TABLES)
+
+
+def wanted_rows(table: AblationTable, rows: Sequence[str]) -> frozenset[str]:
+    """Returns the runs of the rows that are asked for; none: all. Raises UsageError for others."""
+    names = [row.run for row in table.rows]
+    strange = [row for row in rows if row not in names]
+    if strange:
+        raise UsageError(
+            f"table {table.name} has no row '{strange[0]}'; its rows: {', '.join(names)}"
+        )
+    return frozenset(rows or names)
+
+
+def set_words(overrides: Mapping[str, Any]) -> list[str]:
+    """Returns overrides as `--set` takes them: `a.b=value`, the value in TOML."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]

@@ -15,7 +15,7 @@ from dkdetr.engine.checkpoint import Progress, load_student
 from dkdetr.engine.distributed import Ranks
 from dkdetr.engine.evaluate_run import (
     diary_values,
-    has_names_of,
+    refuse_other_names,
     tell_of_lost_images,
     validation_split,
 )
@@ -24,7 +24,7 @@ from dkdetr.engine.metric_log import read_metrics
 from dkdetr.engine.run_diary import RunDiary
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.engine.run_state import RunState
-from dkdetr.errors import DataError, MismatchError, PreemptedError
+from dkdetr.errors import DataError, PreemptedError
 from dkdetr.evaluation.compiled import ready_for_inference
 from dkdetr.evaluation.detection_metrics import Metrics
 from dkdetr.evaluation.evaluate import Evaluation, evaluate_student
@@ -71,12 +71,8 @@ class EpochScores:
         self._vocabulary, self._ranks, self._folder = vocabulary, ranks, folder
         name = split or validation_split(train_split, option="--eval-split")
         self._split = load_split(name, data_root)
-        if not has_names_of(vocabulary, self._split):
-            raise MismatchError(
-                f"the {len(vocabulary)} names of the run's cache are not those of "
-                f"'{self._split.name}', and --eval-every scores with these: name another split "
-                "(--eval-split), or score later (dkdetr eval --vocab)"
-            )
+        remedy = "name another split (--eval-split), or score later (dkdetr eval --vocab)"
+        refuse_other_names(vocabulary, self._split, remedy)
         self._split.require_images()
         if config.student.mask_head:
             ground_truth_of(self._split, with_masks=True)

@@ -232,6 +232,19 @@ def has_names_of(vocabulary: Vocabulary, split: Split) -> bool:
     return wanted == dict(zip(vocabulary.category_ids, vocabulary.names, strict=True))
 
 
+def refuse_other_names(vocabulary: Vocabulary, split: Split, remedy: str) -> None:
+    """Returns if a training on these names can be scored on a split along the way.
+
+    Raises:
+        MismatchError: it has others; ends with `remedy`.
+    """
+    if not has_names_of(vocabulary, split):
+        raise MismatchError(
+            f"the {len(vocabulary)} names of the run's cache are not those of '{split.name}', and "
+            f"--eval-every scores with these: {remedy}"
+        )
+
+
 def words_of(asked: Vocabulary, own: Vocabulary, split: Split, *, cleaned: bool) -> Words:
     """Returns whose words a student of the vocabulary `own` was asked with.
 

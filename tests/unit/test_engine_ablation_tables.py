@@ -2,12 +2,12 @@
 
 import pytest
 
-from dkdetr.engine.ablation_plan import set_words
 from dkdetr.engine.ablation_results import AblationResult, RowResult, comma_separated, markdown
 from dkdetr.engine.ablation_tables import (
     TABLE_NAMES,
     TableRow,
     row_overrides,
+    set_words,
     table_of,
     with_weights,
 )

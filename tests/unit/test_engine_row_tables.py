@@ -1,15 +1,19 @@
 """`[ablate.ROW]` tables of experiment files: a mistyped one is refused before anything runs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import cli
+from dkdetr.engine.ablate import ablate
 from dkdetr.engine.ablation_plan import AblateRequest, check_row_tables, make_plan
+from dkdetr.errors import MismatchError
 from dkdetr.experiment_file import ConfigError, load_experiment, shipped_experiments
 from tests.training_world import make_world
+from tests.unit.data_world import coco_document, write_world
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,24 @@ def test_ablate_refuses_it_before_anything_runs(tmp_path: Path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match="no such row"):
         make_plan(request)
+
+
+def test_curves_on_a_split_of_other_names_are_refused_before_anything_runs(tmp_path: Path):
+    world = make_world(tmp_path)
+    document = coco_document(num_images=2)
+    first, second = document["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+    (tmp_path / "other").mkdir()
+    other = write_world(tmp_path / "other", document)
+    request = AblateRequest(
+        cache=world.cache, table="5", experiment="trial", overrides=(), seeds=1, rows=(), jobs=1,
+        split=other, out=tmp_path / "out", data_root=tmp_path, device="cpu", eval_every=1,
+    )  # fmt: skip
+    with pytest.raises(MismatchError, match="leave --eval-every out, or name another --split"):
+        ablate(request, ("/nothing/such",))
+    assert not (tmp_path / "out").exists()
+    make_plan(replace(request, eval_every=0))
+    make_plan(replace(request, split=world.split))
 
 
 def test_sound_tables_pass_though_the_run_itself_may_not_distil():

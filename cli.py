@@ -73,6 +73,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "dkdetr export runs/mine --out student.safetensors",
         "dkdetr export runs/mine --format onnx --vocab tools.vocab",
+        "dkdetr export runs/mine --class-threshold cat=0.5",
     ),
     "convert": ("dkdetr convert deformable_detr_two_stage.pth start.safetensors",),
     "cache info": ("dkdetr cache info cache/lvis",),
@@ -1246,6 +1247,7 @@ def export_command(
         typer.Option("--bake", help="Graphs: fix the run's own names, which are else an input"),
     ] = False,
     vocab: Annotated[Path | None, typer.Option(help="Graphs: fix the names of this file")] = None,
+    class_thresholds: KeptScores = None,
     ema: Annotated[
         bool, typer.Option("--ema", help="The running average of the weights (optim.ema_decay)")
     ] = False,
@@ -1255,8 +1257,10 @@ def export_command(
     """Write a run's student alone: for sharing, with a model card, or as a graph that others run.
 
     A graph takes pixels, a padding mask and text embeddings, any number of each, and gives scores
-    and boxes; the largest difference to PyTorch is printed.
+    and boxes; the largest difference to PyTorch is printed. Least scores of names that it fixes
+    stand in its metadata.
     """
+    from dkdetr.data.vocabulary import with_thresholds
     from dkdetr.engine.run_folder import RunFolder
     from dkdetr.engine.subject import load_subject
     from dkdetr.errors import UsageError
@@ -1265,20 +1269,23 @@ def export_command(
     form = _export_format(form, out)
     if (bake and vocab) or ((bake or vocab) and form == "safetensors"):
         raise UsageError("--bake or --vocab (one of them) fix the names of onnx and torchscript")
+    least = _scores_by_name(class_thresholds or ())
+    if least and form != "safetensors" and not (bake or vocab):
+        raise UsageError("--class-threshold is of names: fix the graph's, by --bake or --vocab")
     subject = load_subject(run, averaged=ema)
     name = f"{subject.folder.name}{'-ema' if ema else ''}{_EXPORT_SUFFIXES[form]}"
     path = out or Path(name)
     if path.resolve() == run.resolve():
         raise UsageError(f"'{path}' is the file that is to be exported: give another with --out")
     if form != "safetensors":
-        _export_graph(path, form, subject, vocab, json_out, bake=bake)
+        _export_graph(path, form, subject, vocab, least, json_out, bake=bake)
         return
     averaged = ema or bool(subject.provenance.get("averaged"))  # of a file: as it says
     written = export_student(
         path,
         subject.student,
         subject.config,
-        subject.vocabulary,
+        with_thresholds(subject.vocabulary, least),
         {**subject.provenance, "train_split": subject.train_split, "averaged": averaged},
         scores=RunFolder(subject.folder).evaluations(averaged=ema),
     )
@@ -1309,13 +1316,21 @@ def _export_format(form: str | None, out: Path | None) -> str:
 
 
 def _export_graph(
-    path: Path, form: Any, subject: Any, vocab: Path | None, json_out: str | None, *, bake: bool
+    path: Path,
+    form: Any,
+    subject: Any,
+    vocab: Path | None,
+    least: dict[str, float],
+    json_out: str | None,
+    *,
+    bake: bool,
 ) -> None:
-    from dkdetr.data.vocabulary import load_vocabulary
+    from dkdetr.data.vocabulary import load_vocabulary, with_thresholds
     from dkdetr.inference.export_graph import export_graph
 
     own = subject.vocabulary
-    baked = load_vocabulary(vocab) if vocab else own if bake else None
+    named = load_vocabulary(vocab) if vocab else own if bake else None
+    baked = None if named is None else with_thresholds(named, least)
     written = export_graph(path, form, subject.student, subject.config, own, baked=baked)
     _tell(written.lines(), json_out)
     _report(written.as_json(), json_out)

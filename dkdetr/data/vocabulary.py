@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -281,6 +281,17 @@ def thresholds_by_name(names: Sequence[str], given: Mapping[str, float]) -> dict
             raise UsageError(f"the threshold of '{name}' is {least}: scores lie in 0..1")
         found |= dict.fromkeys(same, least)
     return found
+
+
+def with_thresholds(vocabulary: Vocabulary, given: Mapping[str, float]) -> Vocabulary:
+    """Returns a vocabulary with further least scores, each instead of the one it may have.
+
+    Raises:
+        UsageError: as `thresholds_by_name`.
+    """
+    least = {**vocabulary.thresholds, **thresholds_by_name(vocabulary.names, given)}
+    ordered = {name: least[name] for name in vocabulary.names if name in least}
+    return replace(vocabulary, thresholds=ordered)
 
 
 def _thresholds_hash(vocabulary: Vocabulary) -> str:

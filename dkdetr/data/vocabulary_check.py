@@ -39,7 +39,7 @@ class VocabularyDescription:
             f"teacher: {self.teacher}",
             f"prompts: {len(self.prompts)}, e.g. '{self.prompts[0]}'" if self.prompts else "",
             f"hash: {self.hash[:16]}",
-            _thresholds_in_words(self.thresholds),
+            thresholds_in_words(self.thresholds),
         ]
         return [line for line in lines if line] + self.warnings()
 
@@ -73,6 +73,11 @@ def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
     )
 
 
+def thresholds_in_words(thresholds: Mapping[str, float]) -> str:
+    """Returns a line on the least scores of some names; "" where there are none."""
+    return f"least scores: {_scores(thresholds, _SHOWN)}" if thresholds else ""
+
+
 def thresholds_in_force(vocabulary: Vocabulary, typed: Mapping[str, float]) -> str:
     """Returns a line on the vocabulary's own least scores, where none is typed for all names.
 
@@ -94,10 +99,6 @@ def _in_order(vocabulary: Vocabulary) -> dict[str, float]:
     """Returns the thresholds in the names' order; a student file has them in another."""
     least = vocabulary.thresholds
     return {name: least[name] for name in vocabulary.names if name in least}
-
-
-def _thresholds_in_words(thresholds: Mapping[str, float]) -> str:
-    return f"least scores: {_scores(thresholds, _SHOWN)}" if thresholds else ""
 
 
 def _scores(thresholds: Mapping[str, float], most: int) -> str:

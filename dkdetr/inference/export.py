@@ -9,6 +9,8 @@ from typing import Any
 from dkdetr.atomic_file import write_text
 from dkdetr.config import ExperimentConfig, Precision
 from dkdetr.data.vocabulary import Vocabulary
+from dkdetr.data.vocabulary_check import thresholds_in_words
+from dkdetr.defaults import DEFAULT_THRESHOLD
 from dkdetr.evaluation.scored_weights import WEIGHTS_KEY, strange_precision, strange_words
 from dkdetr.experiment_file import config_hash
 from dkdetr.student.detector import DKDETR
@@ -60,7 +62,7 @@ def export_student(
         path: the file to write.
         student: in evaluation mode.
         config: what it was trained with.
-        vocabulary: travels along, so that no CLIP is needed to score.
+        vocabulary: travels along, with its thresholds, so that no CLIP is needed to score.
         provenance: of the run; what it says of places and machines is left out.
         scores: folders of evaluations; the numbers of those that were of these very weights, asked
             as `dkdetr eval` does without options, go on the card; of others a line says why not.
@@ -91,6 +93,7 @@ def _card(
     left_out: Sequence[LeftOut],
 ) -> str:
     base = sum(vocabulary.is_base)
+    least = thresholds_in_words(vocabulary.thresholds)
     lines = [
         "---",
         "library_name: dkdetr",
@@ -105,6 +108,8 @@ def _card(
         "",
         f"* Vocabulary: {len(vocabulary)} names, {base} of them base; other names need text "
         f"embeddings of the same teacher, `{vocabulary.teacher}`.",
+        *([f"* `dkdetr predict` goes by {least}; by {DEFAULT_THRESHOLD} of other names."]
+          if least else []),
         f"* Input: pictures with their longest side at {config.data.image_size} pixels.",
         "* Trained on boxes of base categories alone; novel names are found by what the teacher "
         "knows of them.",

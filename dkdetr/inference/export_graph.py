@@ -81,7 +81,7 @@ def export_graph(
         student: with or without a mask head; masks stay behind.
         config: what it was trained with.
         vocabulary: the student's own, which says whose text embeddings it understands.
-        baked: names to fix.
+        baked: names to fix; their thresholds are told, and change no score.
 
     Raises:
         UsageError: the package onnx is not installed.
@@ -94,6 +94,11 @@ def export_graph(
     described = _described(config, vocabulary, baked, student.num_queries)
     write = _write_onnx if form == "onnx" else _write_torchscript
     compared, notes = write(path, graph, vocabulary.embed_dim, described)
+    if baked is not None and baked.thresholds:
+        notes.append(
+            f"{len(baked.thresholds)} least score(s) of names are in its metadata (thresholds): "
+            "the graph gives every score"
+        )
     if student.mask_head is not None:
         notes.append("boxes only: masks are drawn for chosen queries and are not in the graph")
     return ExportedGraph(path, None if baked is None else len(baked), compared, tuple(notes))
@@ -106,7 +111,7 @@ def _described(
         "experiment": config.name,
         "settings": config_hash(config),
         "teacher": vocabulary.teacher,
-        "prompts": json.dumps(vocabulary.prompts),
+        "prompts": json.dumps((vocabulary if baked is None else baked).prompts),
         "image_size": str(config.data.image_size),
         "least_side": str(least_side(num_queries)),
         "pixels": "RGB, 0 to 255, longest side at image_size; padding right and below",
@@ -115,6 +120,8 @@ def _described(
     if baked is not None:
         told["names"] = json.dumps(baked.names)
         told["category_ids"] = json.dumps(baked.category_ids)
+        if baked.thresholds:
+            told["thresholds"] = json.dumps(dict(baked.thresholds))
     return told
 
 

@@ -52,6 +52,25 @@ def test_onnx_with_names_of_a_file(place):
     assert session.run(["scores"], fed)[0].shape == (1, 12, 3)
 
 
+def test_least_scores_are_added_to_those_of_the_names(place):
+    """In a student file, where `predict` goes by them; in a graph its metadata alone."""
+    done = export("--out", "one.safetensors", "--class-threshold", "dog=0.5")
+    assert done.exit_code == 0, done.stderr
+    assert "goes by least scores: dog 0.5; by 0.3 of other names" in Path("one.md").read_text()
+    words = ("--class-threshold", "CAT=0.25", "--out")
+    done = CliRunner().invoke(cli.app, ["export", "one.safetensors", *words, "two.safetensors"])
+    assert done.exit_code == 0, done.stderr
+    least = {"cat": 0.25, "dog": 0.5}
+    two = load_student_file(Path("two.safetensors"))
+    assert two.vocabulary is not None
+    assert two.vocabulary.thresholds == least
+    done = CliRunner().invoke(cli.app, ["export", "one.safetensors", *words, "b.onnx", "--bake"])
+    assert done.exit_code == 0, done.stderr
+    told = onnxruntime.InferenceSession("b.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(told["thresholds"]) == least
+    assert json.loads(told["names"]) == ["cat", "dog"]
+
+
 def test_torchscript_with_the_runs_own_names_and_another_path(place):
     done = export("--format", "torchscript", "--bake", "--out", "deep/graph.pt")
     assert done.exit_code == 0, done.stderr
@@ -67,6 +86,12 @@ def test_torchscript_with_the_runs_own_names_and_another_path(place):
         (("--out", "student.v2"), 2, "'student.v2': the file's name ends in .safetensors"),
         (("--format", "onnx", "--out", "s.pt"), 2, "'s.pt': the file's name ends in .onnx (onnx)"),
         (("--format", "safetensors", "--out", "s.onnx"), 2, "ends in .safetensors (safetensors)"),
+        (("--format", "onnx", "--class-threshold", "cat=0.5"), 2, "by --bake or --vocab"),
+        (
+            ("--class-threshold", "cow=0.5", "--out", "t.safetensors"),
+            2,
+            "'cow', which is none of the names",
+        ),
         (("--bake",), 2, "fix the names of onnx and torchscript"),
         (("--format", "onnx", "--bake", "--vocab", "three.vocab"), 2, "one of them"),
         (("--format", "onnx", "--vocab", "other.vocab"), 4, "nothing in common"),

@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -133,13 +134,19 @@ def test_an_onnx_file_says_what_it_is(written, tmp_path):
     assert told["teacher"] == "t"
     assert "names" not in told
     assert {i.name for i in model.graph.input} == set(INPUTS)
-    baked = export(tmp_path, "onnx", baked=vocabulary())
+    assert json.loads(told["prompts"]) == ["a {}."]
+    assert "thresholds" not in told
+    names = replace(vocabulary(), prompts=("the {}!",), thresholds={"dog": 0.5})
+    baked = export(tmp_path, "onnx", baked=names)
+    assert any("1 least score(s) of names are in its metadata" in note for note in baked.notes)
     check(baked.compared)
     assert baked.names == 3
     model = onnx.load(baked.path)
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(told["names"]) == ["cat", "dog", "cone"]
     assert json.loads(told["category_ids"]) == [4, 5, 9]
+    assert json.loads(told["prompts"]) == ["the {}!"]
+    assert json.loads(told["thresholds"]) == {"dog": 0.5}
     assert {i.name for i in model.graph.input} == {"pixels", "padding_mask"}
 
 
@@ -154,6 +161,7 @@ def test_torchscript(tmp_path, bake):
         warnings.simplefilter("ignore", DeprecationWarning)
         loaded = torch.jit.load(io.BytesIO(made.path.read_bytes()), _extra_files=extra)
     assert ("names" in json.loads(extra["dkdetr.json"])) == bake
+    assert "thresholds" not in json.loads(extra["dkdetr.json"])
     example = Example.drawn(3, (136, 104), 3, TEXT_DIM, seed=1)
     scores, _ = loaded(*example.arguments(baked=bake))
     assert scores.shape == (3, 12, 3)

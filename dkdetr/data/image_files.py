@@ -5,6 +5,7 @@ on the pixels as they are stored, and rotating only some readers' pictures is ho
 part. `decode_upright` is for pictures that a person brings, which have none.
 """
 
+import errno
 import functools
 import io
 import os
@@ -114,12 +115,20 @@ def safe_join(root: Path, file_name: str) -> Path:
 def _leads_out(root: Path, file_name: str) -> bool:
     try:
         place, trusted = (root / file_name).resolve(), root.resolve()
-        loops = place.is_symlink()
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
         raise DataError(f"file_name {file_name!r} under {root}: {error}") from None
-    if loops:  # from Python 3.13 on a loop is no error of `resolve`
+    if _goes_round(place):  # from Python 3.13 on that is no error of `resolve`
         raise DataError(f"file_name {file_name!r} under {root}: a loop of links")
     return not place.is_relative_to(trusted)
+
+
+def _goes_round(place: Path) -> bool:
+    """Returns True for a loop of links, at the end of a path or on its way."""
+    try:
+        place.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import io
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,16 @@ def test_links_that_leave_the_root_are_refused_and_those_inside_are_not(tmp_path
     linked_root = tmp_path / "linked"
     linked_root.symlink_to(root)
     assert safe_join(linked_root, "in.jpg").read_bytes() == b"y"
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/a.jpg"])
+def test_a_loop_of_links_is_refused_by_a_resolve_that_does_not_mind_it(tmp_path, monkeypatch, name):
+    """As Python's from 3.13 on."""
+    monkeypatch.setattr(Path, "resolve", lambda self, strict=False: Path(os.path.realpath(self)))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DataError, match="a loop of links"):
+        safe_join(tmp_path, name)
+    assert safe_join(tmp_path, "absent/a.jpg") == tmp_path / "absent/a.jpg"
 
 
 def test_links_may_leave_where_the_user_says_so_and_names_still_may_not(

@@ -58,7 +58,8 @@ class _RankLog:
             return
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            # As stderr takes it: a file's name in a message need not be UTF-8.
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text if self._begun else self._head + text)
             self._begun = True
         except OSError as error:

@@ -54,6 +54,12 @@ def test_a_stop_by_sigterm_is_one_line_and_no_break(tmp_path: Path) -> None:
     assert re.fullmatch(r"\S+ stopped by SIGTERM at iteration 7; saved", end)
 
 
+def test_a_file_name_that_is_no_utf_8_breaks_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError), rank_log(tmp_path, THIRD):
+        raise DataError("picture caf\udce9.jpg is broken")
+    assert r"caf\udce9.jpg is broken" in (tmp_path / "logs/rank_2.log").read_text()
+
+
 def test_the_first_rank_and_a_silent_one_leave_nothing(tmp_path: Path) -> None:
     with rank_log(tmp_path, FIRST):
         print("words", file=sys.stderr)

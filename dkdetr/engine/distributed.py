@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
-from dkdetr.errors import PeerLostError, PreemptedError, UsageError
+from dkdetr.engine.roll_call import RollCall
+from dkdetr.errors import PeerFailedError, PeerLostError, PreemptedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,26 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
         yield Ranks(rank=0, world_size=1, device=chosen)
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
+    roll: RollCall | None = None
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        roll = RollCall(_store(), rank, world_size)
         yield Ranks(rank=rank, world_size=world_size, device=chosen)
-    except RuntimeError as error:
-        if not _is_lost_peer(error):
+    except Exception as error:
+        lost = _is_lost_peer(error)
+        if roll is not None:
+            own = not lost and not isinstance(error, PeerFailedError)
+            roll.leave(f"{type(error).__name__}: {_first_line(error)}" if own else "")
+        if not lost:
             raise
+        died = roll.who_died() if roll is not None else ""
+        how = died or (
+            f"it died, or did not answer for {timeout_s:g} s (of a training, "
+            "compute.rank_timeout_s)"
+        )
         raise PeerLostError(
-            f"lost another rank: it died, or did not answer for {timeout_s:g} s (of a training, "
-            "compute.rank_timeout_s); this rank ends too. What was saved stands, the same command "
-            f"goes on ({str(error).splitlines()[0]})"
+            f"lost another rank: {how}; this rank ends too. What was saved stands, the same "
+            f"command goes on ({_first_line(error)})"
         ) from None
     finally:
         # After an error the others may be gone, and nobody waits for a good-bye.
@@ -153,8 +164,19 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
             distributed.destroy_process_group()
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
+def _store() -> distributed.Store:
+    """Returns the process group's own: another client of it would be another connection."""
+    return distributed.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _is_lost_peer(error: Exception) -> bool:
     """Returns True for what gloo, NCCL and their store say when another rank is gone."""
+    if not isinstance(error, RuntimeError):
+        return False
     if isinstance(error, distributed.DistError):
         return True
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")

@@ -68,9 +68,14 @@ def test_a_rank_in_trouble_ends_the_job(world, fault) -> None:
         assert own_words == ["rank 1: error [3]: picture 7 is broken"]
         assert "in _break" in log
         assert log.endswith("DataError: picture 7 is broken\n")
+        for line in lines:
+            if "lost another rank" in line:  # unless torchrun ends it first
+                assert "rank 1, which ended with DataError: picture 7 is broken" in line
     else:
         assert own_words == []
-        assert sum("lost another rank" in line for line in lines) == 1
+        (lost,) = (line for line in lines if "lost another rank" in line)
+        named = re.search(r"rank 1, whose process \d+ is gone", lost)
+        assert bool(named) == (fault == "kill")
 
 
 def test_sigterm_to_torchrun_saves_on_both_ranks_and_one_process_goes_on(world) -> None:

@@ -1,0 +1,103 @@
+"""What ranks tell of themselves in the job's store, so that the others can name one that died.
+
+Nobody hears from a process that is killed: on the same machine the kernel knows that it is gone.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import select
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.distributed import Store
+
+_KEY = "dkdetr/rank"
+_PATIENCE_MS = 1000
+"""A process's connections are closed a moment before it has ended."""
+
+
+class RollCall:
+    """One rank's entry, and its view of the others'.
+
+    Args:
+        store: the job's, which torchrun keeps.
+        rank: this process's.
+        world_size: of the job.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._machine = f"{platform.node()} {_process_namespace()}"
+        store.set(_process_of(rank), json.dumps([self._machine, os.getpid()]))
+
+    def leave(self, why: str) -> None:
+        """Says that this rank ends: by an error of its own, or "" as one that lost another."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the machine it was on
+            self._store.set(_end_of(self._rank), why)
+
+    def who_died(self) -> str:
+        """Returns the ranks that are gone and how, in words; "" where that is not known.
+
+        Known are errors, of any rank, and ends without one on this machine. Waits for a second at
+        most where nobody is gone.
+        """
+        try:
+            return self._who_died()
+        except RuntimeError:  # see `leave`
+            return ""
+
+    def _who_died(self) -> str:
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        here: dict[int, int] = {}
+        for rank in others:
+            machine, process = json.loads(self._read(_process_of(rank)) or '["", 0]')
+            if machine == self._machine:
+                here[rank] = process
+        gone = _ended(here)
+        # Read after that: who lost another rank, too, has said so before it ended.
+        ends = {rank: self._read(_end_of(rank)) for rank in others}
+        told = [f"rank {rank}, which ended with {why}" for rank, why in ends.items() if why]
+        killed = [rank for rank in sorted(gone) if ends[rank] is None]
+        told += [f"rank {rank}, whose process {here[rank]} is gone" for rank in killed]
+        return " and ".join(told)
+
+    def _read(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def _ended(processes: Mapping[int, int]) -> set[int]:
+    """Returns whose processes on this machine have ended, after a moment if none has yet."""
+    gone: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        watch, ranks = select.poll(), dict[int, int]()
+        for rank, process in processes.items():
+            try:
+                handle = os.pidfd_open(process)
+            except ProcessLookupError:
+                gone.add(rank)
+                continue
+            except OSError:  # a kernel that is older than this, or forbids it
+                continue
+            stack.callback(os.close, handle)
+            watch.register(handle, select.POLLIN)
+            ranks[handle] = rank
+        ended = watch.poll(0 if gone else _PATIENCE_MS)
+        return gone | {ranks[handle] for handle, _ in ended}
+
+
+def _process_of(rank: int) -> str:
+    return f"{_KEY}/{rank}/process"
+
+
+def _end_of(rank: int) -> str:
+    return f"{_KEY}/{rank}/end"
+
+
+def _process_namespace() -> str:
+    """Returns what tells a container's process numbers from the next one's."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""

@@ -1,0 +1,63 @@
+"""Which rank died is read from the job's store and from the kernel."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from torch.distributed import HashStore
+
+from dkdetr.engine import roll_call
+from dkdetr.engine.roll_call import RollCall
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two that wait, in place of ranks 1 and 2."""
+    started = [
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)
+    ]
+    yield started
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+@pytest.fixture
+def ranks(processes, monkeypatch) -> list[RollCall]:
+    """Three, the first of them this process."""
+    store = HashStore()
+    found = [RollCall(store, 0, 3)]
+    for rank, process in enumerate(processes, start=1):
+        with monkeypatch.context() as patched:
+            patched.setattr(roll_call.os, "getpid", lambda process=process: process.pid)
+            found.append(RollCall(store, rank, 3))
+    return found
+
+
+def test_one_that_was_killed_is_named_by_its_process(ranks, processes) -> None:
+    processes[0].kill()  # and nobody has asked yet how it ended
+    assert ranks[0].who_died() == f"rank 1, whose process {processes[0].pid} is gone"
+    processes[0].wait()
+    assert ranks[0].who_died() == f"rank 1, whose process {processes[0].pid} is gone"
+
+
+def test_one_with_an_error_is_named_with_it_and_one_that_lost_it_too_is_not(
+    ranks, processes
+) -> None:
+    ranks[1].leave("DataError: picture 7 is broken")
+    ranks[2].leave("")
+    for process in processes:
+        process.kill()
+    told = "rank 1, which ended with DataError: picture 7 is broken"
+    assert ranks[0].who_died() == told
+
+
+def test_where_all_are_there_or_elsewhere_nobody_is_named(ranks, processes, monkeypatch) -> None:
+    monkeypatch.setattr(roll_call, "_PATIENCE_MS", 1)
+    assert ranks[0].who_died() == ""
+    processes[0].kill()
+    monkeypatch.setattr(roll_call.platform, "node", lambda: "another machine")
+    assert RollCall(HashStore(), 0, 3).who_died() == ""
+    elsewhere = RollCall(ranks[0]._store, 0, 3)
+    assert elsewhere.who_died() == ""

@@ -11,7 +11,7 @@ import select
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 _KEY = "dkdetr/rank"
 _PATIENCE_MS = 1000

@@ -1,39 +1,42 @@
 """Prints what deformable attention costs, forward and with its backward, beside transformers'.
 
-python -m tests.benchmarks.attention [--batch 8] [--size 1024] [--repeats 20]
+python -m tests.benchmarks.attention [--batch 8] [--size 1024] [--repeats 20] [--types float16]
 
 On a GPU at the paper's size (21,760 tokens): the Triton kernel, our PyTorch reference, and
-transformers' module, in float32 and bfloat16. On a CPU, small, what runs there: the ratio is what
-to read. All begin with reference points, offsets and logits, as a layer has them: the kernel takes
-these, the others PyTorch's sampling places and softmax. An encoder looks around each token, as a
-student does ("near": its first offsets, and a token's spread), or anywhere on the maps. The error
-is the largest difference from float64, computed from the same rounded numbers, as a share of the
-largest output. A small attention takes longer to start than to compute: what its kernels take alone
-stands beside it. The Triton kernel comes as its table has it, with all gradients of values added
-atomically, and with a level more and one less summed by products: what the table is judged by.
+transformers' module, in float32 and bfloat16 (float16 where there is no bfloat16), in float32 the
+original CUDA operator, too, where it is installed. On a CPU, small, what runs there: the ratio is
+what to read. All begin with reference points, offsets and logits, as a layer has them: the kernel
+takes these, the others PyTorch's sampling places and softmax. An encoder looks around each token,
+as a student does ("near": its first offsets, and a token's spread), or anywhere on the maps. The
+error is the largest difference from float64, computed from the same rounded numbers, as a share of
+the largest output. A small attention takes longer to start than to compute: what its kernels take
+alone stands beside it. The Triton kernel comes as its table has it, with all gradients of values
+added atomically, and with a level more and one less summed by products: what the table is judged
+by.
 """
 
 import argparse
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
-from transformers.models.deformable_detr.modeling_deformable_detr import (
-    MultiScaleDeformableAttention as Theirs,
-)
 
+from dkdetr.precision import computing_type
 from dkdetr.student.attention_backend import picks_triton
 from dkdetr.student.attention_reference import plain_attention, sampling_locations
 from dkdetr.student.deformable_attention import MultiScaleDeformableAttention
 from dkdetr.student.encoder import TokenGrid, token_centres
 from tests.benchmarks.machine import describe
+from tests.benchmarks.original_op import MODULE, original_attention
+from tests.benchmarks.peers import Peers
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
 STRIDES = (8, 16, 32, 64)
@@ -43,16 +46,36 @@ SUMMED = {f"triton, {cells} summed": cells for cells in (0, 256, 4096)}
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """Values, reference points, offsets, logits."""
 Shapes = list[tuple[int, int]]
+Code = Callable[..., Tensor]
+"""Takes inputs, gives the result."""
+Make = Callable[[Shapes, torch.device], Code]
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a code: milliseconds, and the error as a share of the largest number."""
+
+    name: str
+    forward: float
+    both: float
+    kernels: str
+    error: float
+
+
+def main() -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=8 if on_gpu else 1)
     parser.add_argument("--size", type=int, default=1024 if on_gpu else 256)
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5)
-    options = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
+    half = str(computing_type("auto", device)).removeprefix("torch.")
+    parser.add_argument(
+        "--types", nargs="+", choices=("float32", "float16", "bfloat16"),
+        default=["float32", half] if on_gpu else ["float32"],
+    )  # fmt: skip
+    options = parser.parse_args()
+    peers = Peers()
     torch.set_num_threads(1)
     shapes = [(options.size // stride,) * 2 for stride in STRIDES]
     num_tokens = sum(height * width for height, width in shapes)
@@ -73,63 +96,101 @@ def main() -> None:
             f"{what}: at 1024 x 1024, 64 queries meet {met:.2f} of the 4 squares of 32 x 32 cells"
         )
     for what in ("encoder, near", "encoder, anywhere", "decoder"):
-        for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
-            inputs = draw(what, options.batch, shapes, dtype, device)
-            report(what, inputs, shapes, options.repeats)
+        for name in options.types:
+            inputs = draw(what, options.batch, shapes, getattr(torch, name), device)
+            report(what, inputs, shapes, options.repeats, peers)
+    return peers.exit_code()
 
 
-def report(what: str, inputs: Inputs, shapes: Shapes, repeats: int) -> None:
+def report(what: str, inputs: Inputs, shapes: Shapes, repeats: int, peers: Peers) -> None:
+    """Prints a line for each code that runs here."""
     value = inputs[0]
     first = [tensor[:1] for tensor in inputs]
     exact = plain_attention(first[0].double(), shapes, *(tensor.double() for tensor in first[1:]))
-    codes = contestants(value, shapes)
-    rows: list[tuple[str, float, float, str, float]] = []
-    for name, run in codes.items():
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        leaves[1].requires_grad_(False)
-        with torch.no_grad():
-            found = run(*first).double()
-            forward = milliseconds(lambda run=run: run(*inputs), repeats, value.device)
-        grad = torch.randn_like(run(*inputs))
-
-        def step(
-            run: Callable[..., Tensor] = run, given: list[Tensor] = leaves, grad: Tensor = grad
-        ):
-            return torch.autograd.grad(run(*given), [given[0], *given[2:]], grad)
-
-        with summing(SUMMED[name]) if name in SUMMED else contextlib.nullcontext():
-            both = milliseconds(step, repeats, value.device)
-            kernels = kernel_milliseconds(step, value.device)
-        error = ((found - exact).abs().max() / exact.abs().max()).item()
-        rows.append((name, forward, both, kernels, error))
-    _, their_forward, their_both, *_ = rows[-1]
-    for name, forward, both, kernels, error in rows:
-        ratios = f"({forward / their_forward:.2f}, {both / their_both:.2f})"
+    rows = [timed(name, run, inputs, exact, repeats) for name, run in ours(value, shapes).items()]
+    for name, (module, make) in peer_codes(value).items():
+        row = peers.measured(
+            name, (module,),
+            lambda name=name, make=make: timed(
+                name, make(shapes, value.device), inputs, exact, repeats
+            ),
+        )  # fmt: skip
+        rows += [] if row is None else [row]
+    theirs = next((row for row in rows if row.name == "transformers"), None)
+    for row in rows:
+        ratios = "(-, -)"
+        if theirs is not None:
+            ratios = f"({row.forward / theirs.forward:.2f}, {row.both / theirs.both:.2f})"
         kind = str(value.dtype).removeprefix("torch.")
         print(
-            f"{what:17} {kind:9} {name:19} {forward:10.3f} {both:17.3f}  {ratios:18} "
-            f"{kernels:>16}  {error:.1e}"
+            f"{what:17} {kind:9} {row.name:19} {row.forward:10.3f} {row.both:17.3f}  {ratios:18} "
+            f"{row.kernels:>16}  {row.error:.1e}"
         )
 
 
-def contestants(value: Tensor, shapes: Shapes) -> dict[str, Callable[..., Tensor]]:
-    """Returns what runs here, by name; transformers' module last."""
-    found: dict[str, Callable[..., Tensor]] = {}
+def timed(name: str, run: Code, inputs: Inputs, exact: Tensor, repeats: int) -> Row:
+    """Returns what a code takes; `exact` is the first image's result in float64."""
+    device = inputs[0].device
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    leaves[1].requires_grad_(False)
+    with torch.no_grad():
+        found = run(*(tensor[:1] for tensor in inputs)).double()
+        forward = milliseconds(lambda: run(*inputs), repeats, device)
+        grad = torch.randn_like(run(*inputs))
+
+    def step() -> object:
+        return torch.autograd.grad(run(*leaves), [leaves[0], *leaves[2:]], grad)
+
+    with summing(SUMMED[name]) if name in SUMMED else contextlib.nullcontext():
+        both = milliseconds(step, repeats, device)
+        kernels = kernel_milliseconds(step, device)
+    error = ((found - exact).abs().max() / exact.abs().max()).item()
+    return Row(name, forward, both, kernels, error)
+
+
+def ours(value: Tensor, shapes: Shapes) -> dict[str, Code]:
+    """Returns our own code that runs here, by name."""
+    found: dict[str, Code] = {}
     if picks_triton("auto", value.device, value.dtype, (HEADS, CHANNELS, len(shapes), POINTS)):
         from dkdetr.student.attention_op import triton_attention
 
         for name in ("triton", *SUMMED):
             found[name] = lambda v, *others: triton_attention(v, shapes, *others)
-    found["torch"] = lambda v, *others: plain_attention(v, shapes, *others)
-    theirs, sizes = Theirs(), torch.tensor(shapes, device=value.device)
+    return found | {"torch": lambda v, *others: plain_attention(v, shapes, *others)}
 
-    def as_installed(v: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+
+def peer_codes(value: Tensor) -> dict[str, tuple[str, Make]]:
+    """Returns peers for such values by name: the module that each wants, what makes its code."""
+    found: dict[str, tuple[str, Make]] = {}
+    if value.is_cuda and value.dtype is torch.float32:
+        found["original CUDA op"] = (MODULE, the_original)
+    return found | {"transformers": ("transformers", as_installed)}
+
+
+def the_original(shapes: Shapes, device: torch.device) -> Code:
+    run = original_attention(shapes, device)
+    return lambda v, points, offsets, logits: run(
+        v, sampling_locations(points, offsets, shapes), weights_of(logits)
+    )
+
+
+def as_installed(shapes: Shapes, device: torch.device) -> Code:
+    from transformers.models.deformable_detr.modeling_deformable_detr import (
+        MultiScaleDeformableAttention as Theirs,
+    )
+
+    theirs, sizes = Theirs(), torch.tensor(shapes, device=device)
+
+    def run(v: Tensor, points: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         # Theirs samples in the type of the values: locations are rounded with them.
         locations = sampling_locations(points, offsets, shapes).to(v.dtype)
-        weights = logits.flatten(3).softmax(-1).view(logits.shape)
-        return theirs(v, sizes, shapes, None, locations, weights, 64)
+        return theirs(v, sizes, shapes, None, locations, weights_of(logits), 64)
 
-    return found | {"transformers": as_installed}
+    return run
+
+
+def weights_of(logits: Tensor) -> Tensor:
+    return logits.flatten(3).softmax(-1).view(logits.shape)
 
 
 @contextlib.contextmanager
@@ -231,4 +292,4 @@ def kernel_milliseconds(function: Callable[[], object], device: torch.device) ->
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

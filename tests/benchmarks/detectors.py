@@ -2,7 +2,8 @@
 
 import argparse
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,16 @@ from dkdetr.student.build import build_student
 from dkdetr.student.detector import DKDETR
 from tests.benchmarks.machine import describe
 from tests.benchmarks.made_up import TEXT_DIM
-from tests.peer_detector import two_stage_deformable_detr
+
+PEER, PEER_WANTS = "transformers", ("transformers", "timm")
+"""The peer's name, and what it wants to import."""
+_BY_OPTIONS = {
+    "optim.precision": "--precision",
+    "data.image_size": "--size",
+    "student.num_queries": "--queries",
+    "student.num_encoder_layers": "--layers",
+    "student.num_decoder_layers": "--layers",
+}
 
 
 def size_options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +37,32 @@ def size_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=6 if on_gpu else 3)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--set", action="append", default=[], help="of our settings")
+
+
+def size_choices(
+    parser: argparse.ArgumentParser, instead: Mapping[str, str] = MappingProxyType({})
+) -> argparse.Namespace:
+    """Returns the options; ends where a setting would change nothing, or ours and not the peer."""
+    options = parser.parse_args()
+    refuse_idle(parser, options.set, {**_BY_OPTIONS, **instead})
+    return options
+
+
+def refuse_idle(
+    parser: argparse.ArgumentParser, settings: Sequence[str], instead: Mapping[str, str]
+) -> None:
+    """Ends where one of `settings` (`a.b=c`) is in a table of those that do nothing here.
+
+    Args:
+        parser: says it.
+        settings: as `--set` takes them.
+        instead: by name, or by its beginning up to a dot, the option that does it, or why none.
+    """
+    for setting in settings:
+        name = setting.partition("=")[0].strip()
+        for idle in (name, name.partition(".")[0]):
+            if idle in instead:
+                parser.error(f"--set {name} does nothing here: {instead[idle]}")
 
 
 def begin(options: argparse.Namespace) -> torch.device:
@@ -72,6 +108,8 @@ def take_attention(
 
 def peer_detector(options: argparse.Namespace) -> nn.Module:
     """Returns transformers' Deformable DETR: two-stage, box refinement, ResNet-50."""
+    from tests.peer_detector import two_stage_deformable_detr
+
     torch.manual_seed(0)
     return two_stage_deformable_detr(
         encoder_layers=options.layers,

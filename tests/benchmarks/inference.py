@@ -11,6 +11,7 @@ On a CPU the sizes are small, the time is the process's own, and the ratio is wh
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,21 +31,27 @@ from dkdetr.precision import computing, computing_type
 from dkdetr.structures import ImageBatch
 from dkdetr.student.detector import DKDETR as Student
 from tests.benchmarks.detectors import (
+    PEER,
+    PEER_WANTS,
     as_loaded,
     begin,
     our_student,
     peer_detector,
     peer_inputs,
+    reset_peak,
+    size_choices,
     size_options,
     take_attention,
 )
 from tests.benchmarks.made_up import made_up_batch, made_up_text, seconds_a_call
+from tests.benchmarks.peers import Peers
 
 _PICTURE_HW = (480, 640)
 _BATCHES_A_CALL = 4
+_IDLE = {"compute": "--compile, of predict and eval"}
 
 
-def main() -> None:
+def main() -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser()
     size_options(parser)
@@ -52,23 +59,34 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 1] if on_gpu else [2, 1])
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 3)
     parser.add_argument("--compile", action="store_true", help="ours, once more, compiled")
-    options = parser.parse_args()
+    options = size_choices(parser, _IDLE)
     device = begin(options)
     student, config = our_student(options, [f"data.image_size={options.size}"])
     student = student.to(device).eval()
     take_attention(student, config, device, computing_type(options.precision, device))
+    peers = Peers()
+    measured = peers.measured(PEER, PEER_WANTS, lambda: peer_seconds(options, device))
+    reset_peak(device)
+    theirs = measured or {}
     print("| what | batch | ms a batch | images/s | of transformers' |\n|---|---|---|---|---|")
-    peer = peer_detector(options).to(device).eval()
-    theirs: dict[int, float] = {}
-    for size in options.batches:
-        images = loaded_images(size, options, device)
-        theirs[size] = seconds_a_call(
-            lambda images=images: peer_detections(peer, images, device, options),
-            device, options.repeats,
-        )  # fmt: skip
-        report("transformers, network", size, theirs[size], theirs[size])
+    for size, seconds in theirs.items():
+        report(f"{PEER}, network", size, seconds, seconds)
     for compiled in (False, True) if options.compile else (False,):
         time_ours(student, config, theirs, device, options, compiled=compiled)
+    return peers.exit_code()
+
+
+def peer_seconds(options: argparse.Namespace, device: torch.device) -> dict[int, float]:
+    """Returns the peer's seconds a batch, by the batch's size."""
+    peer = peer_detector(options).to(device).eval()
+    images = {size: loaded_images(size, options, device) for size in options.batches}
+    return {
+        size: seconds_a_call(
+            lambda given=given: peer_detections(peer, given, device, options),
+            device, options.repeats,
+        )
+        for size, given in images.items()
+    }  # fmt: skip
 
 
 def time_ours(
@@ -91,13 +109,13 @@ def time_ours(
             images = loaded_images(size, options, device)
             multiple = NAMES_MULTIPLE if compiled else 1
             seconds = network_seconds(ready, images, device, options, multiple)
-            report(f"{name}, network", size, seconds, theirs[size])
+            report(f"{name}, network", size, seconds, theirs.get(size))
             calls = _BATCHES_A_CALL if size > 1 else 1
             pictures = made_up_pictures(size * calls)
             files = write_jpegs(pictures, Path(folder))
             for what, several in (("predict", pictures), ("predict of files", files)):
                 seconds = predict_seconds(model, several, size, device, options) / calls
-                report(f"{name}, {what}", size, seconds, theirs[size])
+                report(f"{name}, {what}", size, seconds, theirs.get(size))
 
 
 def loaded_images(size: int, options: argparse.Namespace, device: torch.device) -> ImageBatch:
@@ -132,9 +150,9 @@ def write_jpegs(pictures: Sequence[np.ndarray], folder: Path) -> list[Path]:
     return paths
 
 
-def report(name: str, size: int, seconds: float, theirs: float) -> None:
-    rate = size / seconds
-    print(f"| {name} | {size} | {1000 * seconds:.1f} | {rate:.2f} | {theirs / seconds:.2f} |")
+def report(name: str, size: int, seconds: float, theirs: float | None) -> None:
+    rate, share = size / seconds, "-" if theirs is None else f"{theirs / seconds:.2f}"
+    print(f"| {name} | {size} | {1000 * seconds:.1f} | {rate:.2f} | {share} |", flush=True)
 
 
 def network_seconds(
@@ -185,4 +203,4 @@ def peer_detections(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ busy machine stretches), and the ratio is what to read.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from dkdetr.engine.student_setup import prepare_student
 from dkdetr.precision import float32_products, training_type
 from dkdetr.structures import DecodedImages, TrainingBatch
 from tests.benchmarks.detectors import (
+    PEER,
+    PEER_WANTS,
     as_loaded,
     begin,
     our_student,
@@ -36,20 +39,27 @@ from tests.benchmarks.detectors import (
     peer_detector,
     peer_inputs,
     reset_peak,
+    size_choices,
     size_options,
     take_attention,
 )
 from tests.benchmarks.made_up import finish, made_up_batch, made_up_text, seconds_a_call
+from tests.benchmarks.peers import Peers
+
+_IDLE = {
+    "compute.micro_batches": "a step is of one batch",
+    "data": "the batch is made up; --size, --batch",
+}
 
 
-def main() -> None:
+def main() -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser()
     size_options(parser)
     parser.add_argument("--batch", type=int, default=8 if on_gpu else 1)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 3)
     parser.add_argument("--alone", action="store_true", help="our step and nothing else")
-    options = parser.parse_args()
+    options = size_choices(parser, _IDLE)
     keep_freed_memory()
     device = begin(options)
     print(f"batch {options.batch}, {options.steps} steps")
@@ -59,15 +69,19 @@ def main() -> None:
     print("\n| what | ms a step | images/s | peak GiB |\n|---|---|---|---|")
     report("ours, all losses", ours, options, device)
     if options.alone:
-        return
+        return 0
+    peers = Peers()
     with float32_products(options.precision, device):
-        theirs = peer_step(options, batch, device)
-    report("transformers", theirs, options, device)
-    print(f"ours is {theirs / ours:.2f} times as fast")
+        theirs = peers.measured(PEER, PEER_WANTS, lambda: peer_step(options, batch, device))
+    if theirs is not None:
+        report(PEER, theirs, options, device)
+        print(f"ours is {theirs / ours:.2f} times as fast")
+    reset_peak(device)
     loader, there = jitter_rates(options, device)
     print("\n| large-scale jitter to the step's size | images/s |\n|---|---|")
     print(f"| in one loader process | {loader:.1f} |")
     print(f"| on {device}, a batch at once | {there:.1f} |")
+    return peers.exit_code()
 
 
 def report(name: str, seconds: float, options: argparse.Namespace, device: torch.device) -> None:
@@ -155,4 +169,4 @@ def jitter_rates(options: argparse.Namespace, device: torch.device) -> tuple[flo
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,6 +36,7 @@ from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import Ranks, pick_device
 from dkdetr.engine.optim import make_optimizer
 from dkdetr.engine.step import TrainingStep
+from dkdetr.engine.student_setup import prepare_student
 from dkdetr.experiment_file import load_experiment
 from dkdetr.precision import float32_products, training_type
 from dkdetr.structures import (
@@ -44,15 +45,22 @@ from dkdetr.structures import (
     TeacherRegions,
     TrainingBatch,
 )
+from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_student
 from pipeline.teacher import load_teacher
-from tests.benchmarks.detectors import as_loaded
+from tests.benchmarks.detectors import as_loaded, refuse_idle
 from tests.benchmarks.made_up import finish
 
 NUM_CLASSES = 866
 KEPT = 300
 SELECTED = 20
 WARMUP = 2
+_IDLE = {
+    "data": "the batch is made up; --image-size, --batch",
+    "compute.micro_batches": "a step is of one batch",
+    "kd.start_epoch": "rows say what is distilled",
+    "kd.regions_per_image": "rows say what is distilled",
+}
 Rows = Callable[[int], np.ndarray]
 
 
@@ -114,6 +122,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.crops) < SELECTED or max(options.crops) > KEPT:
         parser.error(f"--crops: from {SELECTED}, which a step distils, to {KEPT}, which are there")
+    refuse_idle(parser, options.set, _IDLE)
     return options
 
 
@@ -131,6 +140,8 @@ def _seconds(
         config = replace(config, kd=replace(config.kd, regions_per_image=0))
     torch.manual_seed(0)
     student = build_student(config, text_dim=text.shape[1]).to(device).train()
+    use_backend(student, config.ops.backend, device)
+    prepare_student(student, config.compute)
     step = TrainingStep(
         student,
         make_optimizer(student, config.optim),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from step_options import option_config, step_under, training_batch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dkdetr.config import OptimConfig
 from dkdetr.engine.optim import (
@@ -114,6 +115,13 @@ def test_a_saved_state_does_not_say_how_it_is_computed() -> None:
     step(one, first)
     step(other, second)
     assert torch.equal(one.linear.weight, other.linear.weight)
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
+def test_on_a_gpu_one_kernel_updates_many_parameters(device: str, fused: bool | None) -> None:
+    with FakeTensorMode(), torch.device(device):
+        groups = make_optimizer(_Toy(), OptimConfig()).param_groups
+    assert [group["fused"] for group in groups] == [fused] * len(groups)
 
 
 @pytest.mark.gpu

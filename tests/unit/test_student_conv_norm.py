@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from dkdetr.student import conv_norm as folding
@@ -104,6 +105,18 @@ def test_names_and_shapes_are_torchvision_s():
     with torch.no_grad():
         found, wanted = (model.double().eval()(pixels) for model in (trunk, theirs))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("device", "last"), [("cuda", True), ("cpu", False)])
+def test_on_a_gpu_channels_lie_side_by_side(device: str, last: bool):
+    """On a fake one: whatever were laid out anew on the way would show at the maps."""
+    with FakeTensorMode(), torch.device(device):
+        backbone = slim_resnet(norm="frozen", frozen_stages=0, width=8, **STAGES).train()
+        maps = backbone(torch.zeros(2, 3, 64, 64))
+    assert len(maps) == 3
+    for feature_map in maps:
+        assert feature_map.is_contiguous(memory_format=torch.channels_last) is last
+        assert feature_map.is_contiguous() is not last
 
 
 @pytest.mark.gpu

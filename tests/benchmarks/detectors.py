@@ -51,7 +51,7 @@ def size_choices(
 def refuse_idle(
     parser: argparse.ArgumentParser, settings: Sequence[str], instead: Mapping[str, str]
 ) -> None:
-    """Ends where one of `settings` (`a.b=c`) is in a table of those that do nothing here.
+    """Ends where one of `settings` (`a.b=c`) is in a table of those that do nothing, or no good.
 
     Args:
         parser: says it.
@@ -62,7 +62,7 @@ def refuse_idle(
         name = setting.partition("=")[0].strip()
         for idle in (name, name.partition(".")[0]):
             if idle in instead:
-                parser.error(f"--set {name} does nothing here: {instead[idle]}")
+                parser.error(f"--set {name} is not for this benchmark: {instead[idle]}")
 
 
 def begin(options: argparse.Namespace) -> torch.device:

@@ -133,13 +133,15 @@ def test_the_original_operator_is_given_what_it_takes(monkeypatch):
         (teacher_free.main, "data.image_size=64", "--image-size"),
     ],
 )
-def test_settings_that_would_do_nothing_are_refused(main, setting, instead, monkeypatch, capsys):
+def test_settings_that_are_not_for_a_benchmark_are_refused(
+    main, setting, instead, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--set", setting])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert f"--set {setting.partition('=')[0]} does nothing here" in said
+    assert f"--set {setting.partition('=')[0]} is not for this benchmark" in said
     assert instead in said
 
 

@@ -109,7 +109,24 @@ def test_the_rates_tried_at_full_are_of_the_kept_runs():
             f"{100 * run['metrics'][group]:.1f}" for group in GROUPS
         )
         for run in map(json.loads, lines)
+        if run["row"] == "baseline"
     }
     diary = words_of("DIARY.md")
     told = diary.split("the rate of `full`")[1]
     assert f"| APr / APc / APf / AP | {runs['optim.lr=8e-4']} | {runs['optim.lr=1.6e-3']} |" in told
+
+
+def test_the_weights_tried_at_full_are_of_the_kept_runs():
+    lines = (EXPERIMENTS / "results" / "tuning_full.jsonl").read_text().splitlines()
+    runs = [run for run in map(json.loads, lines) if run["row"] == "both"]
+    told = words_of("DIARY.md").split("SKD's weight at `full`")[1]
+    for run in runs:
+        skd, rkd = (
+            next(word.split("=")[1] for word in run["settings"] if word.startswith(key))
+            for key in ("kd.skd.weight", "kd.rkd.weight")
+        )
+        means = " | ".join(f"{100 * run['metrics'][group]:.1f}" for group in GROUPS)
+        assert f"| {skd.lstrip('0')}, {rkd} | {means} |" in told.replace("**", "").replace(
+            " (the preset)", ""
+        )
+    assert len(runs) >= 2

@@ -3,6 +3,7 @@
 import fcntl
 import glob
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,7 +56,11 @@ def _beside(path: Path) -> Path:
 
 def _sweep_killed(path: Path) -> None:
     """Removes what nobody writes any more; a file that was begun this moment is not locked yet."""
+    # As `_beside` has it: what only begins so is of another name, and perhaps not locked.
+    own = re.compile(re.escape(f".{path.name}.") + r"\d+\.[0-9a-f]{8}\.partial")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if not own.fullmatch(leftover.name):
+            continue
         with suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_size:

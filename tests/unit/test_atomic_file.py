@@ -47,3 +47,12 @@ def test_a_large_files_next_writer_removes_what_a_killed_one_left_and_nothing_of
         assert {*tmp_path.iterdir()} == {of_other, living, path}
     assert {*tmp_path.iterdir()} == {of_other, path}
     assert path.read_bytes() == b"slow"
+
+
+def test_a_name_that_goes_on_behind_a_dot_is_another_file(tmp_path: Path) -> None:
+    """Who writes that one need not lock it."""
+    with atomic_file(tmp_path / "w.pt") as living:
+        living.write(b"live")
+        living.flush()
+        write_bytes(tmp_path / "w", b"other", large=True)
+    assert (tmp_path / "w.pt").read_bytes() == b"live"

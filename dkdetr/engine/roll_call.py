@@ -10,12 +10,15 @@ import platform
 import select
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 _KEY = "dkdetr/rank"
 _PATIENCE_MS = 1000
 """A process's connections are closed a moment before it has ended."""
+_STORE_PATIENCE_S = 10.0
+"""A store whose machine went silent answers nobody, and its clients know no limit of their own."""
 
 
 class RollCall:
@@ -28,25 +31,33 @@ class RollCall:
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
-        self._machine = f"{platform.node()} {_process_namespace()}"
-        store.set(_process_of(rank), json.dumps([self._machine, os.getpid()]))
+        # A connection of its own: who waits for an answer holds the other's lock meanwhile.
+        self._store, self._rank, self._world_size = store.clone(), rank, world_size
+        self._machine = f"{platform.node()} {_boot()} {_process_namespace()}"
+        self._store.set(_process_of(rank), json.dumps([self._machine, os.getpid()]))
 
     def leave(self, why: str) -> None:
         """Says that this rank ends: by an error of its own, or "" as one that lost another."""
+        as_utf8 = why.encode(errors="backslashreplace").decode()  # a file's name need not be
         with contextlib.suppress(RuntimeError):  # the store may be gone with the machine it was on
-            self._store.set(_end_of(self._rank), why)
+            self._store.set(_end_of(self._rank), as_utf8)
 
     def who_died(self) -> str:
         """Returns the ranks that are gone and how, in words; "" where that is not known.
 
         Known are errors, of any rank, and ends without one on this machine. Waits for a second at
-        most where nobody is gone.
+        most where nobody is gone, and for ten where the store does not answer.
         """
-        try:
-            return self._who_died()
-        except RuntimeError:  # see `leave`
-            return ""
+        told: list[str] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # see `leave`
+                told.append(self._who_died())
+
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_STORE_PATIENCE_S)
+        return told[0] if told else ""
 
     def _who_died(self) -> str:
         others = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -78,7 +89,7 @@ def _ended(processes: Mapping[int, int]) -> set[int]:
             except ProcessLookupError:
                 gone.add(rank)
                 continue
-            except OSError:  # a kernel that is older than this, or forbids it
+            except (OSError, AttributeError):  # a kernel without, or that forbids it
                 continue
             stack.callback(os.close, handle)
             watch.register(handle, select.POLLIN)
@@ -93,6 +104,14 @@ def _process_of(rank: int) -> str:
 
 def _end_of(rank: int) -> str:
     return f"{_KEY}/{rank}/end"
+
+
+def _boot() -> str:
+    """Returns what tells a machine from another of the same name, or "" where none is told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _process_namespace() -> str:

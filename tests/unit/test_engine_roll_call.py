@@ -1,8 +1,10 @@
 """Which rank died is read from the job's store and from the kernel."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from threading import Event
 
 import pytest
 from torch.distributed import HashStore
@@ -61,3 +63,49 @@ def test_where_all_are_there_or_elsewhere_nobody_is_named(ranks, processes, monk
     assert RollCall(HashStore(), 0, 3).who_died() == ""
     elsewhere = RollCall(ranks[0]._store, 0, 3)
     assert elsewhere.who_died() == ""
+
+
+def test_a_machine_of_the_same_name_is_another(ranks, processes, monkeypatch) -> None:
+    """Hosts often share a name, and all have the first process namespace's number."""
+    monkeypatch.setattr(roll_call, "_PATIENCE_MS", 1)
+    processes[0].kill()
+    monkeypatch.setattr(roll_call, "_boot", lambda: "another")
+    assert RollCall(ranks[0]._store, 0, 3).who_died() == ""
+
+
+def test_an_error_with_a_files_name_that_is_no_utf_8_is_told(ranks) -> None:
+    ranks[1].leave("DataError: picture \udcff.jpg is broken")
+    told = "rank 1, which ended with DataError: picture \\udcff.jpg is broken"
+    assert ranks[0].who_died() == told
+
+
+def test_where_processes_have_no_handles_nobody_is_named(ranks, processes, monkeypatch) -> None:
+    monkeypatch.setattr(roll_call, "_PATIENCE_MS", 1)
+    monkeypatch.delattr(os, "pidfd_open")  # as on macOS
+    processes[0].kill()
+    processes[0].wait()
+    assert ranks[0].who_died() == ""
+
+
+class SilentStore(HashStore):
+    """As a client of one whose machine went silent: what is sent is sent, no answer comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = Event()
+
+    def clone(self) -> "SilentStore":
+        return self
+
+    def check(self, keys: list[str]) -> bool:
+        self.ended.wait()
+        return False
+
+
+def test_a_store_that_answers_nobody_is_not_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr(roll_call, "_STORE_PATIENCE_S", 0.05)
+    store = SilentStore()
+    roll = RollCall(store, 0, 2)
+    roll.leave("DataError: nobody hears it")
+    assert roll.who_died() == ""
+    store.ended.set()

@@ -165,7 +165,7 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
 
 
 def _store() -> Any:
-    """Returns the process group's own: another client of it would be another connection."""
+    """Returns the process group's own, under which each attempt of torchrun has keys apart."""
     return distributed.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 

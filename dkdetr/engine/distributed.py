@@ -165,7 +165,7 @@ def join_ranks(device: str, *, timeout_s: float = 600.0) -> Iterator[Ranks]:
 
 
 def _store() -> Any:
-    """Returns the process group's own, under which each attempt of torchrun has keys apart."""
+    """Returns the process group's own: it leads to the job's wherever torchrun has put that."""
     return distributed.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 

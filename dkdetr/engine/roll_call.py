@@ -34,6 +34,8 @@ class RollCall:
         # A connection of its own: who waits for an answer holds the other's lock meanwhile.
         self._store, self._rank, self._world_size = store.clone(), rank, world_size
         self._machine = f"{platform.node()} {_boot()} {_process_namespace()}"
+        # torchrun keeps the store when it starts its ranks anew (--max-restarts).
+        self._store.delete_key(_end_of(rank))
         self._store.set(_process_of(rank), json.dumps([self._machine, os.getpid()]))
 
     def leave(self, why: str) -> None:

@@ -65,6 +65,17 @@ def test_where_all_are_there_or_elsewhere_nobody_is_named(ranks, processes, monk
     assert elsewhere.who_died() == ""
 
 
+def test_what_an_earlier_start_of_the_same_rank_ended_with_is_not_told(
+    ranks, processes, monkeypatch
+) -> None:
+    """torchrun's store outlives the ranks that it starts anew."""
+    ranks[1].leave("DataError: picture 7 is broken")
+    monkeypatch.setattr(roll_call.os, "getpid", lambda: processes[0].pid)
+    RollCall(ranks[0]._store, 1, 3)
+    processes[0].kill()
+    assert ranks[0].who_died() == f"rank 1, whose process {processes[0].pid} is gone"
+
+
 def test_a_machine_of_the_same_name_is_another(ranks, processes, monkeypatch) -> None:
     """Hosts often share a name, and all have the first process namespace's number."""
     monkeypatch.setattr(roll_call, "_PATIENCE_MS", 1)

@@ -11,7 +11,7 @@ INSTALLED := .venv/installed
 VERSIONS := .venv/versions
 ASKED = $(strip $(TORCH) $(FAISS) $(PIP_CONSTRAINT))
 
-.PHONY: install constraints demo test check unit browser faults faults-cache faults-stage-one faults-train distributed bench bench-gpu clean
+.PHONY: install constraints demo test check unit browser faults faults-cache faults-stage-one faults-train distributed compiled bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/dkdetr demo
@@ -52,6 +52,11 @@ faults-stage-one: $(INSTALLED)
 # Whatever takes several ranks, the cases too that the default run leaves out.
 distributed: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/distributed
+
+# The student compiled, by inductor, too: minutes of C++.
+compiled: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -k compile --timeout 1200 \
+		tests/unit/test_student_compile.py tests/unit/test_devices_agree.py
 
 # Small sizes on one thread, kept as dated Markdown in tests/benchmarks/results.
 bench: $(INSTALLED)

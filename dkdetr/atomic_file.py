@@ -5,10 +5,13 @@ import glob
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_ABANDONED_S = 600.0
 
 
 @contextmanager
@@ -19,8 +22,8 @@ def atomic_file(path: Path, *, large: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         path: the file's last name.
-        large: what killed writers of `path` have left beside it is worth a look: it is removed, if
-            all who write it say this. Where a file system knows no locks it stays.
+        large: what killed writers of `path` have left beside it is worth a look: it is removed
+            after ten minutes, if all who write it say this. Where there are no locks it stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if large:
@@ -55,15 +58,19 @@ def _beside(path: Path) -> Path:
 
 
 def _sweep_killed(path: Path) -> None:
-    """Removes what nobody writes any more; a file that was begun this moment is not locked yet."""
+    """Removes what nobody has written to for a while, nor holds.
+
+    Both: locks may be each machine's own, and a download may stall.
+    """
     # As `_beside` has it: what only begins so is of another name, and perhaps not locked.
     own = re.compile(re.escape(f".{path.name}.") + r"\d+\.[0-9a-f]{8}\.partial")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if not own.fullmatch(leftover.name):
             continue
-        with suppress(OSError), leftover.open("rb") as file:
+        with suppress(OSError), leftover.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_size:
+            state = os.fstat(file.fileno())
+            if state.st_size and time.time() - state.st_mtime > _ABANDONED_S:
                 leftover.unlink()
 
 

@@ -170,8 +170,9 @@ def verify_and_report(
 ) -> CheckedCache:
     """Returns what is wrong with a cache, its proposals' recall and its teacher's accuracy.
 
-    What is wrong may be its network of `fit`, too: lost, damaged or another's. Recall needs the
-    split's annotations; where they are not at hand the result says so.
+    What is wrong may be its network of `fit`, too: lost, damaged or another's; recall and accuracy
+    are those of what it proposed then. Recall needs the split's annotations; where they are not at
+    hand the result says so.
 
     Args:
         path: the cache.
@@ -187,10 +188,11 @@ def verify_and_report(
     modes = parse_modes(crop_modes)
     mends = f"dkdetr cache {'export CACHE' if is_export(path) else 'repair'} {path}"
     with progress_of("verify") as advance:
-        report = verify_cache(path, on_shard=advance)
+        found = verify_cache(path, on_shard=advance)
+    report = found
     if not is_export(path) and (lost := why_lost(path)):
-        report = replace(report, problems=(*report.problems, lost), unfinished=False)
-    if report.problems or not report.sealed:
+        report = replace(found, problems=(*found.problems, lost), unfinished=False)
+    if found.problems or not found.sealed:
         return CheckedCache(report, (), (), "the cache is not whole", mends)
     reader = open_cache(path)
     cached = cached_accuracy(reader)

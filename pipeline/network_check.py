@@ -29,7 +29,10 @@ def why_lost(cache: CachePath) -> str:
         return ""
     file = cache / NETWORK_FILE
     if not file.is_file():
-        return f"{file}: the network of fit is missing, by which other splits' caches propose"
+        return (
+            f"{file}: the network of fit is missing, by which other splits' caches propose; a "
+            "training does without it"
+        )
     try:
         weights = _weights_sha256(file)
     except CorruptArtefactError as error:

@@ -14,6 +14,8 @@ from threading import Thread
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from dkdetr.errors import PreemptedError
+
 _KEY = "dkdetr/rank"
 _PATIENCE_MS = 1000
 """A process's connections are closed a moment before it has ended."""
@@ -32,7 +34,9 @@ class RollCall:
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         # A connection of its own: who waits for an answer holds the other's lock meanwhile.
-        self._store, self._rank, self._world_size = store.clone(), rank, world_size
+        # (PyTorch before 2.8 may have none.)
+        own = store.clone() if hasattr(store, "clone") else store
+        self._store, self._rank, self._world_size = own, rank, world_size
         self._machine = f"{platform.node()} {_boot()} {_process_namespace()}"
         # torchrun keeps the store when it starts its ranks anew (--max-restarts).
         self._store.delete_key(_end_of(rank))
@@ -71,10 +75,16 @@ class RollCall:
         gone = _ended(here)
         # Read after that: who lost another rank, too, has said so before it ended.
         ends = {rank: self._read(_end_of(rank)) for rank in others}
-        told = [f"rank {rank}, which ended with {why}" for rank, why in ends.items() if why]
+        told: list[str] = []
+        stopped: list[str] = []
+        for rank, why in ends.items():
+            if why:
+                # After a death torchrun stops the others: beside it that is no news.
+                words = stopped if why.startswith(PreemptedError.__name__) else told
+                words.append(f"rank {rank}, which ended with {why}")
         killed = [rank for rank in sorted(gone) if ends[rank] is None]
         told += [f"rank {rank}, whose process {here[rank]} is gone" for rank in killed]
-        return " and ".join(told)
+        return " and ".join(told or stopped)
 
     def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ def test_a_large_files_next_writer_removes_what_a_killed_one_left_and_nothing_of
     path, other = tmp_path / "w[1].pt", tmp_path / "w1.pt"
     for place in (path, other):
         subprocess.run([sys.executable, "-c", KILLED, str(place)], check=False)
+    write_bytes(path, b"too soon", large=True)  # where locks are each machine's own it may live
+    path.unlink()
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))
     dead, of_other = sorted(tmp_path.iterdir(), key=lambda file: "w1" in file.name)
     with atomic_file(path, large=True) as slow:
         slow.write(b"slow")

@@ -55,6 +55,13 @@ def test_one_with_an_error_is_named_with_it_and_one_that_lost_it_too_is_not(
     assert ranks[0].who_died() == told
 
 
+def test_one_that_was_stopped_is_named_where_nobody_else_is(ranks, processes) -> None:
+    ranks[1].leave("PreemptedError: stopped by SIGTERM")
+    assert ranks[0].who_died() == "rank 1, which ended with PreemptedError: stopped by SIGTERM"
+    processes[1].kill()
+    assert ranks[0].who_died() == f"rank 2, whose process {processes[1].pid} is gone"
+
+
 def test_where_all_are_there_or_elsewhere_nobody_is_named(ranks, processes, monkeypatch) -> None:
     monkeypatch.setattr(roll_call, "_PATIENCE_MS", 1)
     assert ranks[0].who_died() == ""

@@ -27,8 +27,17 @@ def prepare_student(student: DKDETR, config: ComputeConfig) -> None:
     if config.cuda_graphs:
         _check_graphs(student, config)
     if config.compile != "off":
-        mode = "reduce-overhead" if config.cuda_graphs else None
-        student.compile(backend=config.compile, mode=mode)
+        student.compile(backend=config.compile, **_compiler_words(student, config))
+
+
+def _compiler_words(student: DKDETR, config: ComputeConfig) -> dict[str, Any]:
+    if config.cuda_graphs:
+        return {"mode": "reduce-overhead"}
+    if config.compile == "inductor" and next(student.parameters()).device.type == "cpu":
+        # There PyTorch 2.14's backward pass of a 1 x 1 convolution of stride 2 may crash, compiled
+        # or not, where maps have their channels side by side, as inductor would lay them.
+        return {"options": {"layout_optimization": False}}
+    return {}
 
 
 def recompute_layers(layers: Iterable[nn.Module]) -> None:

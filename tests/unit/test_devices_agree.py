@@ -327,6 +327,7 @@ BACKENDS = pytest.mark.parametrize(
     ("device", "backend"),
     [
         pytest.param("cpu", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("cpu", "inductor", marks=pytest.mark.slow),
         pytest.param("cuda", "inductor", marks=pytest.mark.gpu),
     ],
 )

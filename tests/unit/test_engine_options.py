@@ -162,6 +162,8 @@ def test_cuda_graphs_are_asked_for_and_each_step_is_told(monkeypatch: pytest.Mon
     monkeypatch.setattr(student, "compile", lambda **words: asked.append(words))
     prepare_student(student, compute)
     assert asked == [{"backend": "inductor", "mode": "reduce-overhead"}]
+    prepare_student(student, ComputeConfig(compile="inductor"))  # of a CPU
+    assert asked[1] == {"backend": "inductor", "options": {"layout_optimization": False}}
     told: list[None] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(None))
     for graphs in (False, True):

@@ -117,6 +117,7 @@ def test_a_broken_or_lost_network_alone_is_told_and_repaired(
     result = CliRunner().invoke(app, ["cache", "verify", str(cache)])
     assert result.exit_code == 5, result.output
     assert told in result.output
+    assert "recall of base objects" in result.output  # the cache itself is whole
     assert f"next: dkdetr cache repair {cache}" in result.output
     result = CliRunner().invoke(app, ["cache", "repair", str(cache)])
     assert result.exit_code == 0, result.output

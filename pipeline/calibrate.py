@@ -82,8 +82,8 @@ def price_cache(request: CacheRequest) -> CachePrice:
     """Returns what a cache would cost, in crops, bytes and time; writes nothing.
 
     Of the network of `fit` alone, if that is what is asked for. Under torchrun one rank asks for
-    all: `fit` is theirs together. Where the teacher's weights are
-    not at hand the times are left out, and the price says so.
+    all: `fit` is theirs together. Where the teacher's weights are not at hand the times are left
+    out, and the price says so.
 
     Raises:
         DiskFullError: there is not enough room.

@@ -53,11 +53,10 @@ def average(*of: str) -> str:
     return f"{mean(less(*of)):+.1f}"
 
 
-def record_of(folder: Path, run: str, seed: int) -> dict | None:
-    """Returns a row's record, or None where there is none."""
-    path = folder / f"seed{seed}" / _SAME.get(run, run) / "row.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+def row_file(folder: Path, run: str, seed: int | str) -> Path:
+    """Returns where a row's record lies, if there is one."""
+    return folder / f"seed{seed}" / _SAME.get(run, run) / "row.json"
 
 
-def record(folder: Path, run: str, seed: str) -> dict:
-    return json.loads((folder / f"seed{seed}" / _SAME.get(run, run) / "row.json").read_text())
+def record(folder: Path, run: str, seed: int | str) -> dict:
+    return json.loads(row_file(folder, run, seed).read_text())

@@ -290,8 +290,12 @@ def with_thresholds(vocabulary: Vocabulary, given: Mapping[str, float]) -> Vocab
         UsageError: as `thresholds_by_name`.
     """
     least = {**vocabulary.thresholds, **thresholds_by_name(vocabulary.names, given)}
-    ordered = {name: least[name] for name in vocabulary.names if name in least}
-    return replace(vocabulary, thresholds=ordered)
+    return replace(vocabulary, thresholds=in_order_of(vocabulary.names, least))
+
+
+def in_order_of(names: Sequence[str], thresholds: Mapping[str, float]) -> dict[str, float]:
+    """Returns thresholds in the names' order; a student file has them in another."""
+    return {name: thresholds[name] for name in names if name in thresholds}
 
 
 def _thresholds_hash(vocabulary: Vocabulary) -> str:

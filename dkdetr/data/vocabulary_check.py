@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dkdetr.data.prompts import same_reading
-from dkdetr.data.vocabulary import Vocabulary, thresholds_by_name
+from dkdetr.data.vocabulary import Vocabulary, in_order_of, thresholds_by_name
 
 NEAR = 0.95
 """Cosine above which two names compete for the same boxes."""
@@ -69,7 +69,7 @@ def describe_vocabulary(vocabulary: Vocabulary) -> VocabularyDescription:
         hash=vocabulary.hash,
         near=_near_pairs(vocabulary),
         merged=tuple(tuple(group) for group in same_reading(vocabulary.names)),
-        thresholds=_in_order(vocabulary),
+        thresholds=in_order_of(vocabulary.names, vocabulary.thresholds),
     )
 
 
@@ -91,14 +91,9 @@ def thresholds_in_force(vocabulary: Vocabulary, typed: Mapping[str, float]) -> s
         UsageError: one is of none of the names, or no score.
     """
     given = thresholds_by_name(vocabulary.names, typed)
-    own = {name: least for name, least in _in_order(vocabulary).items() if name not in given}
+    ordered = in_order_of(vocabulary.names, vocabulary.thresholds)
+    own = {name: least for name, least in ordered.items() if name not in given}
     return f"least scores of the vocabulary: {_scores(own, _SHOWN_IN_FORCE)}" if own else ""
-
-
-def _in_order(vocabulary: Vocabulary) -> dict[str, float]:
-    """Returns the thresholds in the names' order; a student file has them in another."""
-    least = vocabulary.thresholds
-    return {name: least[name] for name in vocabulary.names if name in least}
 
 
 def _scores(thresholds: Mapping[str, float], most: int) -> str:

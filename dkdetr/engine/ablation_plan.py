@@ -153,7 +153,8 @@ def make_plan(request: AblateRequest) -> AblationPlan:
         cache.spec.CacheError: the cache is unsealed, stale or damaged.
     """
     table = table_of(request.table)
-    info = open_cache(request.cache).info
+    cache = open_cache(request.cache)
+    info = cache.info
     experiment = request.experiment or ablated_experiment(info.split)
     resolved = load_experiment(experiment, request.overrides)
     base = resolved.config
@@ -171,8 +172,8 @@ def make_plan(request: AblateRequest) -> AblationPlan:
     split = request.split or validation_split(info.split)
     scored = load_split(split, request.data_root)
     if request.eval_every:
-        named = from_metadata(*open_cache(request.cache).text())
-        refuse_other_names(named, scored, "leave --eval-every out, or name another --split")
+        remedy = "leave --eval-every out, or name another --split"
+        refuse_other_names(from_metadata(*cache.text()), scored, remedy)
     steps = _steps_per_epoch(request, base, info.split)
     maker = _RunMaker(request, experiment, out, split, base, steps, num_rows=len(wanted))
     return AblationPlan(

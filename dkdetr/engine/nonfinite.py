@@ -64,19 +64,14 @@ def diagnose(
     weights = {f"weight {name}": value for name, value in student.named_parameters()}
     first = next(iter(_bad_names(weights)), None)
     out_of_memory = False
-    for number in suspects if first is None else ():
-        try:
-            first = _first_bad_of(student, forward, on_device(group[number], device))
-        except torch.OutOfMemoryError:  # what broke the step is the news, not the look for it
-            out_of_memory = True
-        if first is not None:
-            break
+    if first is None:
+        batches = [group[number] for number in suspects]
+        first, out_of_memory = _first_bad_among(student, forward, batches, device)
     gradients = {
         f"gradient of {name}": value.grad
         for name, value in student.named_parameters()
         if value.grad is not None
     }
-    out_of_memory = out_of_memory and first is None
     if first is not None:
         named = first
     elif out_of_memory and bad:  # gradients are broken by then, and by what is not known
@@ -108,6 +103,25 @@ def write_dump(folder: Path, diagnosis: Diagnosis, place: Mapping[str, Any]) -> 
 
 def _bad_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def _first_bad_among(
+    student: nn.Module,
+    forward: Callable[[TrainingBatch], StudentOutput],
+    batches: Sequence[LoadedBatch],
+    device: torch.device,
+) -> tuple[str | None, bool]:
+    """Returns the first bad tensor of some micro-batches; if none, whether memory ended a look."""
+    out_of_memory = False
+    for batch in batches:
+        try:
+            first = _first_bad_of(student, forward, on_device(batch, device))
+        except torch.OutOfMemoryError:  # what broke the step is the news, not the look for it
+            out_of_memory = True
+            continue
+        if first is not None:
+            return first, False
+    return None, out_of_memory
 
 
 def _first_bad_of(

@@ -102,14 +102,17 @@ def test_what_full_stands_on_is_of_the_records():
             assert figures(cell)[1] == pytest.approx(group["margin"], abs=0.00051)
 
 
-def test_the_rates_tried_at_full_are_of_the_kept_runs():
+def tuned_at_full(row: str) -> list[dict]:
     lines = (EXPERIMENTS / "results" / "tuning_full.jsonl").read_text().splitlines()
+    return [run for run in map(json.loads, lines) if run["row"] == row]
+
+
+def test_the_rates_tried_at_full_are_of_the_kept_runs():
     runs = {
         next(word for word in run["settings"] if word.startswith("optim.lr=")): " / ".join(
             f"{100 * run['metrics'][group]:.1f}" for group in GROUPS
         )
-        for run in map(json.loads, lines)
-        if run["row"] == "baseline"
+        for run in tuned_at_full("baseline")
     }
     diary = words_of("DIARY.md")
     told = diary.split("the rate of `full`")[1]
@@ -117,8 +120,7 @@ def test_the_rates_tried_at_full_are_of_the_kept_runs():
 
 
 def test_the_weights_tried_at_full_are_of_the_kept_runs():
-    lines = (EXPERIMENTS / "results" / "tuning_full.jsonl").read_text().splitlines()
-    runs = [run for run in map(json.loads, lines) if run["row"] == "both"]
+    runs = tuned_at_full("both")
     told = words_of("DIARY.md").split("SKD's weight at `full`")[1]
     for run in runs:
         skd, rkd = (

@@ -20,7 +20,7 @@ from dkdetr.engine.ablation_results import (
     markdown,
 )
 from dkdetr.engine.ablation_tables import table_of
-from tests.kept_records import EXPERIMENTS, record_of, rows_of
+from tests.kept_records import EXPERIMENTS, record, row_file, rows_of
 
 TABLES = sorted(EXPERIMENTS.glob("results/**/table_*.md"))
 # Of these weights of L1 the other rows are those of the longer schedule, copied beside it.
@@ -41,12 +41,12 @@ def result_of(path: Path) -> AblationResult:
     head = re.search(r"seeds? \(([\d, ]+)\)", path.read_text())
     assert head
     seeds = tuple(int(seed) for seed in head[1].split(","))
-    folders = [path.parent, BESIDE.get(path.parent.parent.name)]
+    folders = [f for f in (path.parent, BESIDE.get(path.parent.parent.name)) if f]
     rows = []
     for row in table.rows:
-        found = {seed: [r for f in folders if f and (r := record_of(f, row.run, seed))]
-                 for seed in seeds}  # fmt: skip
-        records = {seed: each[0] for seed, each in found.items() if each}
+        places = {seed: [f for f in folders if row_file(f, row.run, seed).is_file()]
+                  for seed in seeds}  # fmt: skip
+        records = {seed: record(f[0], row.run, seed) for seed, f in places.items() if f}
         metrics = {seed: each["metrics"] for seed, each in records.items()}
         names = {seed: each["names"] for seed, each in records.items()}
         rows.append(RowResult(row, metrics, {}, names))

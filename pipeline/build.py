@@ -24,12 +24,13 @@ from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import is_first_rank, pick_device
 from dkdetr.engine.interruption import end_on_sigterm
 from dkdetr.progress import progress
+from dkdetr.student.attention_backend import Backend
 from pipeline.canary import canary_embeddings, check_canary, pack_canary
 from pipeline.crops import CropRule
 from pipeline.decoding import DecoderChoice, choose_decoder, decoder_name
 from pipeline.executor import run_shards
 from pipeline.fingerprint import cache_parts, cache_provenance
-from pipeline.fit import fit_proposals
+from pipeline.fit import fit_proposals, proposing_backend
 from pipeline.leaks import remarks
 from pipeline.neighbor_stage import add_neighbors
 from pipeline.pre_checks import (
@@ -166,7 +167,8 @@ def _fill(
     repair: Repair | None,
 ) -> CacheSummary:
     """Returns the sealed cache's summary, once the proposals are settled."""
-    source = open_source(prepared, teacher.device, batch_size=request.image_batch)
+    backend = proposing_backend(request, split)
+    source = open_source(prepared, teacher.device, batch_size=request.image_batch, backend=backend)
     leaks = check_source(source, split, request)
     notes = list(remarks(leaks, split))
     for note in notes:
@@ -184,7 +186,9 @@ def _fill(
     with create_or_resume(request.out, parts=parts, plan=plan, provenance=provenance) as writer:
         canary = str(load_provenance(request.out)["canary"])
         check_canary(canary, teacher, where=f"the cache {request.out}")
-        job = _job(request, writer.fingerprint, teacher, canary, prepared, crop_batch, rule)
+        job = _job(
+            request, writer.fingerprint, teacher, canary, prepared, backend, crop_batch, rule
+        )
         tools = ShardTools(plan, split, teacher, source)
         made = _make_shards(request, writer, job, tools, say)
         quarantined = _quarantined(request.out, range(plan.num_shards))
@@ -227,6 +231,7 @@ def _job(
     teacher: Teacher,
     canary: str,
     prepared: str,
+    backend: Backend,
     crop_batch: int,
     rule: CropRule,
 ) -> ShardJob:
@@ -244,6 +249,7 @@ def _job(
         resampling=resampling_on(teacher.device),
         canary=canary,
         proposals=prepared,
+        ops_backend=backend,
         proposal_rule=ProposalRule(keep=request.keep),
         crop_rule=rule,
         crop_batch=crop_batch,

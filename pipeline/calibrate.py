@@ -18,6 +18,7 @@ from dkdetr.data.splits import Split, load_split
 from dkdetr.engine.distributed import Ranks, num_ranks, pick_device
 from dkdetr.engine.interruption import StopFlag
 from dkdetr.errors import DataError
+from dkdetr.student.attention_backend import use_backend
 from dkdetr.student.build import build_trunk
 from pipeline.decoding import (
     Decoder,
@@ -26,7 +27,7 @@ from pipeline.decoding import (
     choose_decoder,
     decode_on_device,
 )
-from pipeline.fit import fit_plan
+from pipeline.fit import fit_plan, proposing_backend
 from pipeline.fit_training import NetworkTraining, StateFile
 from pipeline.pre_checks import check_settings, check_source, check_trainable, check_words
 from pipeline.price import (
@@ -241,12 +242,15 @@ def _source(
     """Returns the proposals' source; an untrained network, as fast, stands for one to train."""
     if spec.trains and (request.out / NETWORK_FILE).is_file():
         spec = ProposalSpec("fit", str(request.out))
+    backend = proposing_backend(request, split)
     if not spec.trains:
         prepared = prepare_source(spec, folder, split)
-        return open_source(prepared, device, batch_size=request.image_batch)
+        return open_source(prepared, device, batch_size=request.image_batch, backend=backend)
     config = fit_plan(request, split).config
+    untrained = build_trunk(config.student, load_weights=False)
+    use_backend(untrained, backend, device)
     return NetworkProposals(
-        build_trunk(config.student, load_weights=False).to(device),
+        untrained.to(device),
         image_size=config.data.image_size,
         batch_size=request.image_batch,
         source="fit",

@@ -30,10 +30,11 @@ from dkdetr.engine.interruption import stop_on_sigterm
 from dkdetr.engine.start import experiment_of_split
 from dkdetr.errors import CorruptArtefactError, MismatchError
 from dkdetr.experiment_file import HASHED_AS, load_experiment
+from dkdetr.student.attention_backend import Backend
 from pipeline.fit_ranks import PATIENCE_S, FirstRankError, share_from_first
 from pipeline.fit_training import NetworkTraining, StateFile, refuse_impossible
 from pipeline.proposal_network import load_network, save_network
-from pipeline.proposal_sources import NETWORK_FILE, REMADE_FILE
+from pipeline.proposal_sources import NETWORK_FILE, REMADE_FILE, parse_proposals
 from pipeline.request import CacheRequest
 from pipeline.source_images import ImageCheck, check_images, require_few, without_images
 
@@ -41,6 +42,8 @@ _STATE_FILE = "proposals/fit_state.safetensors"
 _MAX_BATCH = 16
 _MIN_EPOCHS = 2
 _LR_FACTOR = 2.5
+_ANY_EXPERIMENT = "own_r50"
+"""All have `ops.backend`."""
 
 Say = Callable[[str], None]
 
@@ -82,6 +85,20 @@ def fit_plan(request: CacheRequest, split: Split) -> FitPlan:
         optim=replace(config.optim, epochs=epochs, lr=lr),
     )
     return FitPlan(config, epochs * (with_boxes // batch_size))
+
+
+def proposing_backend(request: CacheRequest, split: Split) -> Backend:
+    """Returns the code of a network's attention where it proposes (`ops.backend`).
+
+    Where nothing is trained no experiment is asked for, and `--set` alone says it.
+
+    Raises:
+        ConfigError: no such code.
+    """
+    spec = parse_proposals(request.proposals)
+    if spec.trains:
+        return fit_plan(request, split).config.ops.backend
+    return load_experiment(_ANY_EXPERIMENT, request.overrides).config.ops.backend
 
 
 def fit_proposals(

@@ -8,6 +8,7 @@ from cache.spec import diff_parts
 from dkdetr.data.splits import Split
 from dkdetr.engine.distributed import num_ranks
 from dkdetr.errors import DataError, UsageError
+from dkdetr.experiment_file import flatten, parse_override
 from pipeline.decoding import choose_decoder, decoder_name
 from pipeline.file_proposals import FileProposals
 from pipeline.fingerprint import settled_parts
@@ -32,7 +33,7 @@ def check_words(request: CacheRequest) -> ProposalSpec:
     """
     spec = parse_proposals(request.proposals)
     if not spec.trains:
-        _refuse_words_of_fit(request)
+        _refuse_words_of_fit(request, spec)
     teacher_embed_dim(request.teacher)
     request.prompt_templates()
     spec.require()
@@ -40,10 +41,13 @@ def check_words(request: CacheRequest) -> ProposalSpec:
     return spec
 
 
-def _refuse_words_of_fit(request: CacheRequest) -> None:
+def _refuse_words_of_fit(request: CacheRequest, spec: ProposalSpec) -> None:
+    of_networks: set[str] = set() if spec.kind == "file" else {"ops.backend"}
     words = {
         "--experiment": request.experiment,
-        "--set": request.overrides,
+        "--set": [
+            each for each in request.overrides if flatten(parse_override(each)).keys() - of_networks
+        ],
         "--fit-epochs": request.fit_epochs,
     }
     if given := [word for word, value in words.items() if value]:

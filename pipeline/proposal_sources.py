@@ -20,6 +20,7 @@ from dkdetr.data.splits import Split
 from dkdetr.engine.checkpoint import find_checkpoint, load_checkpoint, load_student
 from dkdetr.engine.run_folder import RunFolder
 from dkdetr.errors import DataError, UsageError
+from dkdetr.student.attention_backend import Backend, use_backend
 from dkdetr.student_file import STUDENT_SUFFIX, build_trunk_from_file, load_student_file
 from pipeline.file_proposals import FileOptions, FileProposals, pack_file, parse_file_options
 from pipeline.proposal_network import NetworkProposals, load_network
@@ -115,8 +116,20 @@ def _student_place(given: Path) -> Path:
     return given
 
 
-def open_source(prepared: str, device: torch.device, *, batch_size: int) -> ProposalSource:
-    """Returns the source that a prepared form names, ready to propose on `device`."""
+def open_source(
+    prepared: str, device: torch.device, *, batch_size: int, backend: Backend = "auto"
+) -> ProposalSource:
+    """Returns the source that a prepared form names, ready to propose on `device`.
+
+    Args:
+        prepared: by `prepare_source`.
+        device: where a network computes.
+        batch_size: images at once through a network.
+        backend: of a network's deformable attention (`ops.backend`).
+
+    Raises:
+        UsageError: the backend is "triton", which cannot run there.
+    """
     kind, _, path = prepared.partition(":")
     saw_boxes_of = None
     if kind == "packed":
@@ -146,6 +159,7 @@ def open_source(prepared: str, device: torch.device, *, batch_size: int) -> Prop
         }
         run = RunFolder.of_checkpoint(Path(path))
         saw_boxes_of = run.read_provenance().get("saw_boxes_of")
+    use_backend(trunk, backend, device)
     return NetworkProposals(
         trunk.to(device),
         image_size=image_size,

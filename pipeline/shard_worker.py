@@ -28,6 +28,7 @@ from dkdetr.data.splits import Split, load_split
 from dkdetr.engine.allocator import keep_freed_memory
 from dkdetr.engine.distributed import pick_device
 from dkdetr.errors import MismatchError
+from dkdetr.student.attention_backend import Backend
 from pipeline.canary import check_canary
 from pipeline.crops import CropRule, combine_crops, crop_windows
 from pipeline.decoding import Decoder, choose_decoder
@@ -64,6 +65,7 @@ class ShardJob:
     canary: str
     proposals: str
     """A prepared source: see pipeline.proposal_sources."""
+    ops_backend: Backend
     proposal_rule: ProposalRule
     crop_rule: CropRule
     crop_batch: int
@@ -174,7 +176,7 @@ def tools_of(job: ShardJob, worker_number: int) -> ShardTools:
     choose_decoder(job.decoder, device)  # it must be here, too
     check_canary(job.canary, teacher, where=f"the cache {job.cache_path}")
     split = load_split(job.split, job.data_root)
-    source = open_source(job.proposals, device, batch_size=job.image_batch)
+    source = open_source(job.proposals, device, batch_size=job.image_batch, backend=job.ops_backend)
     _require_same_inputs(job, split, source)
     return ShardTools(load_plan(job.cache_path), split, teacher, source)
 

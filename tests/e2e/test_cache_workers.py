@@ -13,13 +13,13 @@ import torch
 from cache.spec import StaleCacheError
 from cache.store import open_cache
 from dkdetr.data.splits import load_split
-from dkdetr.errors import MismatchError
+from dkdetr.errors import MismatchError, UsageError
 from dkdetr.student.build import build_trunk
 from pipeline import build
 from pipeline.build import cache_teacher
 from pipeline.executor import Executor
 from pipeline.fit import fit_plan
-from pipeline.proposal_network import save_network
+from pipeline.proposal_network import NetworkProposals, save_network
 from pipeline.request import CacheRequest
 from pipeline.shard_worker import ShardJob, make_shard, tools_of
 from tests.e2e.test_fit_proposals import OVERRIDES
@@ -82,6 +82,21 @@ def test_a_worker_that_outlives_a_cache_keeps_nothing_of_it(
     assert replace(old, fingerprint=new.fingerprint, canary=new.canary) == new
     with pytest.raises(MismatchError, match=r"fingerprint  cache: .*cache-teacher command again"):
         tools_of(old, 0)
+
+
+def test_workers_propose_by_the_attention_that_was_asked_for(
+    by_network: CacheRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = _in_this_worker(monkeypatch)
+    with pytest.raises(UsageError, match=r"ops\.backend=triton: .* not on 'cpu'"):
+        cache_teacher(replace(by_network, overrides=("ops.backend=triton",)))
+    assert not by_network.out.exists()
+    cache_teacher(replace(by_network, overrides=("ops.backend=torch",)))
+    source = tools_of(jobs[0], 0).source
+    assert isinstance(source, NetworkProposals)
+    backends = [each.backend for each in source._trunk.modules() if hasattr(each, "backend")]
+    assert backends
+    assert set(backends) == {"torch"}
 
 
 def test_a_shard_made_for_a_cache_that_is_gone_is_not_committed_to_the_next(

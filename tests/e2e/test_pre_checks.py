@@ -81,6 +81,7 @@ def test_a_cache_of_the_same_settings_has_a_price(request_: CacheRequest) -> Non
     [
         ("--experiment", {"experiment": "pictograms_tiny"}),
         ("--set", {"overrides": OVERRIDES}),
+        ("--set", {"overrides": ("ops.backend=torch",)}),
         ("--fit-epochs", {"fit_epochs": 2}),
     ],
 )

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from dkdetr.engine.ablation_names import difference_by_name
 from tests.kept_records import EXPERIMENTS, GROUPS, figures, less, record, rows_of, scores, words_of
 
 
@@ -32,6 +33,32 @@ def test_the_tables_at_full_are_of_their_records(folder: str):
             gains = [less(folder, runs[label], "baseline", group)[0] for group in GROUPS]
             found = [figures(cell)[0] for cell in cells[4:8]]
             assert found == pytest.approx(gains, abs=0.0501)
+
+
+def test_l1_against_bce_at_full_is_of_the_records():
+    page = (EXPERIMENTS / "FULL.md").read_text()
+    section = page[page.index("## L1 against BCE") : page.index("## What the rows")]
+    shown = {row[0]: row[1:] for row in rows_of(section)[2:]}
+    for label, row in (("L1", "skd_l1"), ("BCE", "skd")):
+        assert [float(cell) for cell in shown[label]] == pytest.approx(
+            [scores("full_l1", row, group)[0] for group in GROUPS], abs=0.0501
+        )
+    bce, l1 = (record(EXPERIMENTS / "results" / "full_l1", row, 0) for row in ("skd", "skd_l1"))
+    assert l1["config"]["kd"]["skd"]["weight"] == 0.3
+    for cell, group in zip(shown["BCE less L1, ± over names"], GROUPS, strict=True):
+        (told, *error) = figures(cell)
+        assert told == pytest.approx(less("full_l1", "skd", "skd_l1", group)[0], abs=0.0501)
+        if error:
+            apart = difference_by_name([(bce["names"][group], l1["names"][group])])
+            assert apart is not None
+            assert error[0] == pytest.approx(100 * apart.error, abs=0.0501)
+    again = [
+        scores(folder, "skd", group)[0] for folder in ("full_l1", "full_first") for group in GROUPS
+    ]
+    said = " / ".join(
+        f"{one - other:+.1f}" for one, other in zip(again[:4], again[4:], strict=True)
+    )
+    assert f"; {said}, nearly what SKD gains" in " ".join(section.split())
 
 
 def test_what_the_page_says_of_full_is_of_the_records():

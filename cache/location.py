@@ -109,6 +109,16 @@ def local_folder(place: str | CachePath, *, to: str) -> Path:
     return found
 
 
+def mending(place: CachePath, options: str = "") -> str:
+    """Returns the command that mends a cache; nothing is written behind a URL."""
+    if isinstance(place, RemotePath):
+        return (
+            f"dkdetr cache repair FOLDER{options}, on the folder that {place} was copied from, and "
+            "copy it there again"
+        )
+    return f"dkdetr cache repair {place}{options}"
+
+
 def member(root: CachePath, name: str) -> CachePath:
     """Returns the file `name` of a cache; raises CorruptCacheError for a name that leads out."""
     parts = name.split("/")

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from cache.location import CachePath
+from cache.location import CachePath, mending
 from cache.manifest import ShardManifest
 from cache.plan import Plan
 from cache.regions import RegionRows
@@ -78,7 +78,7 @@ class ZarrRows:
         if problems:
             raise CorruptCacheError(
                 f"{problems[0]}. Its embeddings cannot be trusted; "
-                f"next: dkdetr cache repair {self._path} --shard {index}"
+                f"next: {mending(self._path, f' --shard {index}')}"
             )
         shard = self._shards[index] = Shard(self._path, self._plan, index)
         return shard

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cache.exported import is_export
-from cache.location import CachePath
+from cache.location import CachePath, mending
 from cache.neighbor_lists import load_parameters
 from cache.spec import CorruptCacheError, UnsealedCacheError
 from cache.store import CacheInfo, open_cache
@@ -186,7 +186,7 @@ def verify_and_report(
         DkdetrError: modes are asked for, and the teacher or the split is not at hand.
     """
     modes = parse_modes(crop_modes)
-    mends = f"dkdetr cache {'export CACHE' if is_export(path) else 'repair'} {path}"
+    mends = f"dkdetr cache export CACHE {path}" if is_export(path) else mending(path)
     with progress_of("verify") as advance:
         found = verify_cache(path, on_shard=advance)
     report = found

@@ -5,6 +5,7 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -19,6 +20,7 @@ from cache.spec import CacheError, CorruptCacheError, StaleCacheError, UnsealedC
 from cache.store import open_cache
 from cache.verify import verify_cache
 from cache.writer import create_or_resume
+from pipeline.inspect import verify_and_report
 from tests.cache_samples import QUARANTINED, parts, sample_plan, write_sample_cache
 
 _FIELDS = (
@@ -300,8 +302,11 @@ def test_a_fault_behind_a_url_is_found_and_named(url):
     good = place.read_bytes()
     files.pipe_file(path, good[:100] + bytes([good[100] ^ 4]) + good[101:])
     reader = open_cache(url)
-    with pytest.raises(CorruptCacheError, match=r"shard 000001.*boxes_xyxy"):
+    mends = rf"FOLDER --shard 1, on the folder that {url} was copied from"
+    with pytest.raises(CorruptCacheError, match=rf"shard 000001.*boxes_xyxy.*{mends}"):
         reader.rows(int(reader.image_ids[20]))
+    with pytest.raises(CorruptCacheError, match=f"repair FOLDER, on the folder that {url} was"):
+        verify_and_report(cache_path(url), Path("data")).raise_problems()
     files.rm_file(path)
     assert any("boxes_xyxy" in line for line in verify_cache(url).problems)
 

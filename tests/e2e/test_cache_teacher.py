@@ -205,7 +205,7 @@ def test_a_cache_is_finished_by_the_way_of_cutting_that_began_it(
     """Ways differ by grey levels, which the canary would let pass."""
     cache_teacher(request_)
     teacher = load_teacher(teacher_spec)
-    job = build._job(request_, "", teacher, "", "", 64, CropRule())
+    job = build._job(request_, "", teacher, "", "", "auto", 64, CropRule())
     with pytest.raises(MismatchError, match="crops are cut here by 'torchvision"):
         shard_worker.tools_of(replace(job, resampling="another way"), 0)
     monkeypatch.setattr("pipeline.teacher_model.resampling_on", lambda _device: "another way")

@@ -161,7 +161,9 @@ Offline = Annotated[bool, typer.Option("--offline", help="Make no network call")
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Override a setting: a.b=c (repeatable); in cache-teacher, of `fit`'s network"
+        "--set",
+        help="Override a setting: a.b=c (repeatable); in cache-teacher, of `fit`'s network "
+        "(ops.backend: of any that proposes)",
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show a traceback with errors")]

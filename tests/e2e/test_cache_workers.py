@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cache.layout import load_provenance, write_provenance
 from cache.spec import StaleCacheError
 from cache.store import open_cache
 from dkdetr.data.splits import load_split
@@ -20,6 +21,7 @@ from pipeline.build import cache_teacher
 from pipeline.executor import Executor
 from pipeline.fit import fit_plan
 from pipeline.proposal_network import NetworkProposals, save_network
+from pipeline.repair import repair_cache
 from pipeline.request import CacheRequest
 from pipeline.shard_worker import ShardJob, make_shard, tools_of
 from tests.e2e.test_fit_proposals import OVERRIDES
@@ -97,6 +99,18 @@ def test_workers_propose_by_the_attention_that_was_asked_for(
     backends = [each.backend for each in source._trunk.modules() if hasattr(each, "backend")]
     assert backends
     assert set(backends) == {"torch"}
+
+
+def test_a_cache_that_asked_for_a_gpu_s_attention_is_repaired_without_one(
+    by_network: CacheRequest,
+) -> None:
+    alone = replace(by_network, executor=Executor())
+    root = cache_teacher(alone).merkle_root
+    provenance = load_provenance(alone.out)
+    recorded = provenance["request"] | {"overrides": ["ops.backend=triton"]}
+    write_provenance(alone.out, provenance | {"request": recorded})
+    (alone.out / "data.zarr/gt/boxes_xyxy/c/0/0").unlink()
+    assert repair_cache(alone.out).merkle_root == root
 
 
 def test_a_shard_made_for_a_cache_that_is_gone_is_not_committed_to_the_next(

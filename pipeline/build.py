@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache.damage import Damage, uncommit
@@ -131,6 +131,9 @@ def _first_rank(
     split = load_split(request.split, request.data_root)
     for note in split.notes:
         say(f"{split.name}: {note}")
+    # A GPU's kernel that was asked for is no demand on the machine that repairs.
+    if repair is not None and proposing_backend(request, split) == "triton":
+        request = replace(request, overrides=(*request.overrides, "ops.backend=auto"))
     check_trainable(request, split, spec)
     embed_dim = teacher_embed_dim(request.teacher)
     if not request.only_proposals:

@@ -242,13 +242,12 @@ def _source(
     """Returns the proposals' source; an untrained network, as fast, stands for one to train."""
     if spec.trains and (request.out / NETWORK_FILE).is_file():
         spec = ProposalSpec("fit", str(request.out))
-    backend = proposing_backend(request, split)
     if not spec.trains:
-        prepared = prepare_source(spec, folder, split)
+        prepared, backend = prepare_source(spec, folder, split), proposing_backend(request, split)
         return open_source(prepared, device, batch_size=request.image_batch, backend=backend)
     config = fit_plan(request, split).config
     untrained = build_trunk(config.student, load_weights=False)
-    use_backend(untrained, backend, device)
+    use_backend(untrained, config.ops.backend, device)
     return NetworkProposals(
         untrained.to(device),
         image_size=config.data.image_size,

@@ -10,7 +10,6 @@ from cache.damage import Damage, find_damage, finish_repair, uncommit
 from cache.layout import PROVENANCE_FILE, Head, load_plan, load_provenance
 from cache.spec import CacheError, CorruptCacheError
 from dkdetr.data.splits import load_split
-from dkdetr.experiment_file import flatten, parse_override
 from dkdetr.progress import progress_of
 from pipeline.build import Repair, cache_teacher
 from pipeline.executor import Executor
@@ -136,13 +135,6 @@ def _request_of(path: Path, damage: Damage) -> CacheRequest | ImportRequest:
     if "imported" in provenance:
         return recorded_import(record, path)
     request = recorded_request(record, path)
-    # A GPU's kernel that was asked for is no demand on the machine that repairs: `auto` takes it.
-    overrides = tuple(
-        each
-        for each in request.overrides
-        if flatten(parse_override(each)) != {"ops.backend": "triton"}
-    )
-    request = replace(request, overrides=overrides)
     # `auto` is settled by the device; the cache knows what it was settled to.
     for batch_layout in (
         lambda: load_plan(path).batch_layout,

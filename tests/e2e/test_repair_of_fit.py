@@ -126,6 +126,22 @@ def test_a_broken_or_lost_network_alone_is_told_and_repaired(
     assert repair_cache(cache).repaired == ()
 
 
+def test_an_experiment_that_asks_for_a_gpu_s_attention_is_repaired_without_one(
+    cache: Path, tmp_path: Path
+) -> None:
+    experiment = tmp_path / "gpu.toml"
+    experiment.write_text(
+        'extends = "pictograms_tiny"\nname = "pictograms_tiny"\n[ops]\nbackend = "triton"\n'
+    )
+    provenance = load_provenance(cache)
+    recorded = provenance["request"] | {"experiment": str(experiment)}
+    write_provenance(cache, provenance | {"request": recorded})
+    before = (cache / ROWS).read_bytes()
+    _flip(cache / ROWS)
+    assert repair_cache(cache).same_bytes
+    assert (cache / ROWS).read_bytes() == before
+
+
 def test_a_network_that_comes_out_otherwise_leaves_the_cache_as_it_is(cache: Path) -> None:
     provenance = load_provenance(cache)
     write_provenance(cache, provenance | {"request": provenance["request"] | {"fit_epochs": 2}})
